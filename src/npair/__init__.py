@@ -1,0 +1,1 @@
+"""npair: image embeddings trained with the multi-class N-pair loss and served by NVIDIA Triton."""
