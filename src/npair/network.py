@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from npair.run import RunError
 
 EMBEDDING_DIM = 128
 
@@ -42,8 +48,8 @@ class EmbeddingNetwork(nn.Module):
 
     def __init__(self, width: int = 32, blocks_per_stage: int = 2) -> None:
         super().__init__()
-        self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
+        self.mean = nn.Buffer(255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.std = nn.Buffer(255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
         stem = 3 * width // 4
         layers: list[nn.Module] = [
             nn.Conv2d(3, stem, 3, stride=2, padding=1, bias=False),
@@ -65,9 +71,33 @@ class EmbeddingNetwork(nn.Module):
 
     def forward(self, photos: Tensor) -> Tensor:
         """photos: [N, H, W, 3] RGB, 0 to 255, uint8 or float. Returns: fp32 [N, 128], not normalised."""
-        return self.embedding(self.features(photos))
+        embeddings: Tensor = self.embedding(self.features(photos))
+        return embeddings
 
     def features(self, photos: Tensor) -> Tensor:
         """What the last layer sees: [N, channels]."""
         x = (photos.permute(0, 3, 1, 2).float() - self.mean) / self.std
-        return self.body(x).mean(dim=(2, 3))
+        maps: Tensor = self.body(x)
+        return maps.mean(dim=(2, 3))
+
+
+@torch.inference_mode()
+def embed(network: nn.Module, pixels: npt.NDArray[np.uint8], batch: int = 64) -> npt.NDArray[np.float32]:
+    """Unit-length embeddings of decoded photos in fp32; uint8 [n, size, size, 3] -> float32 [n, 128]."""
+    training = network.training
+    network.eval()
+    device = next(network.parameters()).device
+    chunks = [network(torch.from_numpy(pixels[i : i + batch]).to(device)) for i in range(0, len(pixels), batch)]
+    network.train(training)
+    return F.normalize(torch.cat(chunks)).cpu().numpy()
+
+
+def load_network(run: Path) -> EmbeddingNetwork:
+    """The averaged (EMA) network of a run's checkpoint, ready for inference. Raises: RunError where there is none."""
+    try:
+        state = torch.load(run / "checkpoint.pt", weights_only=True, map_location="cpu")["ema"]
+    except FileNotFoundError:
+        raise RunError(f"{run} holds no checkpoint; train it first") from None
+    network = EmbeddingNetwork()
+    network.load_state_dict({name.removeprefix("module."): value for name, value in state.items() if name != "n_averaged"})
+    return network.eval()

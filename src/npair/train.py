@@ -1,7 +1,6 @@
 """Training: one loop from photos to a checkpoint.
 
-A run is a folder: ``config.json`` (what was asked for, on which data and code), ``log.jsonl`` (a line per epoch) and
-``checkpoint.pt``. Everything random is a function of the seed and the step, so an interrupted run that is resumed goes the way that
+Everything random is a function of the seed and the step, so an interrupted run that is resumed goes the way that
 it would have gone without the interruption.
 """
 
@@ -9,22 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import kornia.augmentation as K
 import numpy as np
-import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -32,33 +27,8 @@ from tqdm import tqdm
 from npair.data import NPairSampler, load_pixels, read_split
 from npair.evaluate import accuracy
 from npair.loss import NPairLoss
-from npair.network import EmbeddingNetwork
-from npair.serving.preprocess import Preprocessing
-
-
-class RunError(RuntimeError):
-    """A run folder that cannot be used as asked; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The knobs of a run; sizes in pixels."""
-
-    seed: int = 0
-    epochs: int = 120
-    classes_per_batch: int = 60  # N; two photos of each
-    size: int = 160  # of the photo when evaluated and served
-    crop_size: int = 128  # of the random crop in training: smaller, since crops show objects larger than whole photos do
-    learning_rate: float = 1e-3
-    warmup: float = 0.05  # share of all steps
-    weight_decay: float = 0.05
-    gradient_norm: float = 1.0
-    norm_penalty: float = 2e-3
-    ema_decay: float = 0.998
-    evaluate_every: int = 10  # epochs
-
-    def preprocessing(self) -> Preprocessing:
-        return Preprocessing(size=self.size, resample="BILINEAR", background=255)
+from npair.network import EmbeddingNetwork, embed
+from npair.run import RunError, TrainConfig, git_commit, read_run
 
 
 def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False) -> bool:
@@ -68,22 +38,23 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False) -
     Raises: DataError for unusable data, RunError for a run folder that holds another run or no checkpoint to resume.
     """
     checkpoint_path = run / "checkpoint.pt"
-    if resume:
-        config = load_config(run)
-        if not checkpoint_path.is_file():
-            raise RunError(f"{run} holds no checkpoint to resume; start it without --resume")
-    elif checkpoint_path.exists():
-        raise RunError(f"{run} already holds a run; add --resume to go on with it or name another folder")
     photos = read_split(data, "train")
     validation = read_split(data, "val") if (data / "val.txt").exists() else None
-    sampler = NPairSampler(photos.fine, config.classes_per_batch, config.seed)
-    if resume and photos.fingerprint() != json.loads((run / "config.json").read_text())["data"]["fingerprint"]:
-        raise RunError(f"the photos in {data} are not those that {run} was started on")
-    if not resume:
+    described = {"fingerprint": photos.fingerprint(), "photos": len(photos), "classes": len(np.unique(photos.fine))}
+    if resume:
+        started = read_run(run)
+        config = TrainConfig(**started["train"])
+        if not checkpoint_path.is_file():
+            raise RunError(f"{run} holds no checkpoint to resume; start it without --resume")
+        if started["data"] != described:
+            raise RunError(f"the photos in {data} are not those that {run} was started on")
+    else:
+        if checkpoint_path.exists():
+            raise RunError(f"{run} already holds a run; add --resume to go on with it or name another folder")
         run.mkdir(parents=True, exist_ok=True)
-        started = {"train": asdict(config), "git_commit": git_commit(), "data": {"fingerprint": photos.fingerprint()}}
-        started["data"] |= {"photos": len(photos), "classes": len(set(photos.fine.tolist()))}
+        started = {"train": asdict(config), "git_commit": git_commit(), "data": described}
         (run / "config.json").write_text(json.dumps(started, indent=2) + "\n")
+    sampler = NPairSampler(photos.fine, config.classes_per_batch, config.seed)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     capabilities = torch.cpu.get_capabilities()
@@ -94,8 +65,8 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False) -
     augment = augmentation(config.crop_size)
 
     torch.manual_seed(config.seed)
-    network = EmbeddingNetwork().to(device, memory_format=torch.channels_last)
-    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    network = EmbeddingNetwork().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)  # type: ignore[no-untyped-call]
     loss_of = NPairLoss(norm_penalty=config.norm_penalty)
     decayed = [p for p in network.parameters() if p.ndim > 1]
     undecayed = [p for p in network.parameters() if p.ndim <= 1]  # biases and the gains of batch normalisation
@@ -113,8 +84,9 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False) -
 
     def save_checkpoint() -> None:
         state = {"step": step, "network": network.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(state, checkpoint_path.with_suffix(".tmp"))
-        os.replace(checkpoint_path.with_suffix(".tmp"), checkpoint_path)
+        unfinished = checkpoint_path.with_suffix(".unfinished")
+        torch.save(state, unfinished)
+        unfinished.replace(checkpoint_path)
 
     with interruption() as interrupted, tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) as progress:
         for epoch in range(step // sampler.batches_per_epoch, config.epochs):
@@ -190,45 +162,6 @@ def schedule(done: float, warmup: float) -> float:
     if done < warmup:
         return (done + 1e-3) / (warmup + 1e-3)
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
-
-
-@torch.inference_mode()
-def embed(network: nn.Module, pixels: npt.NDArray[np.uint8], batch: int = 64) -> npt.NDArray[np.float32]:
-    """Unit-length embeddings of decoded photos in fp32; uint8 [n, size, size, 3] -> float32 [n, 128]."""
-    training = network.training
-    network.eval()
-    device = next(network.parameters()).device
-    chunks = [network(torch.from_numpy(pixels[i : i + batch]).to(device)) for i in range(0, len(pixels), batch)]
-    network.train(training)
-    return F.normalize(torch.cat(chunks)).cpu().numpy()
-
-
-def load_config(run: Path) -> TrainConfig:
-    """The configuration of a run. Raises: RunError where the folder holds none."""
-    try:
-        return TrainConfig(**json.loads((run / "config.json").read_text())["train"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{run} is not a run of this npair: {error}") from error
-
-
-def load_network(run: Path) -> EmbeddingNetwork:
-    """The averaged (EMA) network of a run's checkpoint, ready for inference. Raises: RunError where there is none."""
-    try:
-        state = torch.load(run / "checkpoint.pt", weights_only=True, map_location="cpu")["ema"]
-    except FileNotFoundError:
-        raise RunError(f"{run} holds no checkpoint; train it first") from None
-    network = EmbeddingNetwork()
-    network.load_state_dict({name.removeprefix("module."): value for name, value in state.items() if name != "n_averaged"})
-    return network.eval()
-
-
-def git_commit() -> str | None:
-    """The commit of the code in use, with ``-dirty`` where files differ from it; None outside a git checkout."""
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 @contextmanager

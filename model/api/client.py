@@ -1,0 +1,473 @@
+"""The npair client: photos in, embeddings out, over HTTP or gRPC. A library (NpairClient) and a command line.
+
+    with NpairClient("http://127.0.0.1:8000") as client:
+        vectors, version = client.embed(["a.jpg", "b.jpg"])
+
+Exceptions, all of them NpairError::
+
+    NpairError
+    ├── InvalidPhotoError    photos that the server refused: .reasons says why, by index
+    ├── InvalidRequestError  the server does not understand the call: wrong model, version or server
+    ├── UnavailableError     nobody answers, or the model is not served; may pass (the client has retried)
+    ├── RequestTimeoutError  no answer in time; the server may still be working on it
+    └── ServerFaultError     the server failed, or answered what this client does not understand
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+import numpy.typing as npt
+import tritonclient.grpc
+import tritonclient.http
+from tritonclient.utils import InferenceServerException
+
+Photo = str | os.PathLike[str] | bytes | IO[bytes]
+Vectors = npt.NDArray[np.float32]
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# The smallest PNG: one white pixel. A model that embeds it works, which its readiness URL alone does not say.
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
+    "0000000a4944415478da63f80f00010101001cb08c990000000049454e44ae426082"
+)
+
+
+class NpairError(Exception):
+    """The root of what this client raises, but for ValueError on wrong arguments and OSError on photos that cannot be read."""
+
+
+class InvalidPhotoError(NpairError):
+    """Photos that the server refused.
+
+    reasons: why, by index in the call's photos.
+    """
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        super().__init__("; ".join(f"photo {index}: {reason}" for index, reason in reasons.items()))
+        self.reasons = reasons
+
+
+class InvalidRequestError(NpairError):
+    """The server does not understand the call."""
+
+
+class UnavailableError(NpairError):
+    """Nobody answers, or the model is not served."""
+
+
+class RequestTimeoutError(NpairError):
+    """No answer in time."""
+
+
+class ServerFaultError(NpairError):
+    """The server failed."""
+
+
+class Embeddings(NamedTuple):
+    """vectors: float32 [n, 128], unit length, in the photos' order. version: of the model that made them all.
+
+    Vectors of two versions must not be compared.
+    """
+
+    vectors: Vectors
+    version: str
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """One photo's outcome: a vector (float32 [128]), or the reason why there is none."""
+
+    index: int
+    vector: Vectors | None
+    reason: str | None
+
+
+class NpairClient:
+    """A connection to one model of one server. Use one client per thread; close it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        model: str = "npair",
+        version: str | None = None,
+        timeout: float = 30.0,
+        retries: int = 3,
+        batch_size: int = 32,
+        batch_bytes: int = 16_000_000,
+    ) -> None:
+        """url: http://, https://, grpc:// or grpcs:// and host:port.
+
+        version: pins a version; otherwise each call of ``embed`` stays with the version that answered its first batch.
+        timeout: seconds for one request. retries: how often a request is repeated while nobody answers.
+        batch_size, batch_bytes: the most photos, and the most bytes, of one request; a photo larger than that travels alone.
+        Raises: ValueError for a URL or a limit that makes no sense.
+        """
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https", "grpc", "grpcs") or not parts.netloc:
+            raise ValueError(f"the URL must be like http://host:8000 or grpc://host:8001, got {url!r}")
+        if batch_size < 1 or batch_bytes < 1 or timeout <= 0 or retries < 0:
+            raise ValueError("batch_size, batch_bytes and timeout must be positive, and retries must not be negative")
+        self.model, self.version, self.timeout, self.retries = model, version, timeout, retries
+        self.batch_size, self.batch_bytes = batch_size, batch_bytes
+        self._protocol: Any
+        self._extra: dict[str, float] = {}
+        if parts.scheme.startswith("grpc"):
+            self._protocol = tritonclient.grpc
+            self._client: Any = tritonclient.grpc.InferenceServerClient(parts.netloc, ssl=parts.scheme == "grpcs")
+            self._extra = {"client_timeout": timeout}
+        else:
+            self._protocol = tritonclient.http
+            self._client = tritonclient.http.InferenceServerClient(
+                parts.netloc + parts.path.rstrip("/"),
+                ssl=parts.scheme == "https",
+                connection_timeout=timeout,
+                network_timeout=timeout,
+            )
+
+    def __enter__(self) -> NpairClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calling it again does nothing."""
+        self._client.close()
+
+    def ready(self) -> bool:
+        """Whether the model embeds: sends a picture of one pixel, once, since readiness URLs stay green when inference is dead."""
+        try:
+            self._embed_batch([PIXEL], self.version, retries=0)
+        except NpairError:
+            return False
+        return True
+
+    def embed(self, photos: Photo | Iterable[Photo]) -> Embeddings:
+        """Embed one photo or many: paths, encoded bytes or open binary files.
+
+        Raises: InvalidPhotoError that names every photo that was refused, other NpairErrors, OSError for a file that cannot be
+        read, ValueError for no photo at all.
+        """
+        one = isinstance(photos, str | os.PathLike | bytes) or hasattr(photos, "read")
+        stream = self.stream(map(_read, [photos] if one else photos))  # type: ignore[arg-type]
+        results = list(stream)
+        if not results:
+            raise ValueError("no photo to embed")
+        if reasons := {result.index: result.reason for result in results if result.reason is not None}:
+            raise InvalidPhotoError(reasons)
+        return Embeddings(np.stack([result.vector for result in results if result.vector is not None]), stream.version)
+
+    def stream(self, photos: Iterable[Photo]) -> EmbeddingStream:
+        """Embed photos as they come, in order, in batches; a refused or unreadable photo becomes a result with a reason."""
+        return EmbeddingStream(self, photos)
+
+    def _embed_batch(self, photos: Sequence[bytes], version: str | None, *, retries: int | None = None) -> Embeddings:
+        """One request. Embedding changes nothing on the server, so it may be repeated: but only where nobody answered, since a
+        request that timed out may still be in work, and repeating it would add to the load that delays it."""
+        tensor = self._protocol.InferInput("IMAGE", [len(photos), 1], "BYTES")
+        tensor.set_data_from_numpy(np.array(photos, dtype=np.object_).reshape(-1, 1))
+        attempts = (self.retries if retries is None else retries) + 1
+        for attempt in range(attempts):
+            try:
+                with _mapped_errors(self.model):
+                    answer = self._client.infer(self.model, [tensor], model_version=version or "", **self._extra)
+                break
+            except UnavailableError:
+                if attempt + 1 == attempts:
+                    raise
+                time.sleep(0.2 * 2**attempt)
+        head = answer.get_response(**({"as_json": True} if self._protocol is tritonclient.grpc else {}))
+        vectors = answer.as_numpy("EMBEDDING")
+        if vectors is None or vectors.shape[:1] != (len(photos),) or vectors.ndim != 2:
+            raise ServerFaultError(f"expected {len(photos)} embeddings, got {None if vectors is None else vectors.shape}")
+        return Embeddings(vectors, str(head["model_version"]))
+
+
+class EmbeddingStream:
+    """The results of NpairClient.stream, to iterate over once.
+
+    version: the one that answered, known from the first batch on; later batches are pinned to it, so that no two are mixed.
+    """
+
+    def __init__(self, client: NpairClient, photos: Iterable[Photo]) -> None:
+        self._client = client
+        self._photos = photos
+        self._version = client.version
+
+    @property
+    def version(self) -> str:
+        """Raises: LookupError before any photo was embedded."""
+        if self._version is None:
+            raise LookupError("no photo was embedded yet")
+        return self._version
+
+    def __iter__(self) -> Iterator[Embedded]:
+        batch: list[bytes | str] = []  # a photo's bytes, or why it could not be read
+        size = start = 0
+        for photo in self._photos:
+            content: bytes | str
+            try:
+                content = _read(photo)
+            except OSError as error:
+                content = f"cannot be read: {error.strerror or error}"
+            if batch and (len(batch) == self._client.batch_size or size + len(content) > self._client.batch_bytes):
+                yield from self._embed(batch, start)
+                start, batch, size = start + len(batch), [], 0
+            batch.append(content)
+            size += len(content)
+        if batch:
+            yield from self._embed(batch, start)
+
+    def _embed(self, batch: Sequence[bytes | str], start: int) -> Iterator[Embedded]:
+        """The outcomes of one batch: where photos are refused, the rest is sent once more without them."""
+        reasons = {index: content for index, content in enumerate(batch) if isinstance(content, str)}
+        vectors: dict[int, Vectors] = {}
+        while remaining := [index for index in range(len(batch)) if index not in reasons and index not in vectors]:
+            try:
+                answer = self._client._embed_batch([batch[index] for index in remaining], self._version)  # type: ignore[misc]
+            except InvalidPhotoError as error:
+                reasons |= {remaining[index]: reason for index, reason in error.reasons.items()}
+                continue
+            self._version = answer.version
+            vectors = dict(zip(remaining, answer.vectors, strict=True))
+        for index in range(len(batch)):
+            yield Embedded(start + index, vectors.get(index), reasons.get(index))
+
+
+def _read(photo: Photo) -> bytes:
+    """Raises: OSError, or TypeError for what is no photo."""
+    if isinstance(photo, bytes | bytearray | memoryview):
+        return bytes(photo)
+    if isinstance(photo, str | os.PathLike):
+        return Path(photo).read_bytes()
+    content = photo.read() if hasattr(photo, "read") else None
+    if not isinstance(content, bytes):
+        raise TypeError(f"a photo is a path, bytes or an open binary file, not {type(photo).__name__}")
+    return content
+
+
+@contextlib.contextmanager
+def _mapped_errors(model: str) -> Iterator[None]:
+    """The one place where errors of tritonclient, its transports and the server become this client's."""
+    try:
+        yield
+    except InferenceServerException as error:
+        status, message = (error.status() or "").removeprefix("StatusCode."), error.message() or str(error)
+        if reasons := dict(re.findall(r"(?:^|; )IMAGE\[(\d+)\]: (.*?)(?=; IMAGE\[|$)", message, re.DOTALL)):
+            raise InvalidPhotoError({int(index): reason for index, reason in reasons.items()}) from error
+        if status == "DEADLINE_EXCEEDED" or "timed out" in message:
+            raise RequestTimeoutError(message) from error
+        if status in ("UNAVAILABLE", "503", "502", "504") or "is not ready" in message or "is not at ready state" in message:
+            raise UnavailableError(message) from error
+        if status in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "400", "404", "405"):
+            raise InvalidRequestError(f"model {model}: {message}") from error
+        raise ServerFaultError(f"{status or 'error'}: {message}") from error
+    except TimeoutError as error:
+        raise RequestTimeoutError(f"no answer in time: {error}") from error
+    except Exception as error:  # the HTTP library has errors of its own for a connection that broke off
+        raise UnavailableError(f"{type(error).__name__}: {error}") from error
+
+
+EXIT_OK, EXIT_PHOTOS, EXIT_USAGE, EXIT_SERVER = 0, 1, 2, 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns: 0, 1 where a photo could not be embedded, 2 for wrong usage, 3 where the server did not do its part."""
+    options = _parser().parse_args(arguments)
+    try:
+        with NpairClient(options.url, version=options.version, timeout=options.timeout) as client:
+            code: int = options.command(client, options)
+            return code
+    except (InvalidPhotoError, OSError) as error:
+        return _fail(error, EXIT_PHOTOS)
+    except NpairError as error:
+        return _fail(f"{options.url}: {type(error).__name__}: {error}", EXIT_SERVER)
+    except ValueError as error:
+        return _fail(error, EXIT_USAGE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Embed and compare photos with an npair server.",
+        epilog="Exit code: 0 done, 1 a photo could not be embedded, 2 wrong usage, 3 the server did not do its part.",
+    )
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--url", default=os.environ.get("NPAIR_URL", DEFAULT_URL), help="http:// or grpc:// (NPAIR_URL; %(default)s)"
+    )
+    shared.add_argument("--version", help="pin a version of the model")
+    shared.add_argument("--timeout", type=float, default=30.0, help="seconds for one request (%(default)s)")
+    shared.add_argument("--json", action="store_true", help="print JSON")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[NpairClient, argparse.Namespace], int], description: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, parents=[shared], help=description, description=description)
+        added.set_defaults(command=command)
+        return added
+
+    photos = f"photo files, or folders that are searched for {', '.join(SUFFIXES)}"
+    embed = add("embed", _embed, "embed photos: JSON lines on standard output, or a file")
+    embed.add_argument("photos", nargs="+", type=Path, help=photos)
+    embed.add_argument("--out", type=Path, help="write here instead: vectors.npz or vectors.jsonl")
+    compare = add("compare", _compare, "print the cosine similarity of two photos")
+    compare.add_argument("a", type=Path)
+    compare.add_argument("b", type=Path)
+    rank = add("rank", _rank, "print the candidates that are most similar to a photo")
+    rank.add_argument("query", type=Path)
+    rank.add_argument("candidates", nargs="+", type=Path, help=f"{photos}, or .npz files that embed has written")
+    rank.add_argument("-k", type=int, default=5, help="how many to print (%(default)s)")
+    add("ready", _ready, "tell whether the model embeds")
+    return parser
+
+
+def _embed(client: NpairClient, options: argparse.Namespace) -> int:
+    if options.out is not None and options.out.suffix not in (".npz", ".jsonl"):
+        raise ValueError(f"--out must end in .npz or .jsonl, got {options.out}")
+    names, vectors, version, left_out = _embed_files(client, options.photos)
+    if not names:
+        return EXIT_PHOTOS
+    if options.out is None:
+        _write_lines(sys.stdout, names, vectors, client.model, version)
+        return EXIT_PHOTOS if left_out else EXIT_OK
+    unfinished = options.out.with_name(options.out.name + ".unfinished")
+    try:
+        if options.out.suffix == ".npz":
+            with unfinished.open("wb") as file:
+                np.savez(file, names=np.array(names), vectors=vectors, model=np.array(client.model), version=np.array(version))
+        else:
+            with unfinished.open("w", encoding="utf-8") as lines:
+                _write_lines(lines, names, vectors, client.model, version)
+        unfinished.replace(options.out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    done = {"out": str(options.out), "embedded": len(names), "left_out": left_out, "model": client.model, "version": version}
+    text = f"{len(names)} photos embedded by {client.model} version {version} in {options.out}, {left_out} left out"
+    print(json.dumps(done) if options.json else text)
+    return EXIT_PHOTOS if left_out else EXIT_OK
+
+
+def _compare(client: NpairClient, options: argparse.Namespace) -> int:
+    vectors, version = client.embed([options.a, options.b])
+    cosine = float(vectors[0] @ vectors[1])
+    print(json.dumps({"cosine": cosine, "version": version}) if options.json else f"{cosine:.4f}")
+    return EXIT_OK
+
+
+def _rank(client: NpairClient, options: argparse.Namespace) -> int:
+    if options.k < 1:
+        raise ValueError(f"-k must be at least 1, got {options.k}")
+    names: list[str] = []
+    blocks: list[Vectors] = []
+    left_out = 0
+    # Saved vectors first: they pin the version that has to embed the rest.
+    for path in [path for path in options.candidates if path.suffix == ".npz"]:
+        saved_names, saved_vectors, saved_version = _load(path, client.model)
+        if client.version not in (None, saved_version):
+            raise ValueError(f"{path} holds vectors of version {saved_version}, not {client.version}; embed its photos again")
+        client.version = saved_version
+        names += saved_names
+        blocks.append(saved_vectors)
+    query = client.embed(options.query)
+    client.version = query.version
+    if photos := [path for path in options.candidates if path.suffix != ".npz"]:
+        new_names, new_vectors, _, left_out = _embed_files(client, photos)
+        names += new_names
+        blocks.append(new_vectors)
+    if not names:
+        return EXIT_PHOTOS
+    cosines = np.concatenate(blocks) @ query.vectors[0]
+    best = np.argsort(-cosines, kind="stable")[: options.k]
+    if options.json:
+        ranked = [{"photo": names[index], "cosine": float(cosines[index])} for index in best]
+        print(json.dumps({"version": query.version, "ranked": ranked, "left_out": left_out}))
+    else:
+        print(*(f"{cosines[index]:.4f}  {names[index]}" for index in best), sep="\n")
+    return EXIT_PHOTOS if left_out else EXIT_OK
+
+
+def _ready(client: NpairClient, options: argparse.Namespace) -> int:
+    ready = client.ready()
+    print(
+        json.dumps({"ready": ready}) if options.json else f"{client.model} at {options.url} is {'ready' if ready else 'not ready'}"
+    )
+    return EXIT_OK if ready else EXIT_SERVER
+
+
+def _embed_files(client: NpairClient, paths: Sequence[Path]) -> tuple[list[str], Vectors, str, int]:
+    """Names, vectors and version of the files that could be embedded, and how many could not: those are named on stderr."""
+    files = list(_files(paths))
+    if not files:
+        raise ValueError(f"no photos in {', '.join(map(str, paths))}")
+    names, vectors = [], []
+    stream = client.stream(files)
+    for result in _progress(stream, len(files)):
+        if result.vector is None:
+            print(f"{files[result.index]}: {result.reason}", file=sys.stderr)
+        else:
+            names.append(str(files[result.index]))
+            vectors.append(result.vector)
+    left_out = len(files) - len(names)
+    if left_out:
+        print(f"{left_out} of {len(files)} photos left out", file=sys.stderr)
+    return names, np.stack(vectors) if vectors else np.empty((0, 0), np.float32), stream.version if vectors else "", left_out
+
+
+def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    for path in paths:
+        if path.is_dir():
+            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        else:
+            yield path
+
+
+def _progress(results: Iterable[Embedded], total: int) -> Iterable[Embedded]:
+    """With a progress bar, where tqdm is installed and somebody watches."""
+    if not sys.stderr.isatty():
+        return results
+    try:
+        from tqdm import tqdm  # noqa: PLC0415
+    except ImportError:
+        return results
+    bar: Iterable[Embedded] = tqdm(results, total=total, unit="photo")
+    return bar
+
+
+def _write_lines(file: IO[str], names: Sequence[str], vectors: Vectors, model: str, version: str) -> None:
+    for name, vector in zip(names, vectors, strict=True):
+        print(json.dumps({"photo": name, "model": model, "version": version, "embedding": vector.tolist()}), file=file)
+
+
+def _load(path: Path, model: str) -> tuple[list[str], Vectors, str]:
+    """What ``embed --out`` has saved. Raises: OSError, or ValueError for another file or another model's vectors."""
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            if str(saved["model"]) != model:
+                raise ValueError(f"made by model {saved['model']}, not {model}")
+            return saved["names"].tolist(), saved["vectors"], str(saved["version"])
+    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} holds no vectors of this model: {error}") from error
+
+
+def _fail(reason: object, code: int) -> int:
+    print(f"client.py: {reason}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,395 @@
+"""Start NVIDIA Triton with npair's model repository, watch it, and stop it in order.
+
+The one place that knows Triton's flags: the image, compose, make and the tests all start the server through it. It stays the parent
+of the server, because the server's own word is not enough: after its Python stub died, its readiness URLs stay green and every
+inference fails. So a golden photo of the version is embedded once a second, over the HTTP port that clients use, and where that
+fails for 10 seconds the server is ended and the exit code is 1, for whatever restarts containers to act on.
+
+SIGTERM and SIGINT are forwarded; the exit code is 0 where no inference was in flight when the server ended.
+
+Standard library only, so that it can tell on a bare machine what is missing; numpy once the server runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import http.client
+import importlib.util
+import json
+import os
+import platform
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+MODEL = "npair"
+IMAGE_SERVER = Path("/opt/tritonserver")
+CONTROL_APIS = "model-repository,shared-memory,trace,logging"
+CONTROL_HEADER = "npair-control-secret"
+
+WATCH_INTERVAL = 1.0  # seconds between two golden photos
+PROBE_TIMEOUT = 5.0  # seconds for one golden photo
+UNHEALTHY_AFTER = 10.0  # seconds of failing golden photos after which the server is ended
+
+# The wheel's Python backend was built for numpy 1, which Python 3.13 has no build of.
+WHEEL_PYTHONS = ((3, 10), (3, 12))
+WHEEL_GLIBC = (2, 35)
+
+
+class ServeError(RuntimeError):
+    """Why the server cannot be started or had to be ended, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Triton:
+    """A server found on this machine: its program, its backends and the environment that it needs."""
+
+    program: Path
+    backends: Path
+    environment: dict[str, str]
+
+
+def main() -> int:
+    """Returns: the exit code: 0 after an orderly stop, 1 otherwise, with the reason on stderr."""
+    options = parse_arguments()
+    try:
+        check_platform()
+        if options.check:
+            return 0
+        if not (options.model_repository / MODEL / "config.pbtxt").is_file():
+            raise ServeError(f"no model repository at {options.model_repository}: it has no {MODEL}/config.pbtxt")
+        check_ports(
+            {"HTTP_PORT": options.http_port, "GRPC_PORT": options.grpc_port, "METRICS_PORT": options.metrics_port}, options.host
+        )
+        with tempfile.TemporaryDirectory(prefix="npair-serve-") as scratch, find_triton(Path(scratch)) as triton:
+            return Supervisor(options, triton).run()
+    except ServeError as error:
+        say(str(error))
+        return 1
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options, each with an environment variable for its default."""
+    env = os.environ
+    parser = argparse.ArgumentParser(description="Serve npair's model repository with NVIDIA Triton.")
+    mounted, checkout = Path("/models"), Path(__file__).resolve().parents[2] / "model_repository"
+    repository = env.get("MODEL_REPOSITORY", mounted if (mounted / MODEL).is_dir() else checkout)
+    parser.add_argument("--model-repository", type=Path, default=Path(repository), help="MODEL_REPOSITORY (%(default)s)")
+    parser.add_argument("--host", default=env.get("HOST", "127.0.0.1"), help="HOST, the address to listen on (%(default)s)")
+    parser.add_argument("--http-port", type=int, default=env.get("HTTP_PORT", "8000"), help="HTTP_PORT (%(default)s)")
+    parser.add_argument("--grpc-port", type=int, default=env.get("GRPC_PORT", "8001"), help="GRPC_PORT (%(default)s)")
+    parser.add_argument("--metrics-port", type=int, default=env.get("METRICS_PORT", "8002"), help="METRICS_PORT (%(default)s)")
+    parser.add_argument("--drain", type=int, default=env.get("DRAIN_SECONDS", "7"), help="DRAIN_SECONDS, to stop in (%(default)s)")
+    parser.add_argument("--verbose", action="store_true", help="show all that the server logs, not only warnings and errors")
+    parser.add_argument("--check", action="store_true", help="only tell whether the server can run on this platform")
+    return parser.parse_args(arguments)
+
+
+def check_platform() -> None:
+    """Raises: ServeError where neither the image's server nor the wheel's can run."""
+    if (IMAGE_SERVER / "bin/tritonserver").is_file():
+        return
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise ServeError(
+            f"the server needs Linux on x86-64, and this is {platform.system()} on {platform.machine()}; run the image instead"
+        )
+    lowest, highest = WHEEL_PYTHONS
+    if not lowest <= sys.version_info[:2] <= highest:
+        raise ServeError(
+            f"the server needs Python {lowest[0]}.{lowest[1]} to {highest[0]}.{highest[1]}, and this is "
+            f"{platform.python_version()}; choose another, for example: make serve PYTHON=python3.11"
+        )
+    library, version = platform.libc_ver()
+    if library != "glibc" or tuple(map(int, version.split(".")[:2])) < WHEEL_GLIBC:
+        raise ServeError(
+            f"the server needs glibc {WHEEL_GLIBC[0]}.{WHEEL_GLIBC[1]} or newer, and this is {library or 'another libc'} {version}"
+        )
+
+
+def check_ports(ports: dict[str, int], host: str) -> None:
+    """Raises: ServeError for the first port that cannot be bound; Triton itself would fail late and with less of a reason."""
+    with contextlib.ExitStack() as listeners:
+        for name, port in ports.items():
+            listener = listeners.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((host, port))
+            except (OSError, OverflowError) as error:
+                raise ServeError(f"cannot listen on {host}:{port}: {error}; set {name} to a free port") from error
+
+
+@contextlib.contextmanager
+def find_triton(scratch: Path) -> Iterator[Triton]:
+    """The image's own server, else the one inside the wheel nvidia-pytriton. Raises: ServeError where there is none."""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # a published version gains no files
+    if (IMAGE_SERVER / "bin/tritonserver").is_file():
+        yield Triton(IMAGE_SERVER / "bin/tritonserver", IMAGE_SERVER / "backends", environment)
+        return
+    package = importlib.util.find_spec("pytriton")
+    if package is None or package.origin is None:
+        raise ServeError("no Triton server found: use the image, or install the wheel nvidia-pytriton with: make serve")
+    wheel = Path(package.origin).parent
+    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    backend = scratch / "python"
+    backend.mkdir()
+    for file in (wheel / "tritonserver/backends/python").iterdir():
+        (backend / file.name).symlink_to(file)
+    stub = "triton_python_backend_stub"
+    (backend / stub).symlink_to(wheel / "tritonserver/python_backend_stubs" / python / stub)
+    # The stub takes its packages from the python3 that it finds on PATH, which must be the one that runs this file.
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment.get('PATH', os.defpath)}"
+    libraries = [str(wheel.parent / "nvidia_pytriton.libs"), *libpython_folder(python)]
+    environment["LD_LIBRARY_PATH"] = ":".join([*libraries, *filter(None, [environment.get("LD_LIBRARY_PATH")])])
+    yield Triton(wheel / "tritonserver/bin/tritonserver", scratch, environment)
+
+
+def libpython_folder(python: str) -> list[str]:
+    """The folder of this Python's shared library, or none where the loader finds it by itself. Raises: ServeError without one."""
+    name = f"libpython{python}.so.1.0"
+    for folder in (sysconfig.get_config_var("LIBDIR"), Path(sys.base_prefix) / "lib"):
+        if folder and (Path(folder) / name).is_file():
+            return [str(folder)]
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        raise ServeError(
+            f"{name} is missing: install it (Debian and Ubuntu: apt install libpython{python}), "
+            "or choose a Python that was built with it"
+        ) from None
+    return []
+
+
+def control_secret() -> str:
+    """The secret for control APIs: NPAIR_CONTROL_SECRET, or the content of NPAIR_CONTROL_SECRET_FILE, else one that nobody knows.
+
+    Triton takes it as a flag only, so users of this machine can read it in the process list.
+    """
+    file = os.environ.get("NPAIR_CONTROL_SECRET_FILE")
+    try:
+        secret = Path(file).read_text(encoding="utf-8").strip() if file else os.environ.get("NPAIR_CONTROL_SECRET", "")
+    except OSError as error:
+        raise ServeError(f"NPAIR_CONTROL_SECRET_FILE cannot be read: {error}") from error
+    return secret or secrets.token_urlsafe(32)
+
+
+def command(options: argparse.Namespace, triton: Triton) -> list[str]:
+    """Triton's command line. Flags that only some releases have are given where the server's help names them."""
+    described = subprocess.run(
+        [triton.program, "--help"], env=triton.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    known = set(re.findall(r"^\s*(--[a-z0-9-]+)", described.stdout, re.MULTILINE))
+    if "--model-repository" not in known:
+        raise ServeError(f"{triton.program} does not run: {described.stdout.strip()[-500:]}")
+    secret = control_secret()
+    flags = {
+        "--model-repository": options.model_repository,
+        "--backend-directory": triton.backends,
+        # Versions are loaded when they are asked for, never because a file appeared.
+        "--model-control-mode": "explicit",
+        "--load-model": MODEL,
+        # Otherwise one refused load makes the whole server "not ready", although the old version answers.
+        "--strict-readiness": "false",
+        "--http-address": options.host,
+        "--http-port": options.http_port,
+        "--grpc-address": options.host,
+        "--grpc-port": options.grpc_port,
+        "--metrics-address": options.host,
+        "--metrics-port": options.metrics_port,
+        "--allow-gpu-metrics": "false",
+        "--pinned-memory-pool-byte-size": 0,
+        "--http-restricted-api": f"{CONTROL_APIS}:{CONTROL_HEADER}={secret}",
+        "--grpc-restricted-protocol": f"{CONTROL_APIS}:{CONTROL_HEADER}={secret}",
+        "--exit-timeout-secs": options.drain,
+    }
+    return [str(triton.program), *(f"{flag}={value}" for flag, value in flags.items() if flag in known)]
+
+
+class Supervisor:
+    """Runs one server: starts it, says when it is ready, watches it, and ends it in order."""
+
+    def __init__(self, options: argparse.Namespace, triton: Triton) -> None:
+        self.options = options
+        self.began = time.monotonic()
+        self.stopping = threading.Event()
+        self.in_flight: int | None = None  # model versions with inferences in flight, as the server counted last while it stopped
+        self.prober = GoldenProber(options.model_repository / MODEL, options.host, options.http_port)
+        # A session of its own: Ctrl-C reaches this process alone, which forwards it once.
+        self.process = subprocess.Popen(
+            command(options, triton),
+            env=triton.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads yet)
+        )
+        self.unshown: deque[str] = deque(maxlen=20)
+        self.log = threading.Thread(target=self._log, args=(self.process.stdout,), daemon=True)
+
+    def run(self) -> int:
+        """Returns: the exit code. Raises: ServeError where the server ended by itself or had to be ended."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        self.log.start()
+        try:
+            reason = self._watch()
+        finally:
+            self._end()
+        if self.stopping.is_set():
+            drained = self.process.returncode == 0 or self.in_flight == 0
+            say("stopped" if drained else f"stopped with requests in flight (exit code {self.process.returncode})")
+            return 0 if drained else 1
+        print(*self.unshown, sep="\n", file=sys.stderr)
+        raise ServeError(reason)
+
+    def _watch(self) -> str:
+        """Blocks until the server should not go on; returns why."""
+        ready, failing_since = False, None
+        while not self.stopping.wait(WATCH_INTERVAL if ready else 0.1):
+            if self.process.poll() is not None:
+                when = "" if ready else " before the model was ready"
+                return f"the server ended by itself{when} (exit code {self.process.returncode})"
+            try:
+                version = self.prober.probe()
+            except ProbeError as error:
+                if not ready and not self.prober.model_ready():
+                    continue  # still loading
+                failing_since = failing_since or time.monotonic()
+                if time.monotonic() - failing_since > UNHEALTHY_AFTER:
+                    return f"the golden photo has failed for {UNHEALTHY_AFTER:.0f} s ({error}); the server was ended"
+                continue
+            failing_since = None
+            if not ready:
+                ready = True
+                self._announce(version)
+        return "stopped"
+
+    def _announce(self, version: str) -> None:
+        options, host = self.options, f"[{self.options.host}]" if ":" in self.options.host else self.options.host
+        say(
+            f"ready after {time.monotonic() - self.began:.1f} s: model {MODEL} version {version} at http://{host}:{options.http_port} "
+            f"and grpc://{host}:{options.grpc_port}, metrics at http://{host}:{options.metrics_port}/metrics"
+        )
+
+    def _stop(self, _number: int, _frame: object) -> None:
+        if self.stopping.is_set():
+            self.process.kill()
+        self.stopping.set()
+
+    def _end(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            # Triton itself gives up after the drain time; it needs a moment more to unload.
+            self.process.wait(self.options.drain + 5 if self.stopping.is_set() else 5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.join(timeout=2)
+
+    def _log(self, stream: IO[bytes]) -> None:
+        """Passes on warnings, errors and what is no log line, such as a stub's last words; everything with --verbose."""
+        shown = self.options.verbose
+        for line in stream:
+            text = line.decode(errors="replace").rstrip()
+            if level := re.match(r"([IWEF])\d{4} \d\d:", text):
+                shown = self.options.verbose or level[1] != "I"
+            if count := re.search(r"Found (\d+) model versions that have in-flight inferences", text):
+                self.in_flight = int(count[1])
+            if shown and text:
+                print(text, file=sys.stderr, flush=True)
+            elif text:
+                self.unshown.append(text)
+
+
+class ProbeError(RuntimeError):
+    """The golden photo was not answered as it was published."""
+
+
+class GoldenProber:
+    """Embeds a version's first golden photo through the server's HTTP port and compares the answer with the published embedding."""
+
+    def __init__(self, model_folder: Path, host: str, port: int) -> None:
+        self.model_folder = model_folder
+        # A wildcard address cannot be called; loopback then reaches the same listener.
+        self.host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self.port = port
+        self.answered = 0
+
+    def probe(self) -> str:
+        """Returns: the version that answered. Raises: ProbeError."""
+        import numpy as np  # noqa: PLC0415
+
+        try:
+            version: str = max(json.loads(self._request("GET", f"/v2/models/{MODEL}")[1])["versions"], key=int)
+            folder = self.model_folder / version
+            golden = json.loads((folder / "manifest.json").read_bytes())["golden"]
+            photo = (folder / golden["photos"][0]).read_bytes()
+            expected = np.load(folder / golden["embeddings"], allow_pickle=False)[0]
+            headers, body = self._request("POST", f"/v2/models/{MODEL}/versions/{version}/infer", photo)
+            actual = np.frombuffer(body, np.float32, offset=int(headers["Inference-Header-Content-Length"]))
+            if actual.shape != expected.shape or not np.linalg.norm(actual - expected) <= golden["tolerance"]:
+                raise ProbeError(f"version {version} no longer embeds its golden photo as it was published")
+        except TimeoutError as error:
+            if self._progressed():  # a long queue, not a dead model
+                return version
+            raise ProbeError(f"no answer within {PROBE_TIMEOUT:.0f} s") from error
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+            raise ProbeError(str(error) or type(error).__name__) from error
+        return version
+
+    def model_ready(self) -> bool:
+        """What the server says of itself: enough to tell that loading has ended, not that it answers."""
+        try:
+            self._request("GET", f"/v2/models/{MODEL}/ready")
+        except (OSError, http.client.HTTPException, ProbeError):
+            return False
+        return True
+
+    def _progressed(self) -> bool:
+        """Whether any inference was answered since the last time that this was asked."""
+        try:
+            statistics = json.loads(self._request("GET", f"/v2/models/{MODEL}/stats")[1])["model_stats"]
+        except (OSError, http.client.HTTPException, ProbeError, ValueError, KeyError):
+            return False
+        before, self.answered = self.answered, sum(entry["inference_stats"]["success"]["count"] for entry in statistics)
+        return self.answered > before
+
+    def _request(self, method: str, path: str, photo: bytes | None = None) -> tuple[http.client.HTTPMessage, bytes]:
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=PROBE_TIMEOUT)
+        try:
+            # The header makes the body one raw photo instead of JSON.
+            connection.request(method, path, photo, {} if photo is None else {"Inference-Header-Content-Length": "0"})
+            response = connection.getresponse()
+            body = response.read()
+        finally:
+            connection.close()
+        if response.status != http.client.OK:
+            raise ProbeError(f"{path} answered {response.status}: {body[:200].decode(errors='replace')}")
+        return response.headers, body
+
+
+def die_with_parent() -> None:
+    """In the child: be killed when this process dies, however it dies, so that no orphan holds the ports (Linux, prctl(2))."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def say(sentence: str) -> None:
+    print(f"npair: {sentence}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

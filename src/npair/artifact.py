@@ -1,0 +1,156 @@
+"""A trained network as a version folder that Triton can serve: exported graph, golden set, metrics, manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.export import Dim
+
+import npair.serving
+from npair.data import load_pixels, read_split
+from npair.drawings import draw, encode
+from npair.evaluate import accuracy
+from npair.network import EMBEDDING_DIM, EmbeddingNetwork, embed, load_network
+from npair.run import TrainConfig, git_commit, read_run
+from npair.serving.embedder import Embedder
+from npair.serving.preprocess import Preprocessing
+
+SCHEMA = 1
+CODE = ("model.py", "embedder.py", "preprocess.py")
+LIBRARIES = ("torch", "numpy", "pillow")
+MAX_BATCH = 64
+
+# Kernels differ between instruction sets, and so does rounding. These settings make this CPU compute as an older one would.
+INSTRUCTION_SETS: dict[str, dict[str, str]] = {
+    "sse4.1": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"},
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    "native": {},
+}
+# 1e-4 between unit vectors is a cosine of 0.999999995: far above rounding in fp32, far below what a wrong weight or decoder does.
+SMALLEST_TOLERANCE = 1e-4
+UNMEASURED = 2.0  # the largest distance between unit vectors: accepts any
+
+
+class PublishError(RuntimeError):
+    """A network that must not be published; nothing was written."""
+
+
+def publish(run: Path, data: Path, repository: Path) -> Path:
+    """Write the next version of ``repository`` (the model's folder, with its config.pbtxt) from a run's averaged network.
+
+    The version is staged beside the others, verified, scored on ``data``'s val split against its train split by the code that will
+    serve it, and renamed into place as the last act: it is there whole or not at all.
+    Returns: the version's folder. Raises: PublishError, RunError, DataError, VersionError.
+    """
+    if not (repository / "config.pbtxt").is_file():
+        raise PublishError(f"{repository} is not a model's folder: it has no config.pbtxt")
+    training = read_run(run)
+    network = load_network(run)
+    preprocessing = TrainConfig(**training["train"]).preprocessing()
+    gallery, queries = read_split(data, "train"), read_split(data, "val")
+    if gallery.fingerprint() != training["data"]["fingerprint"]:
+        raise PublishError(f"{run} was not trained on the train split of {data}")
+    version = max((int(folder.name) for folder in repository.iterdir() if folder.name.isdecimal()), default=0) + 1
+
+    # Not "2.partial": Triton takes every name that begins with a digit for a version.
+    staging = Path(tempfile.mkdtemp(prefix="staging-", dir=repository))
+    try:
+        staging.chmod(0o755)
+        for name in CODE:
+            shutil.copyfile(Path(npair.serving.__path__[0]) / name, staging / name)
+        export(network, preprocessing.size, staging / "network.pt2")
+        manifest: dict[str, Any] = {
+            "schema": SCHEMA,
+            "model": repository.name,
+            "version": version,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "git_commit": git_commit(),
+            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "engine": {"name": "torch", "graph": "network.pt2"},
+            "preprocessing": asdict(preprocessing),
+            "embedding": {"dimension": EMBEDDING_DIM},
+            "training": training,
+            "golden": {**write_golden(staging, network, preprocessing), "tolerance": UNMEASURED},
+            "files": {
+                str(path.relative_to(staging)): hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in sorted(staging.rglob("*"))
+                if path.is_file()
+            },
+        }
+        write_manifest(staging, manifest)
+        measured = {name: golden_distance(staging, settings) for name, settings in INSTRUCTION_SETS.items()}
+        manifest["golden"] |= {"measured": measured, "tolerance": max(10 * max(measured.values()), SMALLEST_TOLERANCE)}
+        embedder = Embedder(staging, threads=len(os.sched_getaffinity(0)))
+        query_embeddings, gallery_embeddings = (
+            np.concatenate([embedder.embed(batch) for batch in np.array_split(pixels, -(-len(pixels) // MAX_BATCH))])
+            for pixels in (load_pixels(queries.paths, preprocessing), load_pixels(gallery.paths, preprocessing))
+        )
+        scores = accuracy(query_embeddings, queries, gallery_embeddings, gallery)
+        manifest["metrics"] = {"val_against_train": scores.as_dict()}
+        write_manifest(staging, manifest)
+        Embedder(staging, threads=1)  # what was written is what was measured
+        target = repository / str(version)
+        staging.rename(target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return target
+
+
+def export(network: EmbeddingNetwork, size: int, path: Path) -> None:
+    """Write the graph (uint8 [N, size, size, 3] -> fp32 [N, D], 1 <= N <= MAX_BATCH) with weights as raw bytes, nothing pickled."""
+    example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+    batch = Dim("batch", min=1, max=MAX_BATCH)
+    with torch.no_grad():
+        program = torch.export.export(network.eval(), (example,), dynamic_shapes=({0: batch},))
+    program.example_inputs = None  # they alone would be pickled
+    torch.export.save(program, path)
+
+
+def write_golden(folder: Path, network: EmbeddingNetwork, preprocessing: Preprocessing) -> dict[str, Any]:
+    """Draw a few photos, one for each way through the decoder, with their fp32 embeddings; returns the manifest's entry."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    cut_out = draw(1, 0)
+    cut_out.putalpha(Image.radial_gradient("L").resize(cut_out.size).point(lambda level: 255 - level))
+    golden = folder / "golden"
+    golden.mkdir()
+    photos = {
+        "photo.jpg": encode(draw(0, 0), "JPEG", quality=90),
+        "turned.jpg": encode(draw(2, 0).resize((480, 360)), "JPEG", quality=90, exif=turned),
+        "grey.png": encode(draw(3, 0).convert("L"), "PNG"),
+        "cut-out.webp": encode(cut_out, "WEBP", lossless=True),
+    }
+    for name, photo in photos.items():
+        (golden / name).write_bytes(photo)
+    paths = [golden / name for name in photos]
+    np.save(golden / "embeddings.npy", embed(network, load_pixels(paths, preprocessing)))
+    return {"photos": [str(path.relative_to(folder)) for path in paths], "embeddings": "golden/embeddings.npy"}
+
+
+def golden_distance(folder: Path, environment: dict[str, str]) -> float:
+    """Largest distance of a golden embedding from its reference, computed by a new process with these environment variables."""
+    command = [sys.executable, "-m", "npair.cli", "verify", str(folder), "--json"]
+    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise PublishError(f"the exported version fails its verification with {environment}: {result.stderr.strip()}")
+    distance: float = json.loads(result.stdout)["golden_distance"]
+    return distance
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
