@@ -41,6 +41,9 @@ IMAGE_SERVER = Path("/opt/tritonserver")
 CONTROL_APIS = "model-repository,shared-memory,trace,logging"
 CONTROL_HEADER = "npair-control-secret"
 
+# What CUDA builds of the server call an error on every machine without a GPU.
+NOISE = "CudaDriverHelper has not been initialized"
+
 WATCH_INTERVAL = 1.0  # seconds between two golden photos
 PROBE_TIMEOUT = 5.0  # seconds for one golden photo
 UNHEALTHY_AFTER = 10.0  # seconds of failing golden photos after which the server is ended
@@ -309,7 +312,7 @@ class Supervisor:
                 shown = self.options.verbose or level[1] != "I"
             if count := re.search(r"Found (\d+) model versions that have in-flight inferences", text):
                 self.in_flight = int(count[1])
-            if shown and text:
+            if shown and text and NOISE not in text:
                 print(text, file=sys.stderr, flush=True)
             elif text:
                 self.unshown.append(text)

@@ -23,7 +23,7 @@ class TrainConfig:
     """The knobs of a run; sizes in pixels."""
 
     seed: int = 0
-    epochs: int = 120
+    epochs: int = 200
     classes_per_batch: int = 60  # N; two photos of each
     size: int = 160  # of the photo when evaluated and served
     crop_size: int = 128  # of the random crop in training: smaller, since crops show objects larger than whole photos do
@@ -33,7 +33,7 @@ class TrainConfig:
     gradient_norm: float = 1.0
     norm_penalty: float = 2e-3
     ema_decay: float = 0.998
-    evaluate_every: int = 10  # epochs
+    evaluate_every: int = 25  # epochs
 
     def preprocessing(self) -> Preprocessing:
         return Preprocessing(size=self.size, resample="BILINEAR", background=255)
