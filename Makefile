@@ -1,19 +1,18 @@
-# The Python of .venv; any of 3.10 to 3.13 for which torch has a wheel.
+# The Python of .venv: 3.10 to 3.12.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := model/api/requirements.txt
 
-# Triton for development and tests. Its metadata asks for numpy 1, which only its own Python client needs: npair uses the server alone,
-# hence --no-deps.
+# Triton for development and tests. npair uses the server inside and none of the Python packages that the wheel asks for.
 SERVER := nvidia-pytriton==0.7.0
 
 # PyPI's torch brings gigabytes of CUDA; PyTorch's CPU index has a smaller build of the same version, and pip prefers it (2.13.0+cpu is
-# newer than 2.13.0). On a closed network that index is skipped after one try, and torch comes from what pip is configured with.
+# newer than 2.13.0). On a closed network that index is given up after two tries, and torch comes from what pip is configured with.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format data train clean
+.PHONY: help install serve test lint format clean
 
 help: ## List these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,7 +20,7 @@ help: ## List these targets
 .venv/serve: $(PINS)
 	@$(PYTHON) model/api/serve.py --check
 	$(PYTHON) -m venv .venv
-	$(PIP) install --no-deps --retries 0 --timeout 15 --extra-index-url $(TORCH_INDEX) "$$(grep '^torch==' $(PINS))"
+	$(PIP) install --no-deps --retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX) "$$(grep '^torch==' $(PINS))"
 	$(PIP) install -r $(PINS)
 	$(PIP) install --no-deps $(SERVER)
 	@touch $@
@@ -32,7 +31,7 @@ help: ## List these targets
 
 install: .venv/dev ## Prepare .venv for training, tests and serving
 
-serve: .venv/serve ## Start Triton with model_repository/ (HTTP_PORT, GRPC_PORT, METRICS_PORT, HOST)
+serve: .venv/serve ## Start Triton with model_repository/ (HTTP_PORT, GRPC_PORT, METRICS_PORT, BIND_ADDRESS)
 	@exec $(BIN)/python model/api/serve.py
 
 test: .venv/dev ## Run all tests, on a real server

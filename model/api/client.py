@@ -300,6 +300,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{options.url}: {type(error).__name__}: {error}", EXIT_SERVER)
     except ValueError as error:
         return _fail(error, EXIT_USAGE)
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

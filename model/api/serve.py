@@ -7,7 +7,7 @@ fails for 10 seconds the server is ended and the exit code is 1, for whatever re
 
 SIGTERM and SIGINT are forwarded; the exit code is 0 where no inference was in flight when the server ended.
 
-Standard library only, so that it can tell on a bare machine what is missing; numpy once the server runs.
+Standard library only, and plain syntax, so that it can tell on a bare machine what is missing; numpy once the server runs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import errno
 import http.client
 import importlib.util
 import json
@@ -92,7 +93,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     mounted, checkout = Path("/models"), Path(__file__).resolve().parents[2] / "model_repository"
     repository = env.get("MODEL_REPOSITORY", mounted if (mounted / MODEL).is_dir() else checkout)
     parser.add_argument("--model-repository", type=Path, default=Path(repository), help="MODEL_REPOSITORY (%(default)s)")
-    parser.add_argument("--host", default=env.get("HOST", "127.0.0.1"), help="HOST, the address to listen on (%(default)s)")
+    parser.add_argument("--host", default=env.get("BIND_ADDRESS", "127.0.0.1"), help="BIND_ADDRESS, to listen on (%(default)s)")
     parser.add_argument("--http-port", type=int, default=env.get("HTTP_PORT", "8000"), help="HTTP_PORT (%(default)s)")
     parser.add_argument("--grpc-port", type=int, default=env.get("GRPC_PORT", "8001"), help="GRPC_PORT (%(default)s)")
     parser.add_argument("--metrics-port", type=int, default=env.get("METRICS_PORT", "8002"), help="METRICS_PORT (%(default)s)")
@@ -131,8 +132,11 @@ def check_ports(ports: dict[str, int], host: str) -> None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 listener.bind((host, port))
+                listener.listen()  # else two of the three could share a port
             except (OSError, OverflowError) as error:
-                raise ServeError(f"cannot listen on {host}:{port}: {error}; set {name} to a free port") from error
+                elsewhere = getattr(error, "errno", None) == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror)
+                remedy = "set BIND_ADDRESS to an address of this machine" if elsewhere else f"set {name} to a free port"
+                raise ServeError(f"cannot listen on {host}:{port}: {error}; {remedy}") from error
 
 
 @contextlib.contextmanager
@@ -201,6 +205,8 @@ def command(options: argparse.Namespace, triton: Triton) -> list[str]:
     flags = {
         "--model-repository": options.model_repository,
         "--backend-directory": triton.backends,
+        # config.pbtxt is complete; to complete it, the server would import the model, and torch, once more.
+        "--disable-auto-complete-config": None,
         # Versions are loaded when they are asked for, never because a file appeared.
         "--model-control-mode": "explicit",
         "--load-model": MODEL,
@@ -218,7 +224,8 @@ def command(options: argparse.Namespace, triton: Triton) -> list[str]:
         "--grpc-restricted-protocol": f"{CONTROL_APIS}:{CONTROL_HEADER}={secret}",
         "--exit-timeout-secs": options.drain,
     }
-    return [str(triton.program), *(f"{flag}={value}" for flag, value in flags.items() if flag in known)]
+    given = (flag if value is None else f"{flag}={value}" for flag, value in flags.items() if flag in known)
+    return [str(triton.program), *given]
 
 
 class Supervisor:
@@ -230,6 +237,8 @@ class Supervisor:
         self.stopping = threading.Event()
         self.in_flight: int | None = None  # model versions with inferences in flight, as the server counted last while it stopped
         self.prober = GoldenProber(options.model_repository / MODEL, options.host, options.http_port)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
         # A session of its own: Ctrl-C reaches this process alone, which forwards it once.
         self.process = subprocess.Popen(
             command(options, triton),
@@ -244,8 +253,6 @@ class Supervisor:
 
     def run(self) -> int:
         """Returns: the exit code. Raises: ServeError where the server ended by itself or had to be ended."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
         self.log.start()
         try:
             reason = self._watch()
@@ -283,21 +290,25 @@ class Supervisor:
     def _announce(self, version: str) -> None:
         options, host = self.options, f"[{self.options.host}]" if ":" in self.options.host else self.options.host
         say(
-            f"ready after {time.monotonic() - self.began:.1f} s: model {MODEL} version {version} at http://{host}:{options.http_port} "
-            f"and grpc://{host}:{options.grpc_port}, metrics at http://{host}:{options.metrics_port}/metrics"
+            f"ready after {time.monotonic() - self.began:.1f} s: model {MODEL} version {version} "
+            f"at http://{host}:{options.http_port} and grpc://{host}:{options.grpc_port}, "
+            f"metrics at http://{host}:{options.metrics_port}/metrics"
         )
 
     def _stop(self, _number: int, _frame: object) -> None:
+        """At once, whatever the watch is waiting for; a second signal does not wait for the drain."""
         if self.stopping.is_set():
             self.process.kill()
-        self.stopping.set()
+        else:
+            self.stopping.set()
+            self.process.terminate()
 
     def _end(self) -> None:
-        if self.process.poll() is None:
+        if not self.stopping.is_set():
             self.process.terminate()
         try:
             # Triton itself gives up after the drain time; it needs a moment more to unload.
-            self.process.wait(self.options.drain + 5 if self.stopping.is_set() else 5)
+            self.process.wait(self.options.drain + 5)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -308,11 +319,14 @@ class Supervisor:
         shown = self.options.verbose
         for line in stream:
             text = line.decode(errors="replace").rstrip()
-            if level := re.match(r"([IWEF])\d{4} \d\d:", text):
+            level = re.match(r"([IWEF])\d{4} \d\d:", text)
+            if level:
                 shown = self.options.verbose or level[1] != "I"
-            if count := re.search(r"Found (\d+) model versions that have in-flight inferences", text):
+            count = re.search(r"Found (\d+) model versions that have in-flight inferences", text)
+            if count:
                 self.in_flight = int(count[1])
-            if shown and text and NOISE not in text:
+            # Once everything is answered, idle connections running into the exit timeout are no error.
+            if shown and text and NOISE not in text and self.in_flight != 0:
                 print(text, file=sys.stderr, flush=True)
             elif text:
                 self.unshown.append(text)

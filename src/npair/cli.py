@@ -22,7 +22,7 @@ URL = "http://127.0.0.1:8000"
 
 
 def main() -> int:
-    """Returns: 0; 1 with one line on stderr that says what went wrong; 130 for training that Ctrl-C ended with a checkpoint."""
+    """Returns: 0; 1 with one line on stderr that says what went wrong; 130 after Ctrl-C, which training ends with a checkpoint."""
     arguments = _parser().parse_args()
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
@@ -30,6 +30,8 @@ def main() -> int:
     except (ValueError, RuntimeError, OSError, NpairError) as error:
         print(f"npair: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

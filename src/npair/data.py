@@ -79,7 +79,7 @@ def load_pixels(paths: Sequence[Path], preprocessing: Preprocessing) -> npt.NDAr
             raise DataError(f"{paths[index]}: {error}") from error
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # Pillow decodes and scales outside the GIL
-        for _ in tqdm(pool.map(load, range(len(paths))), total=len(paths), desc="decode", unit="photo"):
+        for _ in tqdm(pool.map(load, range(len(paths))), total=len(paths), desc="decode", unit="photo", leave=False):
             pass
     return pixels
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +36,8 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False) -
     """Train on ``data``'s train split into the folder ``run``; returns False where Ctrl-C ended it early, with a checkpoint.
 
     The val split, where there is one, is scored for the log alone: nothing is chosen by it.
-    Raises: DataError for unusable data, RunError for a run folder that holds another run or no checkpoint to resume.
+    Raises: DataError for unusable data; RunError for a run folder that holds another run or no checkpoint to resume, or for a loss
+    that is not finite.
     """
     checkpoint_path = run / "checkpoint.pt"
     photos = read_split(data, "train")
@@ -103,6 +105,8 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False) -
                 # In fp32: bf16's 8 bits would coarsen the products that the loss compares.
                 anchor_embeddings, positive_embeddings = network.embedding(features.float()).chunk(2)
                 loss = loss_of(anchor_embeddings, positive_embeddings)
+                if not loss.isfinite():
+                    raise RunError(f"the loss is {loss.item()} at step {step}; start anew with a lower --learning-rate")
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(network.parameters(), config.gradient_norm)
@@ -116,7 +120,7 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False) -
                 progress.set_postfix(epoch=epoch + 1, loss=f"{losses[-1]:.3f}", batch_recall=f"{hits[-1]:.2f}")
                 if interrupted():
                     save_checkpoint()
-                    progress.write(f"interrupted at step {step} of {steps}; go on with --resume")
+                    progress.write(f"interrupted at step {step} of {steps}; go on with --resume", file=sys.stderr)
                     return False
             row: dict[str, Any] = {"epoch": epoch + 1, "loss": float(np.mean(losses)), "batch_recall": float(np.mean(hits))}
             row["seconds"] = round(time.monotonic() - began, 1)
@@ -127,7 +131,9 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False) -
             with (run / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
             recall = f"  val recall@1 {row['val']['fine']:.3f} fine {row['val']['coarse']:.3f} coarse" if "val" in row else ""
-            progress.write(f"epoch {epoch + 1:3}  loss {row['loss']:.3f}  batch recall {row['batch_recall']:.3f}{recall}")
+            progress.write(
+                f"epoch {epoch + 1:3}  loss {row['loss']:.3f}  batch recall {row['batch_recall']:.3f}{recall}", file=sys.stderr
+            )
             save_checkpoint()
     return True
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
 
 # Limits.max_pixels is checked before any pixel is decoded; Pillow's own limit is a global that would override a higher setting.
 Image.MAX_IMAGE_PIXELS = None
@@ -62,6 +63,8 @@ def decode(photo: bytes, preprocessing: Preprocessing, limits: Limits) -> npt.ND
     try:
         image: Image.Image = Image.open(io.BytesIO(photo), formats=FORMATS)
     except Exception as error:
+        if photo.startswith(SIGNATURES):
+            raise PhotoError("the image data is truncated or damaged") from error
         raise PhotoError("not a JPEG, PNG or WebP image; convert it to one of these") from error
     width, height = image.size
     if width * height > limits.max_pixels:
