@@ -1,9 +1,15 @@
-"""What several tests need: a drawn data set, a tiny run trained on it, and the version published from that."""
+"""What several tests need: a drawn data set, a tiny run trained on it, the version published from that, and real servers."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +21,7 @@ from npair.serving.preprocess import Limits, Preprocessing
 from npair.train import train
 
 ROOT = Path(__file__).parents[1]
+PORTS = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
 PREPROCESSING = Preprocessing(size=64, resample="BILINEAR", background=255)
 LIMITS = Limits(max_bytes=1_000_000, max_pixels=1_000_000)
 TINY = TrainConfig(epochs=2, classes_per_batch=4, size=64, crop_size=48, evaluate_every=1)
@@ -55,3 +62,38 @@ def version(published: Path, tmp_path: Path) -> Path:
 def rewrite_manifest(folder: Path, **changes: object) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def free_ports() -> dict[str, str]:
+    listeners = {name: socket.create_server(("127.0.0.1", 0)) for name in PORTS}
+    ports = {name: str(listener.getsockname()[1]) for name, listener in listeners.items()}
+    for listener in listeners.values():
+        listener.close()
+    return ports
+
+
+def start(**environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, ROOT / "model/api/serve.py"], env=os.environ | environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+@contextmanager
+def running(**environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
+    """A server that is ready, and its URLs by protocol."""
+    ports = free_ports()
+    process = start(**ports, **environment)
+    assert process.stderr is not None
+    try:
+        lines = []
+        while line := process.stderr.readline():
+            lines.append(line)
+            if "ready after" in line:
+                break
+        else:
+            pytest.fail("the server did not start:\n" + "".join(lines))
+        assert len(lines) == 1, f"one line says that it is ready, and nothing else is said: {lines}"
+        yield process, {"http": f"http://127.0.0.1:{ports['HTTP_PORT']}", "grpc": f"grpc://127.0.0.1:{ports['GRPC_PORT']}"}
+    finally:
+        process.terminate()
+        process.wait(timeout=30)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import PREPROCESSING
 
-from npair.data import DataError, NPairSampler, load_pixels, read_split
+from npair.data import LIMITS, DataError, NPairSampler, load_pixels, read_split
 from npair.serving.preprocess import decode
 
 LABELS = np.repeat(np.arange(10), 5)
@@ -57,8 +57,6 @@ class TestLoadPixels:
     def test_is_what_serving_decodes(self, dataset: Path) -> None:
         paths = read_split(dataset, "val").paths
         pixels = load_pixels(paths, PREPROCESSING)
-        from npair.data import LIMITS
-
         np.testing.assert_array_equal(pixels[3], decode(paths[3].read_bytes(), PREPROCESSING, LIMITS))
 
     def test_names_the_bad_file(self, dataset: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from pytorch_metric_learning.distances import DotProductSimilarity
 from pytorch_metric_learning.losses import NPairsLoss
 
 from npair.loss import NPairLoss
@@ -32,10 +33,10 @@ def test_equals_the_equation() -> None:
 
 
 def test_equals_pytorch_metric_learning() -> None:
-    """Its NPairsLoss takes the first pair of each class as anchor and positive: one direction, no penalty."""
+    """Its NPairsLoss is one direction, without penalty, and normalises unless it is told not to."""
     anchors, positives = pairs()
     labels = torch.arange(len(anchors)).repeat(2)
-    reference = NPairsLoss()
+    reference = NPairsLoss(distance=DotProductSimilarity(normalize_embeddings=False))
     forth = reference(torch.cat([anchors, positives]), labels)
     back = reference(torch.cat([positives, anchors]), labels)
     torch.testing.assert_close(NPairLoss(norm_penalty=0.0)(anchors, positives), (forth + back) / 2)

@@ -10,7 +10,7 @@ def test_costs_what_its_docstring_says() -> None:
     network = EmbeddingNetwork().eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         assert network(torch.zeros(1, 160, 160, 3, dtype=torch.uint8)).shape == (1, 128)
-    assert round(counter.get_total_flops() / 2 / 1e9, 2) == 0.28  # a multiply-add counts as two
+    assert round(counter.get_total_flops() / 2 / 1e9, 2) == 0.26  # a multiply-add counts as two
     assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 1) == 2.8
 
 

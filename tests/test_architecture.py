@@ -1,0 +1,71 @@
+"""The arrows between the pieces, as docs say them: imports point one way, and what is published stands alone."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+SOURCE = ROOT / "src/npair"
+SERVING = {"numpy", "PIL", "torch", "triton_python_backend_utils", "serving"}
+
+# What each piece may import beyond the standard library; npair's own modules by their own names.
+ALLOWED = {
+    "cli": {"artifact", "client", "evaluate", "run", "serving", "train"},
+    "artifact": {"data", "drawings", "evaluate", "network", "run", "serving", "numpy", "torch", "PIL"},
+    "train": {"data", "evaluate", "loss", "network", "run", "numpy", "torch", "kornia", "tqdm"},
+    "evaluate": {"client", "data", "numpy", "PIL", "tqdm"},
+    "network": {"run", "numpy", "torch"},
+    "loss": {"torch"},
+    "data": {"serving", "numpy", "tqdm"},
+    "run": {"serving"},
+    "drawings": {"numpy", "PIL"},
+    "client": {"numpy", "tritonclient", "tqdm"},
+    "serving/model": SERVING,
+    "serving/embedder": SERVING,
+    "serving/preprocess": SERVING - {"torch"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The packages that a file imports anywhere in it; npair's own modules by their own name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = ["npair.serving" if node.level else str(node.module)]
+        else:
+            continue
+        for module in modules:
+            parts = module.split(".")
+            names.add(parts[1] if parts[0] == "npair" and len(parts) > 1 else parts[0])
+    return names - set(sys.stdlib_module_names) - {"__future__"}
+
+
+@pytest.mark.parametrize("piece", ALLOWED)
+def test_imports_only_what_it_may(piece: str) -> None:
+    assert imported(SOURCE / f"{piece}.py") <= ALLOWED[piece]
+
+
+def test_every_piece_is_listed() -> None:
+    pieces = {str(path.relative_to(SOURCE).with_suffix("")) for path in SOURCE.rglob("*.py")}
+    assert {piece for piece in pieces if not piece.endswith("__init__")} == set(ALLOWED)
+
+
+def test_arrows_have_no_circle() -> None:
+    arrows = {piece: {name for name in allowed if name in ALLOWED} for piece, allowed in ALLOWED.items()}
+    while arrows:
+        free = {piece for piece, targets in arrows.items() if not targets & set(arrows)}
+        assert free, f"these import each other: {sorted(arrows)}"
+        arrows = {piece: targets for piece, targets in arrows.items() if piece not in free}
+
+
+def test_docker_context_stands_alone() -> None:
+    for path in (ROOT / "model/api").glob("*.py"):
+        assert "npair" not in {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
+    assert imported(ROOT / "model/api/serve.py") == {"numpy"}
+    assert (SOURCE / "client.py").resolve() == ROOT / "model/api/client.py"

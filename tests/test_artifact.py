@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from npair import artifact
+from npair.artifact import PublishError, publish
+from npair.drawings import write_dataset
+from npair.network import embed, load_network
+from npair.run import RunError
+from npair.serving.embedder import Embedder
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    folder = tmp_path / "models" / "npair"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "model_repository/npair/config.pbtxt", folder)
+    return folder
+
+
+def test_version_is_complete(published: Path) -> None:
+    folder = published / "1"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"manifest.json"}
+    assert set(manifest["files"]) == files
+    assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest for name, digest in manifest["files"].items())
+    assert {"model.py", "embedder.py", "preprocess.py", "network.pt2"} <= files
+    assert manifest["version"] == 1
+    assert manifest["preprocessing"] == {"size": 64, "resample": "BILINEAR", "background": 255}
+    assert manifest["training"]["data"]["photos"] == 24
+    assert manifest["metrics"]["val_against_train"]["queries"] == 12
+    assert set(manifest["golden"]["measured"]) == {"sse4.1", "avx2", "native"}
+    assert max(manifest["golden"]["measured"].values()) * 10 <= manifest["golden"]["tolerance"] <= 1e-3
+
+
+def test_graph_is_the_network(published: Path, trained: Path) -> None:
+    embedder = Embedder(published / "1", threads=1)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), dtype=np.uint8)
+    for batch in (1, 3, 64):
+        expected = embed(load_network(trained), pixels[:batch])
+        assert np.einsum("nd,nd->n", embedder.embed(pixels[:batch]), expected).min() > 0.99999
+
+
+def test_code_is_the_serving_code(published: Path) -> None:
+    for name in artifact.CODE:
+        assert (published / "1" / name).read_bytes() == (ROOT / "src/npair/serving" / name).read_bytes()
+
+
+def test_next_number_whatever_lies_around(repository: Path, trained: Path, dataset: Path) -> None:
+    (repository / "7").mkdir()
+    (repository / "staging-of-a-crash").mkdir()
+    assert publish(trained, dataset, repository) == repository / "8"
+
+
+def test_failure_leaves_nothing(repository: Path, trained: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifact, "write_golden", full)
+    with pytest.raises(OSError, match="No space left"):
+        publish(trained, dataset, repository)
+    assert [path.name for path in repository.iterdir()] == ["config.pbtxt"]
+
+
+def test_refuses_other_data(repository: Path, trained: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "other", products=3, train=2, val=1)
+    with pytest.raises(PublishError, match="was not trained on"):
+        publish(trained, tmp_path / "other", repository)
+
+
+def test_refuses_what_is_no_model_folder(trained: Path, dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(PublishError, match=r"no config\.pbtxt"):
+        publish(trained, dataset, tmp_path)
+
+
+def test_refuses_what_is_no_run(repository: Path, dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is not a run"):
+        publish(tmp_path, dataset, repository)
+
+
+def test_shipped_version() -> None:
+    """The version in the repository is complete, at most 24 MB, named by its hash in config.pbtxt, and as good as is claimed."""
+    repository = ROOT / "model_repository/npair"
+    config = (repository / "config.pbtxt").read_text()
+    folder = repository / "1"
+    manifest = (folder / "manifest.json").read_bytes()
+    assert Embedder(folder, threads=1).golden_distance() <= json.loads(manifest)["golden"]["tolerance"]
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 24_000_000
+    assert hashlib.sha256(manifest).hexdigest() in config
+    assert "versions: [ 1 ]" in config
+    scores = json.loads(manifest)["metrics"]["val_against_train"]
+    assert scores["fine"] >= 0.57
+    assert f"{scores['fine']:.3f}" in (ROOT / "README.md").read_text()
+    assert "dirty" not in json.loads(manifest)["git_commit"]

@@ -1,0 +1,307 @@
+"""The client against servers that misbehave, each a real socket. What a real npair server does is tested in model/api."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from npair.client import (
+    PIXEL,
+    EmbeddingStream,
+    InvalidPhotoError,
+    InvalidRequestError,
+    NpairClient,
+    NpairError,
+    RequestTimeoutError,
+    ServerFaultError,
+    UnavailableError,
+)
+from npair.serving.preprocess import Limits, Preprocessing, decode
+
+PHOTOS = list[bytes]
+
+
+class FakeServer(http.server.ThreadingHTTPServer):
+    """Speaks just enough of the protocol to be told how to fail: ``answer`` gets the photos of a request."""
+
+    daemon_threads = True
+
+    def __init__(self, answer: Callable[[PHOTOS, str], tuple[int, str]]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer = answer
+        self.batches: list[PHOTOS] = []
+        self.paths: list[str] = []
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        assert isinstance(self.server, FakeServer)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        content, photos = body[int(self.headers["Inference-Header-Content-Length"]) :], []
+        while content:
+            length = int.from_bytes(content[:4], "little")
+            photos.append(content[4 : 4 + length])
+            content = content[4 + length :]
+        self.server.batches.append(photos)
+        self.server.paths.append(self.path)
+        status, text = self.server.answer(photos, self.path)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def embeddings(photos: PHOTOS, version: str = "1") -> tuple[int, str]:
+    """Vectors that tell which photo they are of: the first component is the photo's length."""
+    data = [float(value) for photo in photos for value in [len(photo), *[0] * 127]]
+    output = {"name": "EMBEDDING", "datatype": "FP32", "shape": [len(photos), 128], "data": data}
+    return 200, json.dumps({"model_name": "npair", "model_version": version, "outputs": [output]})
+
+
+def embeddings_of(version: str, photos: PHOTOS, _path: str) -> tuple[int, str]:
+    return embeddings(photos, version)
+
+
+@contextmanager
+def serving(answer: Callable[[PHOTOS, str], tuple[int, str]]) -> Iterator[tuple[str, FakeServer]]:
+    server = FakeServer(answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", server
+    server.shutdown()
+
+
+class TestBatches:
+    def test_by_count_in_order(self) -> None:
+        with serving(lambda photos, _: embeddings(photos)) as (url, server), NpairClient(url, batch_size=3) as client:
+            vectors = client.embed([b"x" * n for n in range(1, 9)]).vectors
+        assert vectors[:, 0].tolist() == list(range(1, 9))
+        assert list(map(len, server.batches)) == [3, 3, 2]
+
+    def test_by_bytes_and_a_large_photo_alone(self) -> None:
+        with serving(lambda photos, _: embeddings(photos)) as (url, server), NpairClient(url, batch_bytes=10) as client:
+            client.embed([b"x" * n for n in (4, 6, 1, 99, 5, 5, 1)])
+        assert [list(map(len, batch)) for batch in server.batches] == [[4, 6], [1], [99], [5, 5], [1]]
+
+    def test_paths_bytes_and_open_files(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.jpg"
+        path.write_bytes(b"12345")
+        with serving(lambda photos, _: embeddings(photos)) as (url, _), NpairClient(url) as client, path.open("rb") as file:
+            assert client.embed([path, str(path), b"123", file]).vectors[:, 0].tolist() == [5, 5, 3, 5]
+            assert client.embed(path).vectors.shape == (1, 128)
+            assert client.embed(b"123").vectors.shape == (1, 128)
+
+    def test_reads_photos_as_it_goes(self) -> None:
+        taken = 0
+
+        def photos() -> Iterator[bytes]:
+            nonlocal taken
+            for _ in range(100):
+                taken += 1
+                yield b"x"
+
+        with serving(lambda photos, _: embeddings(photos)) as (url, _), NpairClient(url, batch_size=4) as client:
+            next(iter(client.stream(photos())))
+            assert taken <= 5
+
+    def test_later_batches_stay_with_the_first_version(self) -> None:
+        """A new version goes live after the first batch: unpinned requests would get it."""
+        answered: list[str] = []
+
+        def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
+            version = path.split("/versions/")[1].split("/", maxsplit=1)[0] if "/versions/" in path else str(3 + len(answered))
+            answered.append(version)
+            return embeddings(photos, version)
+
+        with serving(answer) as (url, _), NpairClient(url, batch_size=1) as client:
+            assert client.embed([b"a", b"b", b"c"]).version == "3"
+        assert answered == ["3", "3", "3"]
+
+
+class TestErrors:
+    def test_bad_photos_are_named_by_their_place_in_the_call(self) -> None:
+        def answer(photos: PHOTOS, _: str) -> tuple[int, str]:
+            bad = [f"IMAGE[{index}]: broken; very; IMAGE" for index, photo in enumerate(photos) if photo == b"bad"]
+            return (400, json.dumps({"error": "; ".join(bad)})) if bad else embeddings(photos)
+
+        with serving(answer) as (url, _), NpairClient(url, batch_size=2) as client:
+            with pytest.raises(InvalidPhotoError, match="photo 1: broken") as caught:
+                client.embed([b"a", b"bad", b"bad", b"bad", b"c"])
+            assert caught.value.reasons == dict.fromkeys((1, 2, 3), "broken; very; IMAGE")
+            outcomes = [result.reason is None for result in client.stream([b"a", b"bad", b"bad", b"bad", b"c"])]
+            assert outcomes == [True, False, False, False, True]
+
+    @pytest.mark.parametrize(
+        ("status", "body", "expected"),
+        [
+            (500, '{"error": "stub is not healthy"}', ServerFaultError),
+            (404, '{"error": "unknown model"}', InvalidRequestError),
+            (400, '{"error": "unexpected shape"}', InvalidRequestError),
+            (503, '{"error": "busy"}', UnavailableError),
+            (502, "<html>Bad gateway</html>", UnavailableError),
+            (200, '{"model_name": "npair", "model_version": "1", "outputs": []}', ServerFaultError),
+        ],
+    )
+    def test_mapped(self, status: int, body: str, expected: type[NpairError]) -> None:
+        with serving(lambda *_: (status, body)) as (url, server), NpairClient(url, retries=1) as client:
+            with pytest.raises(expected):
+                client.embed(b"photo")
+            assert len(server.batches) == (2 if expected is UnavailableError else 1), "only an unavailable server is asked again"
+
+    def test_retries_until_the_server_is_there(self) -> None:
+        answers = iter([(503, '{"error": "starting"}'), (503, '{"error": "starting"}')])
+        with serving(lambda photos, _: next(answers, embeddings(photos))) as (url, _), NpairClient(url) as client:
+            assert client.embed(b"photo").vectors.shape == (1, 128)
+
+    @pytest.mark.parametrize("scheme", ["http", "grpc"])
+    def test_nobody_listens(self, scheme: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        with NpairClient(f"{scheme}://127.0.0.1:{port}", retries=1) as client:
+            with pytest.raises(UnavailableError):
+                client.embed(b"photo")
+            assert not client.ready()
+
+    @pytest.mark.parametrize("scheme", ["http", "grpc"])
+    def test_no_answer_in_time_is_not_repeated(self, scheme: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            began = time.monotonic()
+            with (
+                NpairClient(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}", timeout=0.5) as client,
+                pytest.raises(RequestTimeoutError),
+            ):
+                client.embed(b"photo")
+            assert time.monotonic() - began < 5
+
+    @pytest.mark.parametrize("scheme", ["http", "grpc"])
+    def test_connection_that_breaks_off(self, scheme: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            def hang_up() -> None:
+                while True:
+                    try:
+                        listener.accept()[0].close()
+                    except OSError:
+                        return
+
+            threading.Thread(target=hang_up, daemon=True).start()
+            with (
+                NpairClient(f"{scheme}://127.0.0.1:{listener.getsockname()[1]}", retries=1) as client,
+                pytest.raises(UnavailableError),
+            ):
+                client.embed(b"photo")
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [{"url": "ftp://a"}, {"url": "localhost:8000"}, {"batch_size": 0}, {"timeout": 0}, {"retries": -1}, {"batch_bytes": 0}],
+    )
+    def test_senseless_arguments(self, arguments: dict[str, object]) -> None:
+        with pytest.raises(ValueError, match="must"):
+            NpairClient(**arguments)  # type: ignore[arg-type]
+
+    def test_wrong_photos(self, tmp_path: Path) -> None:
+        with serving(lambda photos, _: embeddings(photos)) as (url, server), NpairClient(url) as client:
+            with pytest.raises(ValueError, match="no photo"):
+                client.embed([])
+            with pytest.raises(FileNotFoundError):
+                client.embed([b"a", tmp_path / "missing.jpg"])
+            with pytest.raises(TypeError, match="not int"):
+                client.embed([7])  # type: ignore[list-item]
+            with pytest.raises(LookupError):
+                EmbeddingStream(client, []).version  # noqa: B018
+            assert server.batches == []
+
+
+def test_ready_asks_with_a_photo_that_decodes() -> None:
+    photo = decode(PIXEL, Preprocessing(size=8, resample="BILINEAR", background=255), Limits(max_bytes=100, max_pixels=1))
+    assert (photo == 255).all()
+
+
+class TestCommandLine:
+    def run(self, url: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, ROOT / "model/api/client.py", *arguments, "--url", url]
+        return subprocess.run(command, check=False, capture_output=True, text=True)
+
+    @pytest.fixture
+    def photos(self, tmp_path: Path) -> Path:
+        for name, length in (("b.jpg", 2), ("a.png", 3), ("deep/c.WEBP", 4), ("notes.txt", 5)):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(b"x" * length)
+        return tmp_path
+
+    def test_embeds_folders_in_order(self, photos: Path) -> None:
+        with serving(lambda photos, _: embeddings(photos)) as (url, _):
+            result = self.run(url, "embed", photos)
+        rows = [json.loads(line) for line in result.stdout.splitlines()]
+        assert result.returncode == 0
+        assert [Path(row["photo"]).name for row in rows] == ["a.png", "b.jpg", "c.WEBP"]
+        assert [row["embedding"][0] for row in rows] == [3, 2, 4]
+        assert {row["version"] for row in rows} == {"1"}
+
+    def test_bad_files_are_named_and_counted_and_the_rest_is_kept(self, photos: Path, tmp_path: Path) -> None:
+        def answer(photos: PHOTOS, _: str) -> tuple[int, str]:
+            bad = [f"IMAGE[{index}]: broken" for index, photo in enumerate(photos) if len(photo) == 2]
+            return (400, json.dumps({"error": "; ".join(bad)})) if bad else embeddings(photos)
+
+        with serving(answer) as (url, _):
+            result = self.run(url, "embed", photos, photos / "missing.jpg", "--out", tmp_path / "out.npz", "--json")
+        assert result.returncode == 1
+        assert "b.jpg: broken" in result.stderr
+        assert "missing.jpg: cannot be read: No such file" in result.stderr
+        assert "2 of 4 photos left out" in result.stderr
+        assert json.loads(result.stdout) | {"out": ""} == {
+            "out": "",
+            "embedded": 2,
+            "left_out": 2,
+            "model": "npair",
+            "version": "1",
+        }
+        with np.load(tmp_path / "out.npz") as saved:
+            assert saved["vectors"].shape == (2, 128)
+            assert [Path(name).name for name in saved["names"]] == ["a.png", "c.WEBP"]
+
+    def test_rank_refuses_vectors_of_another_version(self, photos: Path, tmp_path: Path) -> None:
+        saved = [tmp_path / "one.npz", tmp_path / "two.npz"]
+        for version, path in zip("12", saved, strict=True):
+            with serving(partial(embeddings_of, version)) as (url, _):
+                assert self.run(url, "embed", photos, "--out", path).returncode == 0
+        with serving(lambda photos, path: embeddings(photos, "2" if "/versions/2/" in path else "9")) as (url, _):
+            mixed = self.run(url, "rank", photos / "a.png", *saved)
+            pinned = self.run(url, "rank", photos / "a.png", saved[1], "--json")
+        assert mixed.returncode == 2
+        assert "holds vectors of version 2, not 1" in mixed.stderr
+        assert json.loads(pinned.stdout)["version"] == "2"
+
+    def test_server_failures(self, photos: Path) -> None:
+        with serving(lambda *_: (500, '{"error": "stub is not healthy"}')) as (url, _):
+            for arguments in (("embed", photos), ("compare", photos / "a.png", photos / "b.jpg"), ("ready",)):
+                result = self.run(url, *arguments)
+                assert result.returncode == 3
+                assert "Traceback" not in result.stderr
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [("embed", "{}", "--out", "x.csv"), ("rank", "{}/a.png", "{}", "-k", "0"), ("rank", "{}/a.png", "{}/notes.npz"), ()],
+    )
+    def test_wrong_usage(self, photos: Path, arguments: tuple[str, ...]) -> None:
+        (photos / "notes.npz").write_bytes(b"text")
+        result = self.run("http://127.0.0.1:9", *(argument.format(photos) for argument in arguments))
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr

@@ -1,0 +1,206 @@
+"""serve.py on the real server: what stops it from starting, how it stops, and what it does when the model dies."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import serve
+import tritonclient.grpc
+from conftest import PORTS, ROOT, free_ports, running, start
+from tritonclient.utils import InferenceServerException
+
+from npair.client import NpairClient, UnavailableError
+from npair.drawings import draw, encode
+
+
+def ended(**environment: str) -> tuple[int, str]:
+    """Exit code and stderr of a server that is expected to end by itself."""
+    process = start(**environment)
+    _, output = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def child_of(process: subprocess.Popen[str]) -> int:
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("name", PORTS)
+    def test_taken_port(self, name: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            code, output = ended(**free_ports() | {name: str(listener.getsockname()[1])})
+        assert code == 1
+        assert re.fullmatch(rf"npair: cannot listen on 127\.0\.0\.1:\d+: .*in use; set {name} to a free port\n", output)
+
+    def test_one_port_for_two(self) -> None:
+        ports = free_ports()
+        code, output = ended(**ports | {"GRPC_PORT": ports["HTTP_PORT"]})
+        assert code == 1
+        assert "GRPC_PORT" in output
+
+    @pytest.mark.parametrize("address", ["203.0.113.1", "nowhere.invalid"])
+    def test_address_of_another_machine(self, address: str) -> None:
+        code, output = ended(**free_ports(), BIND_ADDRESS=address)
+        assert code == 1
+        assert output.endswith("; set BIND_ADDRESS to an address of this machine\n")
+
+    def test_missing_repository(self, tmp_path: Path) -> None:
+        code, output = ended(MODEL_REPOSITORY=str(tmp_path / "nowhere"))
+        assert code == 1
+        assert output == f"npair: no model repository at {tmp_path}/nowhere: it has no npair/config.pbtxt\n"
+
+    def test_unreadable_secret(self, tmp_path: Path) -> None:
+        code, output = ended(**free_ports(), NPAIR_CONTROL_SECRET_FILE=str(tmp_path / "nowhere"))
+        assert code == 1
+        assert "NPAIR_CONTROL_SECRET_FILE cannot be read" in output
+
+    def test_changed_version(self, tmp_path: Path) -> None:
+        shutil.copytree(ROOT / "model_repository", tmp_path / "models")
+        with (tmp_path / "models/npair/1/network.pt2").open("r+b") as file:
+            file.truncate(100_000)
+        code, output = ended(**free_ports(), MODEL_REPOSITORY=str(tmp_path / "models"))
+        assert code == 1
+        assert "network.pt2 has changed since it was published" in output
+        assert output.splitlines()[-1] == "npair: the server ended by itself before the model was ready (exit code 1)"
+
+    @pytest.mark.parametrize(("parameter", "value"), [("max_bytes", "lots"), ("max_pixels", "0")])
+    def test_senseless_limits(self, tmp_path: Path, parameter: str, value: str) -> None:
+        shutil.copytree(ROOT / "model_repository", tmp_path / "models")
+        config = tmp_path / "models/npair/config.pbtxt"
+        config.write_text(re.sub(rf'("{parameter}" value: {{ string_value: )"\d+"', rf'\1"{value}"', config.read_text()))
+        code, output = ended(**free_ports(), MODEL_REPOSITORY=str(tmp_path / "models"))
+        assert code == 1
+        assert f'parameter "{parameter}" must be a positive whole number, found "{value}"' in output
+
+    @pytest.mark.parametrize(
+        ("name", "value", "reason"),
+        [
+            ("machine", "aarch64", "needs Linux on x86-64, and this is Linux on aarch64"),
+            ("libc_ver", ("glibc", "2.31"), "needs glibc 2.35 or newer, and this is glibc 2.31"),
+            ("libc_ver", ("", ""), "this is another libc"),
+        ],
+    )
+    def test_platform(self, monkeypatch: pytest.MonkeyPatch, name: str, value: object, reason: str) -> None:
+        """This machine is a supported one, so another is pretended."""
+        monkeypatch.setattr(platform, name, lambda: value)
+        with pytest.raises(serve.ServeError, match=reason):
+            serve.check_platform()
+
+    @pytest.mark.parametrize("version", [(3, 9, 0), (3, 13, 0)])
+    def test_python(self, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int, int]) -> None:
+        monkeypatch.setattr(sys, "version_info", version)
+        with pytest.raises(serve.ServeError, match=r"needs Python 3.10 to 3.12"):
+            serve.check_platform()
+
+
+def test_stops_in_order_although_an_idle_client_holds_its_connection() -> None:
+    with running() as (process, urls):
+        idle = http.client.HTTPConnection(urls["http"].removeprefix("http://"))
+        idle.request("GET", "/v2/health/live")
+        idle.getresponse().read()
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        _, output = process.communicate(timeout=30)
+        assert process.returncode == 0, output
+        assert time.monotonic() - began < 10
+        assert output == "npair: stopped\n"
+        idle.close()
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_answers_what_it_accepted_before_it_stops(protocol: str) -> None:
+    photos = [encode(draw(product, 0), "JPEG") for product in range(64)]
+    with running() as (process, urls), NpairClient(urls[protocol], batch_size=64) as client:
+        answers: list[int] = []
+        request = threading.Thread(target=lambda: answers.append(len(client.embed(photos).vectors)))
+        request.start()
+        time.sleep(0.2)  # decoding and embedding 64 photos takes longer than this
+        process.send_signal(signal.SIGTERM)
+        request.join(timeout=30)
+        client.close()
+        assert answers == [64]
+        assert process.wait(timeout=30) == 0
+
+
+def test_ctrl_c() -> None:
+    with running() as (process, _):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+
+
+def test_dead_stub_ends_the_server_with_the_reason() -> None:
+    """Readiness URLs stay green after this; only the golden photo tells."""
+    with running() as (process, urls):
+        server = child_of(process)
+        stub = int(Path(f"/proc/{server}/task/{server}/children").read_text().split()[0])
+        os.kill(stub, signal.SIGKILL)
+        _, output = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert re.search(r"npair: the golden photo has failed for 10 s \(.*\); the server was ended", output)
+        with NpairClient(urls["http"], retries=0) as client, pytest.raises(UnavailableError):
+            client.embed(b"photo")
+
+
+def test_load_is_not_taken_for_death() -> None:
+    """The watch's own photo waits in the same queue as everybody's."""
+    photos = [encode(draw(0, 0, 1500), "PNG")] * 64
+    with running() as (process, urls):
+
+        def load() -> None:
+            with NpairClient(urls["http"], batch_size=64, batch_bytes=1 << 30, timeout=120) as client:
+                client.embed(photos)
+
+        threads = [threading.Thread(target=load) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert process.poll() is None
+
+
+def test_killed_parent_leaves_no_server() -> None:
+    with running() as (process, urls):
+        process.kill()
+        port = int(urls["http"].rsplit(":", 1)[1])
+        for _ in range(50):
+            with socket.socket() as caller:
+                if caller.connect_ex(("127.0.0.1", port)):
+                    return
+            time.sleep(0.1)
+        pytest.fail("the server outlived its parent")
+
+
+def test_control_apis_open_with_the_secret_alone(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("open sesame\n")
+    with running(NPAIR_CONTROL_SECRET_FILE=str(tmp_path / "secret")) as (process, urls):
+
+        def index(secret: str) -> int:
+            connection = http.client.HTTPConnection(urls["http"].removeprefix("http://"))
+            connection.request("POST", "/v2/repository/index", "{}", {serve.CONTROL_HEADER: secret})
+            status = connection.getresponse().status
+            connection.close()
+            return status
+
+        assert index("open sesame") == 200
+        assert index("wrong") == 403
+        client = tritonclient.grpc.InferenceServerClient(urls["grpc"].removeprefix("grpc://"))
+        assert client.get_model_repository_index(headers={f"triton-grpc-protocol-{serve.CONTROL_HEADER}": "open sesame"}).models
+        with pytest.raises(InferenceServerException, match="restricted"):
+            client.get_model_repository_index()
+        assert client.get_model_config("npair").config.name == "npair"
+        client.close()
+        process.send_signal(signal.SIGTERM)
+        _, output = process.communicate(timeout=30)
+        assert "sesame" not in output

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+from npair.data import load_pixels, read_split
+from npair.drawings import write_dataset
+from npair.evaluate import accuracy
+from npair.network import embed, load_network
+from npair.run import RunError
+from npair.train import schedule, train
+
+
+def weights(run: Path) -> torch.Tensor:
+    return torch.cat([parameter.flatten() for parameter in load_network(run).parameters()])
+
+
+def command(dataset: Path, run: Path, *options: str) -> list[str]:
+    knobs = [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(TINY).items()]
+    return [sys.executable, "-m", "npair.cli", "train", "--data", str(dataset), "--run", str(run), *knobs, *options]
+
+
+def test_learns_to_tell_drawn_products_apart(tmp_path: Path) -> None:
+    """Not a claim about photos: a loop that trains must do far better than chance (1 in 6) on drawings, and than its start."""
+    write_dataset(tmp_path, products=6, train=8, val=4)
+    config = dataclasses.replace(TINY, epochs=12, classes_per_batch=6, evaluate_every=100)
+    assert train(tmp_path, tmp_path / "run", config)
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert len(log) == 12
+    assert log[-1]["loss"] < 0.5 * log[0]["loss"]
+    photos, queries = read_split(tmp_path, "train"), read_split(tmp_path, "val")
+    network, preprocessing = load_network(tmp_path / "run"), config.preprocessing()
+    vectors = [embed(network, load_pixels(split.paths, preprocessing)) for split in (queries, photos)]
+    assert accuracy(vectors[0], queries, vectors[1], photos).fine >= 0.5
+
+
+def test_seed_decides_the_weights(dataset: Path, trained: Path, tmp_path: Path) -> None:
+    train(dataset, tmp_path / "same", TINY)
+    train(dataset, tmp_path / "other", dataclasses.replace(TINY, seed=1))
+    torch.testing.assert_close(weights(tmp_path / "same"), weights(trained))
+    assert not torch.allclose(weights(tmp_path / "other"), weights(trained))
+
+
+def test_ctrl_c_keeps_a_checkpoint_and_resuming_ends_where_the_whole_run_does(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    interrupted = subprocess.Popen(command(dataset, run, "--epochs=40"), stderr=subprocess.PIPE, text=True)
+    assert interrupted.stderr is not None
+    for line in interrupted.stderr:
+        if line.lstrip().startswith("epoch   2"):
+            break
+    interrupted.send_signal(signal.SIGINT)
+    output = interrupted.stderr.read()
+    assert interrupted.wait(timeout=60) == 130, output
+    assert "go on with --resume" in output
+    step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
+    assert 0 < step < 40 * 3
+
+    assert subprocess.run(command(dataset, run, "--resume"), check=False, capture_output=True).returncode == 0
+    whole = dataclasses.replace(TINY, epochs=40)
+    assert train(dataset, tmp_path / "whole", whole)
+    torch.testing.assert_close(weights(run), weights(tmp_path / "whole"), rtol=1e-3, atol=1e-4)
+
+
+def test_does_not_write_over_a_run(dataset: Path, trained: Path) -> None:
+    with pytest.raises(RunError, match="already holds a run"):
+        train(dataset, trained, TINY)
+
+
+def test_does_not_resume_on_other_data(trained: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path, products=4, train=2, val=1)
+    with pytest.raises(RunError, match="not those that"):
+        train(tmp_path, trained, TINY, resume=True)
+
+
+def test_does_not_resume_nothing(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is not a run"):
+        train(dataset, tmp_path, TINY, resume=True)
+
+
+def test_command_line_says_what_is_wrong(tmp_path: Path) -> None:
+    result = subprocess.run(command(tmp_path, tmp_path / "run"), check=False, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("npair: ")
+    assert "train.txt is missing" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_schedule_warms_up_and_ends_at_zero() -> None:
+    rates = [schedule(step / 1000, 0.1) for step in range(1001)]
+    assert rates[0] < 0.02
+    assert max(rates) == pytest.approx(1, abs=0.02)
+    assert np.argmax(rates) == pytest.approx(100, abs=2)
+    assert rates[-1] == pytest.approx(0, abs=1e-6)
