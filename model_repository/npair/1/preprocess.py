@@ -1,0 +1,96 @@
+"""From the bytes of one photo to the pixels that the network takes.
+
+The one decoder of npair: training, evaluation and serving all call :func:`decode`. Every published version carries a copy of this
+file, so a version answers the same way for as long as it exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
+
+# Limits.max_pixels is checked before any pixel is decoded; Pillow's own limit is a global that would override a higher setting.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class PhotoError(ValueError):
+    """A photo that cannot be embedded; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network was trained on; travels in the version's manifest, so it has no defaults.
+
+    size: width and height of the network's input, in pixels.
+    resample: Pillow's name of the resampling filter, for example ``BILINEAR``.
+    background: grey level (0 to 255) that shows through transparent pixels.
+    """
+
+    size: int
+    resample: str
+    background: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large a photo may be: encoded, in bytes, and decoded, in pixels (width x height)."""
+
+    max_bytes: int
+    max_pixels: int
+
+
+def decode(photo: bytes, preprocessing: Preprocessing, limits: Limits) -> npt.NDArray[np.uint8]:
+    """Decode one JPEG, PNG or WebP file, upright, its central square scaled to the network's input.
+
+    Grey, palette, CMYK and 16-bit pixels become 8-bit RGB, transparent ones are laid over ``preprocessing.background``, and the
+    EXIF orientation is applied. Of an animation the first frame counts. Colour profiles are ignored.
+
+    Returns: uint8 of shape [size, size, 3], RGB.
+    Raises: PhotoError for an empty, too large, truncated or unreadable photo or a format that is not in FORMATS.
+    """
+    if not photo:
+        raise PhotoError("the photo is empty (0 bytes)")
+    if len(photo) > limits.max_bytes:
+        raise PhotoError(f"the photo has {len(photo)} bytes, more than the limit of {limits.max_bytes}; send a smaller file")
+    try:
+        image: Image.Image = Image.open(io.BytesIO(photo), formats=FORMATS)
+    except Exception as error:
+        if photo.startswith(SIGNATURES):
+            raise PhotoError("the image data is truncated or damaged") from error
+        raise PhotoError("not a JPEG, PNG or WebP image; convert it to one of these") from error
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise PhotoError(f"the photo has {width}x{height} pixels, more than the limit of {limits.max_pixels}; scale it down")
+    size = (preprocessing.size, preprocessing.size)
+    try:
+        # A JPEG far larger than needed is decoded at 1/2, 1/4 or 1/8 of its size, never below twice the size asked for.
+        image.draft(None, (2 * size[0], 2 * size[1]))
+        image.load()
+        image = ImageOps.fit(_to_rgb(image, preprocessing.background), size, Image.Resampling[preprocessing.resample])
+    except Exception as error:  # hostile files make Pillow raise far more than OSError
+        raise PhotoError(f"the {image.format or 'image'} data is truncated or damaged ({error})") from error
+    with contextlib.suppress(Exception):  # unreadable EXIF data does not spoil the pixels: browsers show such photos unrotated too
+        image = ImageOps.exif_transpose(image)
+    return np.array(image)
+
+
+def _to_rgb(image: Image.Image, background: int) -> Image.Image:
+    """Any mode that Pillow reads from FORMATS, as 8-bit RGB; ``info`` keeps the metadata."""
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255 instead of scaling
+        rgb = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    elif image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        rgb = Image.new("RGB", image.size, (background, background, background))
+        rgb.paste(rgba, mask=rgba.getchannel("A"))
+    else:
+        return image.convert("RGB")
+    rgb.info = image.info
+    return rgb
