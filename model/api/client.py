@@ -158,14 +158,14 @@ class NpairClient:
             return False
         return True
 
-    def embed(self, photos: Photo | Iterable[Photo]) -> Embeddings:
+    def embed(self, images: Photo | Iterable[Photo]) -> Embeddings:
         """Embed one photo or many: paths, encoded bytes or open binary files.
 
         Raises: InvalidPhotoError that names every photo that was refused, other NpairErrors, OSError for a file that cannot be
         read, ValueError for no photo at all.
         """
-        one = isinstance(photos, str | os.PathLike | bytes) or hasattr(photos, "read")
-        stream = self.stream(map(_read, [photos] if one else photos))  # type: ignore[arg-type]
+        one = isinstance(images, str | os.PathLike | bytes) or hasattr(images, "read")
+        stream = self.stream(map(_read, [images] if one else images))  # type: ignore[arg-type]
         results = list(stream)
         if not results:
             raise ValueError("no photo to embed")
@@ -173,9 +173,9 @@ class NpairClient:
             raise InvalidPhotoError(reasons)
         return Embeddings(np.stack([result.vector for result in results if result.vector is not None]), stream.version)
 
-    def stream(self, photos: Iterable[Photo]) -> EmbeddingStream:
+    def stream(self, images: Iterable[Photo]) -> EmbeddingStream:
         """Embed photos as they come, in order, in batches; a refused or unreadable photo becomes a result with a reason."""
-        return EmbeddingStream(self, photos)
+        return EmbeddingStream(self, images)
 
     def _embed_batch(self, photos: Sequence[bytes], version: str | None, *, retries: int | None = None) -> Embeddings:
         """One request. Embedding changes nothing on the server, so it may be repeated: but only where nobody answered, since a

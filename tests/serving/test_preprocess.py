@@ -57,6 +57,7 @@ def test_transparent_pixels_show_the_background() -> None:
     assert (decode(photo, dataclasses.replace(PREPROCESSING, background=7), LIMITS) == 7).all()
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_exif_does_not_spoil_the_photo() -> None:
     plain, spoiled = encode(PHOTO, "JPEG"), encode(PHOTO, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xffgarbage")
     np.testing.assert_array_equal(decoded(plain), decoded(spoiled))
