@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import http.server
 import os
 import platform
 import re
@@ -168,6 +169,32 @@ def test_load_is_not_taken_for_death() -> None:
         for thread in threads:
             thread.join()
         assert process.poll() is None
+
+
+def test_busy_is_told_from_dead_whichever_request_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A server that answers its statistics alone: busy while its count of inferences grows, dead when it stands still."""
+
+    class Statistics(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if not self.path.endswith("/stats"):
+                time.sleep(1)
+                return
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"model_stats": [{"inference_stats": {"success": {"count": 7}}}]}')
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(serve, "PROBE_TIMEOUT", 0.2)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Statistics) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        prober = serve.GoldenProber(tmp_path, "127.0.0.1", server.server_port)
+        with pytest.raises(serve.BusyError):
+            prober.probe()
+        with pytest.raises(serve.ProbeError, match="no answer"):
+            prober.probe()
+        server.shutdown()
 
 
 def test_killed_parent_leaves_no_server() -> None:

@@ -32,7 +32,6 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -79,14 +78,14 @@ def main() -> int:
         check_ports(
             {"HTTP_PORT": options.http_port, "GRPC_PORT": options.grpc_port, "METRICS_PORT": options.metrics_port}, options.host
         )
-        with tempfile.TemporaryDirectory(prefix="npair-serve-") as scratch, find_triton(Path(scratch)) as triton:
-            return Supervisor(options, triton).run()
+        with tempfile.TemporaryDirectory(prefix="npair-serve-") as scratch:
+            return Supervisor(options, find_triton(Path(scratch))).run()
     except ServeError as error:
         say(str(error))
         return 1
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """Options, each with an environment variable for its default."""
     env = os.environ
     parser = argparse.ArgumentParser(description="Serve npair's model repository with NVIDIA Triton.")
@@ -100,7 +99,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--drain", type=int, default=env.get("DRAIN_SECONDS", "7"), help="DRAIN_SECONDS, to stop in (%(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show all that the server logs, not only warnings and errors")
     parser.add_argument("--check", action="store_true", help="only tell whether the server can run on this platform")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def check_platform() -> None:
@@ -139,13 +138,14 @@ def check_ports(ports: dict[str, int], host: str) -> None:
                 raise ServeError(f"cannot listen on {host}:{port}: {error}; {remedy}") from error
 
 
-@contextlib.contextmanager
-def find_triton(scratch: Path) -> Iterator[Triton]:
-    """The image's own server, else the one inside the wheel nvidia-pytriton. Raises: ServeError where there is none."""
+def find_triton(scratch: Path) -> Triton:
+    """The image's own server, else the one inside the wheel nvidia-pytriton, with its backends put together in ``scratch``.
+
+    Raises: ServeError where there is none.
+    """
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # a published version gains no files
     if (IMAGE_SERVER / "bin/tritonserver").is_file():
-        yield Triton(IMAGE_SERVER / "bin/tritonserver", IMAGE_SERVER / "backends", environment)
-        return
+        return Triton(IMAGE_SERVER / "bin/tritonserver", IMAGE_SERVER / "backends", environment)
     package = importlib.util.find_spec("pytriton")
     if package is None or package.origin is None:
         raise ServeError("no Triton server found: use the image, or install the wheel nvidia-pytriton with: make serve")
@@ -161,7 +161,7 @@ def find_triton(scratch: Path) -> Iterator[Triton]:
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment.get('PATH', os.defpath)}"
     libraries = [str(wheel.parent / "nvidia_pytriton.libs"), *libpython_folder(python)]
     environment["LD_LIBRARY_PATH"] = ":".join([*libraries, *filter(None, [environment.get("LD_LIBRARY_PATH")])])
-    yield Triton(wheel / "tritonserver/bin/tritonserver", scratch, environment)
+    return Triton(wheel / "tritonserver/bin/tritonserver", scratch, environment)
 
 
 def libpython_folder(python: str) -> list[str]:
@@ -274,6 +274,9 @@ class Supervisor:
                 return f"the server ended by itself{when} (exit code {self.process.returncode})"
             try:
                 version = self.prober.probe()
+            except BusyError:
+                failing_since = None
+                continue
             except ProbeError as error:
                 if not ready and not self.prober.model_ready():
                     continue  # still loading
@@ -336,6 +339,10 @@ class ProbeError(RuntimeError):
     """The golden photo was not answered as it was published."""
 
 
+class BusyError(RuntimeError):
+    """The golden photo was not answered in time, but other photos were: a long queue, not a dead model."""
+
+
 class GoldenProber:
     """Embeds a version's first golden photo through the server's HTTP port and compares the answer with the published embedding."""
 
@@ -347,7 +354,7 @@ class GoldenProber:
         self.answered = 0
 
     def probe(self) -> str:
-        """Returns: the version that answered. Raises: ProbeError."""
+        """Returns: the version that answered. Raises: BusyError, ProbeError."""
         import numpy as np  # noqa: PLC0415
 
         try:
@@ -361,8 +368,8 @@ class GoldenProber:
             if actual.shape != expected.shape or not np.linalg.norm(actual - expected) <= golden["tolerance"]:
                 raise ProbeError(f"version {version} no longer embeds its golden photo as it was published")
         except TimeoutError as error:
-            if self._progressed():  # a long queue, not a dead model
-                return version
+            if self._progressed():
+                raise BusyError from error
             raise ProbeError(f"no answer within {PROBE_TIMEOUT:.0f} s") from error
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             raise ProbeError(str(error) or type(error).__name__) from error
