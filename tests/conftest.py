@@ -78,20 +78,24 @@ def start(**environment: str) -> subprocess.Popen[str]:
     )
 
 
+def lines_until_ready(process: subprocess.Popen[str]) -> list[str]:
+    """What a starting server says on stderr, up to the line that says that it is ready; fails the test where it ends instead."""
+    assert process.stderr is not None
+    lines = []
+    while line := process.stderr.readline():
+        lines.append(line)
+        if "ready after" in line:
+            return lines
+    pytest.fail("the server did not start:\n" + "".join(lines))
+
+
 @contextmanager
 def running(**environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
     """A server that is ready, and its URLs by protocol."""
     ports = free_ports()
     process = start(**ports, **environment)
-    assert process.stderr is not None
     try:
-        lines = []
-        while line := process.stderr.readline():
-            lines.append(line)
-            if "ready after" in line:
-                break
-        else:
-            pytest.fail("the server did not start:\n" + "".join(lines))
+        lines = lines_until_ready(process)
         assert len(lines) == 1, f"one line says that it is ready, and nothing else is said: {lines}"
         yield process, {"http": f"http://127.0.0.1:{ports['HTTP_PORT']}", "grpc": f"grpc://127.0.0.1:{ports['GRPC_PORT']}"}
     finally:

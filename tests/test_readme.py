@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_ports
+from conftest import ROOT, free_ports, lines_until_ready
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -24,14 +24,7 @@ def ports() -> Iterator[dict[str, str]]:
     make = subprocess.Popen(
         ["make", "serve"], cwd=ROOT, env=os.environ | ports, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert make.stderr is not None
-    lines = []
-    for line in make.stderr:
-        lines.append(line)
-        if "ready after" in line:
-            break
-    else:
-        pytest.fail("make serve did not start the server:\n" + "".join(lines))
+    lines_until_ready(make)
     rest: list[str] = []
     reader = threading.Thread(target=lambda: rest.extend(make.stderr or []), daemon=True)
     reader.start()

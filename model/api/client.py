@@ -177,19 +177,18 @@ class NpairClient:
         """Embed photos as they come, in order, in batches; a refused or unreadable photo becomes a result with a reason."""
         return EmbeddingStream(self, images)
 
-    def _embed_batch(self, photos: Sequence[bytes], version: str | None, *, retries: int | None = None) -> Embeddings:
+    def _embed_batch(self, photos: Sequence[bytes], version: str | None, retries: int) -> Embeddings:
         """One request. Embedding changes nothing on the server, so it may be repeated: but only where nobody answered, since a
         request that timed out may still be in work, and repeating it would add to the load that delays it."""
         tensor = self._protocol.InferInput("IMAGE", [len(photos), 1], "BYTES")
         tensor.set_data_from_numpy(np.array(photos, dtype=np.object_).reshape(-1, 1))
-        attempts = (self.retries if retries is None else retries) + 1
-        for attempt in range(attempts):
+        for attempt in range(retries + 1):
             try:
                 with _mapped_errors(self.model):
                     answer = self._client.infer(self.model, [tensor], model_version=version or "", **self._extra)
                 break
             except UnavailableError:
-                if attempt + 1 == attempts:
+                if attempt == retries:
                     raise
                 time.sleep(0.2 * 2**attempt)
         head = answer.get_response(**({"as_json": True} if self._protocol is tritonclient.grpc else {}))
@@ -240,7 +239,8 @@ class EmbeddingStream:
         vectors: dict[int, Vectors] = {}
         while remaining := [index for index in range(len(batch)) if index not in reasons and index not in vectors]:
             try:
-                answer = self._client._embed_batch([batch[index] for index in remaining], self._version)  # type: ignore[misc]
+                photos = [batch[index] for index in remaining]
+                answer = self._client._embed_batch(photos, self._version, self._client.retries)  # type: ignore[arg-type]
             except InvalidPhotoError as error:
                 reasons |= {remaining[index]: reason for index, reason in error.reasons.items()}
                 continue
@@ -287,9 +287,9 @@ def _mapped_errors(model: str) -> Iterator[None]:
 EXIT_OK, EXIT_PHOTOS, EXIT_USAGE, EXIT_SERVER = 0, 1, 2, 3
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Returns: 0, 1 where a photo could not be embedded, 2 for wrong usage, 3 where the server did not do its part."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args()
     try:
         with NpairClient(options.url, version=options.version, timeout=options.timeout) as client:
             code: int = options.command(client, options)

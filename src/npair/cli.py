@@ -11,11 +11,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from npair.client import NpairError
+from npair.client import DEFAULT_URL, NpairError
 from npair.run import TrainConfig
 
 REPOSITORY = Path("model_repository/npair")
-URL = "http://127.0.0.1:8000"
 
 # A command imports its libraries itself: --help is quick, and scoring a server needs no torch.
 # ruff: noqa: PLC0415
@@ -56,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = add(_evaluate, "score a running server: nearest train photo of each val photo")
     evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help=data)
-    evaluate.add_argument("--url", default=URL, help="http:// or grpc:// (%(default)s)")
+    evaluate.add_argument("--url", default=DEFAULT_URL, help="http:// or grpc:// (%(default)s)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.add_argument("--picture", type=Path, metavar="FILE", help="also draw a few val photos with their nearest train photos")
 

@@ -11,7 +11,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -138,7 +138,7 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False) -
     return True
 
 
-def augmentation(size: int) -> nn.Module:
+def augmentation(size: int) -> Callable[[Tensor], Tensor]:
     """Random crop, flip, small affine, light and colour changes; uint8 [N, H, W, 3] -> float [N, size, size, 3], 0 to 255.
 
     Hue stays: the colour is what tells a red apple from a green one.
@@ -154,13 +154,12 @@ def augmentation(size: int) -> nn.Module:
         K.RandomErasing(scale=(0.02, 0.2), p=0.3),
     )
 
-    class Augmentation(nn.Module):
-        @torch.no_grad()
-        def forward(self, photos: Tensor) -> Tensor:
-            augmented: Tensor = transforms(photos.permute(0, 3, 1, 2).float() / 255)
-            return 255 * augmented.permute(0, 2, 3, 1)
+    @torch.no_grad()
+    def augment(photos: Tensor) -> Tensor:
+        augmented: Tensor = transforms(photos.permute(0, 3, 1, 2).float() / 255)
+        return 255 * augmented.permute(0, 2, 3, 1)
 
-    return Augmentation()
+    return augment
 
 
 def schedule(done: float, warmup: float) -> float:
@@ -171,7 +170,7 @@ def schedule(done: float, warmup: float) -> float:
 
 
 @contextmanager
-def interruption() -> Iterator[Any]:
+def interruption() -> Iterator[Callable[[], bool]]:
     """Yields a function that tells whether Ctrl-C was pressed; a second Ctrl-C ends the program at once."""
     pressed = False
 
