@@ -9,7 +9,7 @@ import torch
 from pytorch_metric_learning.distances import DotProductSimilarity
 from pytorch_metric_learning.losses import NPairsLoss
 
-from npair.loss import NPairLoss
+from npair.loss import CosineNPairLoss, NPairLoss, TupletLoss
 
 
 def pairs(n: int = 7, d: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,7 +18,7 @@ def pairs(n: int = 7, d: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def naive(anchors: torch.Tensor, positives: torch.Tensor) -> float:
-    """Equation 7, term by term, for one direction."""
+    """N-pair-mc of section 3.2, term by term: one direction."""
     total = 0.0
     for i in range(len(anchors)):
         others = (float(anchors[i] @ positives[j] - anchors[i] @ positives[i]) for j in range(len(positives)) if j != i)
@@ -66,3 +66,54 @@ def test_computes_in_fp32_from_bf16_without_overflow() -> None:
 def test_refuses_what_is_no_set_of_pairs(anchors: tuple[int, ...], positives: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="N >= 2 pairs"):
         NPairLoss(norm_penalty=0.0)(torch.zeros(anchors), torch.zeros(positives))
+
+
+class TestCosineNPairLoss:
+    def test_equals_the_equation_on_cosines(self) -> None:
+        anchors, positives = pairs()
+        unit = [rows / rows.norm(dim=1, keepdim=True) / math.sqrt(0.1) for rows in (anchors, positives)]
+        expected = (naive(unit[0], unit[1]) + naive(unit[1], unit[0])) / 2
+        assert CosineNPairLoss(temperature=0.1)(anchors, positives).item() == pytest.approx(expected, rel=1e-4)
+
+    def test_does_not_depend_on_norms(self) -> None:
+        anchors, positives = pairs()
+        loss = CosineNPairLoss(temperature=0.1)
+        torch.testing.assert_close(loss(anchors, positives), loss(7 * anchors, 0.01 * positives))
+
+
+class TestTupletLoss:
+    def test_equals_the_equation(self) -> None:
+        anchors, positives = pairs()
+        negatives = torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(1))
+        terms = [
+            math.log(1 + sum(math.exp(float(anchors[i] @ negatives[i, k] - anchors[i] @ positives[i])) for k in range(3)))
+            for i in range(7)
+        ]
+        norms = [float(row @ row) for row in torch.cat([anchors, positives, negatives.flatten(0, 1)])]
+        expected = sum(terms) / 7 + 0.5 * sum(norms) / len(norms)
+        assert TupletLoss(norm_penalty=0.5)(anchors, positives, negatives).item() == pytest.approx(expected, rel=1e-5)
+
+    def test_is_one_direction_of_n_pairs_where_the_negatives_are_the_other_positives(self) -> None:
+        anchors, positives = pairs()
+        negatives = torch.stack([torch.cat([positives[:i], positives[i + 1 :]]) for i in range(7)])
+        loss = TupletLoss(norm_penalty=0.0)(anchors, positives, negatives)
+        assert loss.item() == pytest.approx(naive(anchors, positives), rel=1e-5)
+
+    @pytest.mark.parametrize("negatives", [(3, 4), (3, 0, 4), (2, 5, 4), (3, 5, 3)])
+    def test_refuses_other_shapes(self, negatives: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match="tuplets of shapes"):
+            TupletLoss(norm_penalty=0.0)(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(negatives))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [NPairLoss(norm_penalty=1e-3), CosineNPairLoss(temperature=0.1), TupletLoss(norm_penalty=1e-3)],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_autocast_changes_nothing(loss: torch.nn.Module) -> None:
+    anchors, positives = pairs()
+    batch = (anchors, positives, positives.expand(3, 7, 5).transpose(0, 1))[: 3 if isinstance(loss, TupletLoss) else 2]
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = loss(*batch)
+    assert inside.dtype == torch.float32
+    assert inside.item() == loss(*batch).item()
