@@ -1,0 +1,270 @@
+"""The metrics against naive loops over their definitions, and against pytorch-metric-learning where it has them."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import CustomKNN
+from scipy.stats import ttest_1samp
+from sklearn.metrics import roc_curve
+
+import npair.metrics
+from npair.metrics import (
+    RESOLUTION,
+    Embedded,
+    Evaluation,
+    Retrieval,
+    Vectors,
+    clusters,
+    evaluate,
+    nearest,
+    over_seeds,
+    protocol_of,
+    verification,
+)
+
+
+def photos(n: int, classes: int, seed: int, *, d: int = 16, spread: float = 1.0) -> Embedded:
+    """Clustered unit vectors; some classes are common, others rare."""
+    centres = np.random.default_rng(99).normal(size=(classes, d))
+    rng = np.random.default_rng(seed)
+    fine = (classes * rng.random(n) ** 2).astype(np.int64)
+    vectors = centres[fine] + spread * rng.normal(size=(n, d))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return Embedded(vectors.astype(np.float32), fine, fine // 3)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows at a time, so that small examples cross blocks and end in a partial one."""
+    monkeypatch.setattr(npair.metrics, "BLOCK", 700)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("k", [1, 3, 99])
+def test_nearest_equals_a_loop(k: int) -> None:
+    x = photos(100, 5, 0).vectors
+    indices, similarities = nearest(x, x, k, exclude_self=True)
+    for i in range(len(x)):
+        expected = sorted((j for j in range(len(x)) if j != i), key=lambda j: (-float(x[i] @ x[j]), j))[:k]
+        np.testing.assert_allclose(similarities[i], x[expected] @ x[i], atol=1e-6)
+        assert list(indices[i]) == expected
+    assert (str(indices.dtype), str(similarities.dtype)) == ("int64", "float32")
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_equal_neighbours_keep_the_gallerys_order_and_only_the_own_row_is_excluded() -> None:
+    corners = np.eye(4, dtype=np.float32)[[0, 0, 0, 1, 0]]
+    np.testing.assert_array_equal(nearest(corners[:1], corners, 3)[0], [[0, 1, 2]])
+    np.testing.assert_array_equal(nearest(corners, corners, 2, exclude_self=True)[0], [[1, 2], [0, 2], [0, 1], [0, 1], [0, 1]])
+
+
+def naive(queries: Embedded, gallery: Embedded, alone: bool) -> dict[str, float]:
+    """The fine retrieval metrics by the book."""
+    scores: dict[str, list[float]] = {}
+    for i, label in enumerate(queries.fine):
+        others = [j for j in range(len(gallery.fine)) if not (alone and j == i)]
+        cosines = {j: float(queries.vectors[i] @ gallery.vectors[j]) for j in others}
+        ranked = sorted(others, key=lambda j: -cosines[j])
+        hits = [gallery.fine[j] == label for j in ranked]
+        relevant = sum(hits)
+        for k in (1, 2, 4, 8):
+            scores.setdefault(f"recall_at_{k}", []).append(any(hits[:k]))
+        votes: dict[int, tuple[int, float]] = {}
+        for j in ranked[:5]:
+            count, total = votes.get(gallery.fine[j], (0, 0.0))
+            votes[gallery.fine[j]] = (count + 1, total + cosines[j])
+        scores.setdefault("knn_accuracy", []).append(max(votes, key=lambda voted: votes[voted]) == label)
+        if relevant:
+            scores.setdefault("r_precision", []).append(sum(hits[:relevant]) / relevant)
+            precisions = [sum(hits[:rank]) / rank for rank in range(1, relevant + 1) if hits[rank - 1]]
+            scores.setdefault("map_at_r", []).append(sum(precisions) / relevant)
+    return {name: float(np.mean(values)) for name, values in scores.items()}
+
+
+def values(retrieval: Retrieval) -> dict[str, float]:
+    return {name: getattr(retrieval, name).value for name in npair.metrics.MEASURES}
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("alone", [False, True])
+def test_retrieval_equals_its_definition(alone: bool) -> None:
+    queries, gallery = photos(90, 20, 1), photos(120, 15, 2)
+    scores = evaluate(queries, None if alone else gallery)
+    assert scores.protocol == ("self" if alone else "gallery")
+    assert scores.fine.unanswerable > 0
+    assert values(scores.fine) == pytest.approx(naive(queries, queries if alone else gallery, alone))
+    kinds = Embedded(queries.vectors, queries.coarse, queries.coarse)
+    assert values(scores.coarse) == pytest.approx(
+        naive(kinds, kinds if alone else Embedded(gallery.vectors, gallery.coarse, gallery.coarse), alone)
+    )
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_equals_pytorch_metric_learning(alone: bool) -> None:
+    """Which leaves unanswerable queries out of precision at 1, where Recall@1 counts them as misses."""
+    queries, gallery = photos(300, 120, 3), photos(400, 100, 4)
+    scores = evaluate(queries, None if alone else gallery)
+    assert scores.fine.unanswerable > 0
+    reference = AccuracyCalculator(
+        include=("precision_at_1", "r_precision", "mean_average_precision_at_r", "NMI", "AMI"),
+        device=torch.device("cpu"),
+        knn_func=CustomKNN(CosineSimilarity()),
+        kmeans_func=lambda x, k: torch.from_numpy(clusters(x.numpy(), k)),
+    )
+    others = () if alone else (gallery.vectors, gallery.fine)
+    expected = reference.get_accuracy(queries.vectors, queries.fine, *others)
+    answerable = scores.queries - scores.fine.unanswerable
+    found = values(scores.fine)
+    assert {
+        "precision_at_1": found["recall_at_1"] * scores.queries / answerable,
+        "r_precision": found["r_precision"],
+        "mean_average_precision_at_r": found["map_at_r"],
+        "NMI": scores.nmi,
+        "AMI": scores.ami,
+    } == pytest.approx(expected)
+
+
+def test_votes_that_are_equal_are_decided_by_summed_cosines() -> None:
+    query = np.array([[1, 0]], dtype=np.float32)
+    angles = np.array([0.1, 0.7, 0.2, 0.3, 0.9])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    labels = np.array([1, 1, 2, 2, 3])
+    scores = evaluate(Embedded(query, np.array([2]), np.array([0])), Embedded(vectors, labels, labels))
+    assert scores.fine.recall_at_1.value == 0
+    assert scores.fine.knn_accuracy.value == 1
+
+
+def by_pair(queries: Embedded, gallery: Embedded, alone: bool) -> tuple[npt.NDArray[np.bool_], Vectors]:
+    pairs = [(i, j) for i in range(len(queries.fine)) for j in range(len(gallery.fine)) if not alone or i < j]
+    i, j = np.array(pairs).T
+    return queries.fine[i] == gallery.fine[j], (queries.vectors[i] * gallery.vectors[j]).sum(axis=1)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("alone", [False, True])
+def test_verification_counts_every_pair_once(alone: bool) -> None:
+    queries, gallery = photos(250, 12, 5), photos(150, 12, 6)
+    found = evaluate(queries, None if alone else gallery).verification
+    assert found is not None
+    same, cosines = by_pair(queries, queries if alone else gallery, alone)
+    assert (found.positives, found.negatives) == (same.sum(), (~same).sum())
+    assert found.far_1_percent is not None
+    for point in (*found.curve, found.far_1_percent):
+        assert point.far == pytest.approx(np.mean(cosines[~same] >= point.threshold), abs=2 / found.negatives)
+        assert point.tar == pytest.approx(np.mean(cosines[same] >= point.threshold), abs=2 / found.positives)
+    assert found.far_1_percent.far <= 0.01 < np.mean(cosines[~same] >= found.far_1_percent.threshold - 1 / RESOLUTION) + 1e-4
+    far, tar, _ = roc_curve(same, cosines, drop_intermediate=False)
+    crossing = np.argmin(np.abs(far - (1 - tar)))
+    assert found.eer == pytest.approx((far[crossing] + 1 - tar[crossing]) / 2, abs=1e-3)
+    assert len(found.curve) <= 200
+    assert found.curve[0].far == 1
+
+
+def test_thresholds_need_enough_negative_pairs() -> None:
+    positives, negatives = np.zeros((2, 2 * RESOLUTION + 1), dtype=np.int64)
+    positives[-1], negatives[RESOLUTION] = 5, 29_999
+    found = verification(positives, negatives)
+    assert found.far_01_percent is None
+    assert found.far_1_percent is not None
+    assert (found.far_1_percent.threshold, found.far_1_percent.far, found.far_1_percent.tar) == (1 / RESOLUTION, 0, 1)
+    assert found.eer == 0
+    negatives[RESOLUTION] += 1
+    assert verification(positives, negatives).far_01_percent is not None
+    with pytest.raises(ValueError, match="pairs of photos"):
+        verification(positives, 0 * negatives)
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_collapsed_embeddings_are_no_better_than_chance() -> None:
+    """All photos at one point: neighbours come in the gallery's order, and no threshold tells pairs apart."""
+    fine = np.arange(200) % 4
+    scores = evaluate(Embedded(np.tile(np.array([0.6, 0.8], dtype=np.float32), (200, 1)), fine, fine))
+    assert scores.verification is not None
+    assert scores.verification.eer == pytest.approx(0.5)
+    assert scores.verification.far_1_percent is not None
+    assert (scores.verification.far_1_percent.far, scores.verification.far_1_percent.tar) == (0, 0)
+    assert scores.ami == pytest.approx(0, abs=1e-6)
+
+
+def test_intervals_resample_classes_not_photos() -> None:
+    """Twenty copies of every query say nothing new."""
+    x = photos(60, 12, 7, spread=2.0)
+    copies = Embedded(np.repeat(x.vectors, 20, axis=0), np.repeat(x.fine, 20), np.repeat(x.coarse, 20))
+    gallery = photos(60, 12, 8, spread=2.0)
+    once, often = (evaluate(queries, gallery).fine.recall_at_1 for queries in (x, copies))
+    assert once == often
+    assert 0.1 < once.high - once.low < 1
+    assert once.low < once.value < once.high
+
+
+def test_what_is_undefined_is_none() -> None:
+    x = Embedded(np.eye(4, dtype=np.float32), np.arange(4), np.zeros(4, dtype=np.int64))
+    scores = evaluate(x)
+    assert (scores.fine.unanswerable, scores.coarse.unanswerable) == (4, 0)
+    assert scores.fine.recall_at_1.value == 0
+    assert (scores.fine.r_precision, scores.fine.map_at_r, scores.verification) == (None, None, None)
+    assert scores.coarse.recall_at_1.value == 1
+    assert Evaluation.from_dict(json.loads(json.dumps(scores.as_dict()))) == scores
+
+
+def test_survives_json() -> None:
+    scores = evaluate(photos(200, 5, 9))
+    assert scores.verification is not None
+    assert scores.verification.far_1_percent is not None
+    assert Evaluation.from_dict(json.loads(json.dumps(scores.as_dict()))) == scores
+
+
+def test_protocol() -> None:
+    seen, unseen = np.array([1, 2]), np.array([3, 4])
+    assert protocol_of(seen, seen) == "gallery"
+    assert protocol_of(unseen, seen) == "self"
+    assert protocol_of(np.concatenate([seen, unseen]), seen) == "gallery"
+
+
+def test_over_seeds() -> None:
+    runs = [0.61, 0.64, 0.66]
+    mean, half_width = over_seeds(runs)
+    interval = ttest_1samp(runs, 0).confidence_interval(0.95)
+    assert (mean - half_width, mean + half_width) == pytest.approx((interval.low, interval.high))
+    with pytest.raises(ValueError, match="at least two"):
+        over_seeds([0.6])
+
+
+def test_refuses_what_it_cannot_score() -> None:
+    x = photos(20, 3, 10)
+    with pytest.raises(ValueError, match="unit length"):
+        evaluate(x._replace(vectors=2 * x.vectors))
+    with pytest.raises(ValueError, match="unit length"):
+        nearest(np.full_like(x.vectors, np.nan), x.vectors, 1)
+    with pytest.raises(ValueError, match="gallery: expected vectors"):
+        nearest(x.vectors, x.vectors[:, :8], 1)
+    with pytest.raises(ValueError, match="queries: expected vectors"):
+        nearest(x.vectors[:0], x.vectors, 1)
+    with pytest.raises(ValueError, match="20 neighbours among 19"):
+        nearest(x.vectors, x.vectors, 20, exclude_self=True)
+    with pytest.raises(ValueError, match="must be the gallery"):
+        nearest(x.vectors[:5], x.vectors, 1, exclude_self=True)
+    with pytest.raises(ValueError, match="coarse label"):
+        evaluate(x._replace(coarse=x.coarse[:5]))
+
+
+def test_memory_is_bounded() -> None:
+    """All similarities of 20,000 photos would be 1.6 GB of float32."""
+    vectors = np.random.default_rng(11).normal(size=(20_000, 32)).astype(np.float32)
+    fine = np.arange(len(vectors)) // 40
+    x = Embedded(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), fine, fine // 5)
+    tracemalloc.start()
+    try:
+        evaluate(x)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 400e6
