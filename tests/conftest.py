@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from npair.artifact import publish
-from npair.drawings import write_dataset
+from npair.data import Dataset
+from npair.drawings import draw, encode, write_dataset
 from npair.run import TrainConfig
 from npair.serving.preprocess import Limits, Preprocessing
 from npair.train import train
@@ -24,7 +25,52 @@ ROOT = Path(__file__).parents[1]
 PORTS = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
 PREPROCESSING = Preprocessing(size=64, resample="BILINEAR", background=255)
 LIMITS = Limits(max_bytes=1_000_000, max_pixels=1_000_000)
-TINY = TrainConfig(epochs=2, classes_per_batch=4, size=64, crop_size=48, evaluate_every=1)
+TINY = TrainConfig(epochs=2, classes_per_batch=4, size=64, crop_size=48, evaluations=2)
+PNG = encode(draw(0, 0, 8), "PNG")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Decoded photos are kept here, in this process and in those that tests start, and not with the user's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    yield folder
+    os.environ.pop("XDG_CACHE_HOME")
+    if before is not None:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+def photo(path: Path, number: int = 0) -> Path:
+    """A photo whose bytes are a function of the number: what follows the end of a PNG does not count."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(PNG + number.to_bytes(4, "big"))
+    return path
+
+
+def folders(root: Path, classes: int = 6, photos: int = 5) -> Path:
+    for label in range(classes):
+        for number in range(photos):
+            photo(root / f"class {label}" / f"{number}.png", 100 * label + number)
+    return root
+
+
+def table(root: Path, text: str | bytes, name: str = "photos.csv") -> Path:
+    path = root / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def sizes(dataset: Dataset) -> dict[str, int]:
+    return {split: len(photos) for split, photos in dataset.splits.items()}
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """Six drawn products, four train photos and two val photos of each."""
+    root = tmp_path / "listed"
+    write_dataset(root, products=6, train=4, val=2, size=24)
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,21 @@ SERVING = {"numpy", "PIL", "torch", "triton_python_backend_utils", "serving"}
 
 # What each piece may import beyond the standard library; npair's own modules by their own names.
 ALLOWED = {
-    "cli": {"artifact", "client", "evaluate", "run", "serving", "train"},
-    "artifact": {"data", "drawings", "evaluate", "network", "run", "serving", "numpy", "torch", "PIL"},
-    "train": {"data", "evaluate", "loss", "network", "run", "numpy", "torch", "kornia", "tqdm"},
-    "evaluate": {"client", "data", "numpy", "PIL", "tqdm"},
-    "network": {"run", "numpy", "torch"},
+    "cli": {"artifact", "client", "data", "evaluate", "grocery", "pixels", "report", "run", "serving", "train"},
+    "artifact": {"data", "drawings", "evaluate", "metrics", "network", "pixels", "run", "serving", "numpy", "torch", "PIL"},
+    "train": {
+        *("batches", "data", "loss", "metrics", "network", "pixels", "processes", "run", "serving"),
+        *("numpy", "torch", "kornia", "tqdm", "PIL"),
+    },
+    "report": {"data", "metrics", "run", "numpy", "PIL", "jinja2", "matplotlib", "sklearn"},
+    "evaluate": {"client", "data", "metrics", "network", "pixels", "numpy", "PIL", "tqdm"},
+    "metrics": {"numpy", "scipy", "sklearn"},
+    "network": {"run", "numpy", "torch", "transformers"},
+    "processes": {"torch"},
+    "batches": {"numpy"},
     "loss": {"torch"},
+    "grocery": {"data", "tqdm"},
+    "pixels": {"data", "serving", "numpy"},
     "data": {"serving", "numpy", "tqdm"},
     "run": {"serving"},
     "drawings": {"numpy", "PIL"},

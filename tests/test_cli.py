@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, running
+from conftest import ROOT, TINY, running
 from PIL import Image
 
-from npair.data import load_pixels, read_split
-from npair.evaluate import accuracy
+from npair.data import read_dataset
+from npair.metrics import Embedded, evaluate
+from npair.pixels import load
 from npair.serving.embedder import Embedder
 
 
@@ -21,27 +24,75 @@ def npair(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([Path(sys.executable).with_name("npair"), *arguments], check=False, capture_output=True, text=True)
 
 
-def test_evaluate_scores_what_is_served(dataset: Path, tmp_path: Path) -> None:
+def test_evaluate_scores_what_is_served(dataset: Path, cache: Path, tmp_path: Path) -> None:
     embedder = Embedder(ROOT / "model_repository/npair/1", threads=2)
-    splits = [read_split(dataset, split) for split in ("val", "train")]
-    vectors = [embedder.embed(load_pixels(split.paths, embedder.preprocessing)) for split in splits]
-    expected = accuracy(vectors[0], splits[0], vectors[1], splits[1]).as_dict()
+    loaded, pixels, _ = load(read_dataset(dataset), embedder.preprocessing, cache)
+    val, train = loaded.splits["val"], loaded.train
+    queries, gallery = (embedder.embed(pixels.array[pixels.of(photos)]) for photos in (val, train))
+    expected = evaluate(Embedded(queries, val.fine, val.coarse), Embedded(gallery, train.fine, train.coarse)).as_dict()
     with running() as (_, urls):
-        for protocol, picture in (("http", "a.png"), ("grpc", "b.png")):
-            result = npair("evaluate", "--data", dataset, "--url", urls[protocol], "--json", "--picture", tmp_path / picture)
+        for protocol in ("http", "grpc"):
+            picture, report = tmp_path / f"{protocol}.png", tmp_path / f"{protocol}.html"
+            result = npair(
+                "evaluate", "--data", dataset, "--url", urls[protocol], "--json", "--picture", picture, "--report", report
+            )
             assert result.returncode == 0, result.stderr
-            assert json.loads(result.stdout) == {"version": "1", **expected}
-            with Image.open(tmp_path / picture) as image:
+            scores = json.loads(result.stdout)
+            assert scores["embedded_by"].startswith("version 1")
+            assert scores["fine"] == expected["fine"]
+            assert scores["coarse"] == expected["coarse"]
+            with Image.open(picture) as image:
                 assert min(image.size) > 500
                 assert np.asarray(image).std() > 10
-        (dataset / "val" / "product-0" / "4.jpg").rename(tmp_path / "kept.jpg")
-        (dataset / "val" / "product-0" / "4.jpg").write_bytes(b"text")
-        try:
-            result = npair("evaluate", "--data", dataset, "--url", urls["http"])
-        finally:
-            (tmp_path / "kept.jpg").rename(dataset / "val" / "product-0" / "4.jpg")
+            assert "</html>" in report.read_text()
+
+
+def test_evaluate_scores_a_run(dataset: Path, trained: Path) -> None:
+    last = json.loads((trained / "log.jsonl").read_text().splitlines()[-1])
+    result = npair("evaluate", "--data", dataset, "--run", trained, "--json")
+    assert result.returncode == 0, result.stderr
+    scores = json.loads(result.stdout)
+    assert scores["protocol"] == "gallery"
+    assert scores["fine"]["recall_at_1"]["value"] == last["val"]["fine"]
+    table = npair("evaluate", "--data", dataset, "--run", trained)
+    assert f"recall at 1   {last['val']['fine']:.3f} (" in table.stdout
+    assert "equal error rate" in table.stdout
+
+
+def test_train_scores_unseen_classes_among_each_other(dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset / "val", tmp_path / "photos")
+    run = tmp_path / "run"
+    small = [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(TINY).items()]
+    result = npair("train", "--data", tmp_path / "photos", "--run", run, *small, "--split-by=class")
+    assert result.returncode == 0, result.stderr
+    assert "2 of 6 classes are val" in result.stderr
+    assert "4 photos of 2 classes against each other" in result.stdout
+    assert "</html>" in (run / "report.html").read_text()
+
+
+def test_evaluate_names_splits(dataset: Path, trained: Path) -> None:
+    result = npair("evaluate", "--data", dataset, "--run", trained, "--split", "test")
     assert result.returncode == 1
-    assert "4.jpg: not a JPEG" in result.stderr
+    assert "no split test; it has train, val" in result.stderr
+
+
+def test_data_check_names_what_is_wrong(dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path / "data")
+    (tmp_path / "data/val/product-0/4.jpg").write_bytes(b"text")
+    result = npair("data", "check", "--data", tmp_path / "data")
+    assert result.returncode == 0
+    assert "train: 24 photos of 6 classes\nval: 11 photos of 6 classes" in result.stdout
+    assert "cannot be decoded" in result.stdout
+    assert "4.jpg (not a JPEG" in result.stdout
+
+
+def test_data_folds_are_data_sets(dataset: Path, tmp_path: Path) -> None:
+    result = npair("data", "folds", "--data", dataset, "--folds", "2", "--of", "train", "val", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    tables = result.stdout.split()
+    assert len(tables) == 2
+    checked = npair("data", "check", "--data", tables[0])
+    assert "train: 18 photos of 6 classes\nval: 18 photos of 6 classes" in checked.stdout
 
 
 def test_evaluate_without_a_server(dataset: Path) -> None:

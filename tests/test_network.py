@@ -1,23 +1,107 @@
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+import transformers
 
-from npair.network import EmbeddingNetwork, embed
+from npair.artifact import export
+from npair.network import build_network, embed, multiply_adds, new_network
+from npair.run import RunError
+from npair.serving.embedder import load_graph
+
+VISION: Any = {"image_size": 64, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+ARCHITECTURES = {
+    "resnet": transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
+    "convnextv2": transformers.ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2),
+    "mobilenet_v2": transformers.MobileNetV2Config(depth_multiplier=0.35),
+    "dinov2": transformers.Dinov2Config(**VISION),
+    "vit": transformers.ViTConfig(**VISION, intermediate_size=32),
+    "swin": transformers.SwinConfig(image_size=64, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4),
+}
 
 
-def test_costs_what_its_docstring_says() -> None:
-    network = EmbeddingNetwork().eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        assert network(torch.zeros(1, 160, 160, 3, dtype=torch.uint8)).shape == (1, 128)
-    assert round(counter.get_total_flops() / 2 / 1e9, 2) == 0.26  # a multiply-add counts as two
+def checkpoint(folder: Path, config: transformers.PretrainedConfig) -> str:
+    """A local checkpoint of random weights, laid out as the Hugging Face hub has them."""
+    torch.manual_seed(0)
+    model: Any = transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}))
+    return str(folder)
+
+
+def test_compact_costs_what_its_docstring_says() -> None:
+    network, _ = new_network("compact", 32)
+    assert round(multiply_adds(network, 160) / 1e9, 2) == 0.26
     assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 1) == 2.8
+    assert network.training, "counting leaves the network in the mode it was in"
 
 
 def test_embed_normalises_and_does_not_depend_on_the_batch() -> None:
-    network = EmbeddingNetwork()
+    network, _ = new_network("compact", 8)
     pixels = torch.randint(0, 256, (5, 64, 64, 3), dtype=torch.uint8).numpy()
     together, apart = embed(network, pixels, batch=5), embed(network, pixels, batch=2)
     torch.testing.assert_close(torch.from_numpy(together), torch.from_numpy(apart))
     torch.testing.assert_close(torch.from_numpy(together).norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(embed(network, pixels, torch.tensor([3, 1]).numpy()), together[[3, 1]])
     assert network.training, "embedding leaves the network in the mode it was in"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_pretrained_networks_train_and_export(architecture: str, tmp_path: Path) -> None:
+    """From a local checkpoint, without network: its weights, a gradient, and a graph that answers as the network does."""
+    name = checkpoint(tmp_path / architecture, ARCHITECTURES[architecture])
+    network, description = new_network(name, 32)
+    published = transformers.AutoModel.from_pretrained(name).state_dict()
+    for key, value in network.backbone.state_dict().items():
+        torch.testing.assert_close(value, published[key.removeprefix("model.")])
+    torch.testing.assert_close(network.mean.flatten(), 255 * torch.tensor([0.5, 0.4, 0.3]))
+
+    photos = torch.randint(0, 256, (3, 96, 96, 3), dtype=torch.uint8)
+    network(photos).square().sum().backward()
+    unused = [name for name, parameter in network.named_parameters() if parameter.grad is None]
+    assert not [name for name in unused if "pool" not in name and "mask" not in name], "every layer learns"
+
+    again = build_network(json.loads(json.dumps(description)))
+    again.load_state_dict(network.state_dict())
+    expected = embed(network, photos.numpy())
+    torch.testing.assert_close(embed(again, photos.numpy()), expected)
+    export(network, 96, tmp_path / "network.pt2")
+    graph = load_graph(tmp_path / "network.pt2")
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(graph(photos)).detach(), torch.from_numpy(expected), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_graph_needs_no_transformers(tmp_path: Path) -> None:
+    network, _ = new_network(checkpoint(tmp_path / "convnextv2", ARCHITECTURES["convnextv2"]), 32)
+    export(network, 64, tmp_path / "network.pt2")
+    code = (
+        "import sys; sys.modules['transformers'] = None; import torch; from pathlib import Path;"
+        "from npair.serving.embedder import load_graph;"
+        f"print(load_graph(Path({str(tmp_path / 'network.pt2')!r}))(torch.zeros(5, 64, 64, 3, dtype=torch.uint8)).shape)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "[5, 128]" in result.stdout
+
+
+def test_refuses_what_is_no_vision_model(tmp_path: Path) -> None:
+    text = transformers.BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    with pytest.raises(RunError, match="not a vision model"):
+        new_network(checkpoint(tmp_path / "bert", text), 32)
+
+
+def test_refuses_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="transformers has no vision model"):
+        new_network(str(tmp_path), 32)
+
+
+def test_says_how_to_get_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(RunError, match=r"npair\[pretrained\]"):
+        new_network("microsoft/resnet-18", 32)

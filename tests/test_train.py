@@ -6,16 +6,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
 
-from npair.data import load_pixels, read_split
 from npair.drawings import write_dataset
-from npair.evaluate import accuracy
-from npair.network import embed, load_network
+from npair.network import load_network
 from npair.run import RunError
 from npair.train import schedule, train
 
@@ -29,18 +28,20 @@ def command(dataset: Path, run: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "npair.cli", "train", "--data", str(dataset), "--run", str(run), *knobs, *options]
 
 
+def read_log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
 def test_learns_to_tell_drawn_products_apart(tmp_path: Path) -> None:
     """Not a claim about photos: a loop that trains must do far better than chance (1 in 6) on drawings, and than its start."""
     write_dataset(tmp_path, products=6, train=8, val=4)
-    config = dataclasses.replace(TINY, epochs=12, classes_per_batch=6, evaluate_every=100)
+    config = dataclasses.replace(TINY, epochs=20, classes_per_batch=6, evaluations=1)
     assert train(tmp_path, tmp_path / "run", config)
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert len(log) == 12
+    log = read_log(tmp_path / "run")
+    assert len(log) == 20
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
-    photos, queries = read_split(tmp_path, "train"), read_split(tmp_path, "val")
-    network, preprocessing = load_network(tmp_path / "run"), config.preprocessing()
-    vectors = [embed(network, load_pixels(split.paths, preprocessing)) for split in (queries, photos)]
-    assert accuracy(vectors[0], queries, vectors[1], photos).fine >= 0.5
+    assert ["val" in row for row in log] == [False] * 19 + [True]
+    assert log[-1]["val"]["fine"] >= 0.4
 
 
 def test_seed_decides_the_weights(dataset: Path, trained: Path, tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_command_line_says_what_is_wrong(tmp_path: Path) -> None:
     result = subprocess.run(command(tmp_path, tmp_path / "run"), check=False, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.startswith("npair: ")
-    assert "train.txt is missing" in result.stderr
+    assert "holds no photo" in result.stderr
     assert "Traceback" not in result.stderr
 
 

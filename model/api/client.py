@@ -40,6 +40,8 @@ Vectors = npt.NDArray[np.float32]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# Of the model's configuration: the version that they were measured on, and its thresholds.
+THRESHOLD_PARAMETERS = ("thresholds_version", "threshold_far_1_percent", "threshold_far_01_percent")
 # The smallest PNG: one white pixel. A model that embeds it works, which its readiness URL alone does not say.
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
@@ -86,6 +88,18 @@ class Embeddings(NamedTuple):
 
     vectors: Vectors
     version: str
+
+
+class Thresholds(NamedTuple):
+    """Cosines from which two photos are taken for the same product, as publishing measured them for one version of the model.
+
+    far_1_percent, far_01_percent: where 1 % and 0.1 % of the pairs of photos of different products are taken for the same, too;
+    None where it was measured on too few pairs to tell.
+    """
+
+    version: str
+    far_1_percent: float | None
+    far_01_percent: float | None
 
 
 @dataclass(frozen=True)
@@ -157,6 +171,18 @@ class NpairClient:
         except NpairError:
             return False
         return True
+
+    def thresholds(self) -> Thresholds | None:
+        """What the served version's photos of the same product are told by; None where its configuration does not say.
+
+        They hold for embeddings of their ``version`` alone. Raises: NpairErrors.
+        """
+        grpc = self._protocol is tritonclient.grpc
+        with _mapped_errors(self.model):
+            answer = self._client.get_model_config(self.model, **({"as_json": True, **self._extra} if grpc else {}))
+        parameters = (answer["config"] if grpc else answer).get("parameters", {})
+        version, *cosines = (parameters.get(key, {}).get("string_value") for key in THRESHOLD_PARAMETERS)
+        return Thresholds(version, *(float(cosine) if cosine else None for cosine in cosines)) if version else None
 
     def embed(self, images: Photo | Iterable[Photo]) -> Embeddings:
         """Embed one photo or many: paths, encoded bytes or open binary files.
@@ -327,9 +353,16 @@ def _parser() -> argparse.ArgumentParser:
     embed = add("embed", _embed, "embed photos: JSON lines on standard output, or a file")
     embed.add_argument("photos", nargs="+", type=Path, help=photos)
     embed.add_argument("--out", type=Path, help="write here instead: vectors.npz or vectors.jsonl")
-    compare = add("compare", _compare, "print the cosine similarity of two photos")
+    compare = add("compare", _compare, "tell whether two photos show the same product")
     compare.add_argument("a", type=Path)
     compare.add_argument("b", type=Path)
+    compare.add_argument(
+        "--far",
+        type=float,
+        choices=(1.0, 0.1),
+        default=1.0,
+        help="percent of pairs of different products that may be taken for the same (%(default)s)",
+    )
     rank = add("rank", _rank, "print the candidates that are most similar to a photo")
     rank.add_argument("query", type=Path)
     rank.add_argument("candidates", nargs="+", type=Path, help=f"{photos}, or .npz files that embed has written")
@@ -367,7 +400,21 @@ def _embed(client: NpairClient, options: argparse.Namespace) -> int:
 def _compare(client: NpairClient, options: argparse.Namespace) -> int:
     vectors, version = client.embed([options.a, options.b])
     cosine = float(vectors[0] @ vectors[1])
-    print(json.dumps({"cosine": cosine, "version": version}) if options.json else f"{cosine:.4f}")
+    thresholds = client.thresholds()
+    threshold = None
+    if thresholds is not None and thresholds.version == version:
+        threshold = thresholds.far_1_percent if options.far == 1 else thresholds.far_01_percent
+    same = None if threshold is None else cosine >= threshold
+    if options.json:
+        known = {} if threshold is None else {"threshold": threshold, "far": options.far / 100}
+        print(json.dumps({"cosine": cosine, "version": version, "same_product": same, **known}))
+    elif threshold is None:
+        print(f"cosine {cosine:.4f}; no verdict: the server's configuration has no such threshold for version {version}")
+    else:
+        verdict, sign = ("same product", ">=") if same else ("different products", "<")
+        print(
+            f"{verdict}: cosine {cosine:.4f} {sign} {threshold:.4f}, which {options.far:g} % of pairs of different products reach"
+        )
     return EXIT_OK
 
 

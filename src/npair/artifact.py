@@ -21,15 +21,17 @@ from PIL import Image
 from torch.export import Dim
 
 import npair.serving
-from npair.data import load_pixels, read_split
+from npair.data import Dataset, Photos, read_dataset
 from npair.drawings import draw, encode
-from npair.evaluate import accuracy
+from npair.evaluate import Comparison, sides
+from npair.metrics import Vectors
 from npair.network import EMBEDDING_DIM, EmbeddingNetwork, embed, load_network
+from npair.pixels import Pixels, default_cache, load, load_pixels
 from npair.run import TrainConfig, git_commit, read_run
 from npair.serving.embedder import Embedder
 from npair.serving.preprocess import Preprocessing
 
-SCHEMA = 1
+SCHEMA = 2
 CODE = ("model.py", "embedder.py", "preprocess.py")
 LIBRARIES = ("torch", "numpy", "pillow")
 MAX_BATCH = 64
@@ -49,21 +51,24 @@ class PublishError(RuntimeError):
     """A network that must not be published; nothing was written."""
 
 
-def publish(run: Path, data: Path, repository: Path) -> Path:
+def publish(run: Path, data: Path, repository: Path, cache: Path | None = None) -> Path:
     """Write the next version of ``repository`` (the model's folder, with its config.pbtxt) from a run's averaged network.
 
-    The version is staged beside the others, verified, scored on ``data``'s val split against its train split by the code that will
-    serve it, and renamed into place as the last act: it is there whole or not at all.
+    The version is staged beside the others, verified, scored on ``data``'s val split by the code that will serve it, and renamed
+    into place as the last act: it is there whole or not at all. Without a val split, it has no metrics and no thresholds.
+    cache: the folder for decoded photos, by default in the user's cache folder.
     Returns: the version's folder. Raises: PublishError, RunError, DataError, VersionError.
     """
     if not (repository / "config.pbtxt").is_file():
         raise PublishError(f"{repository} is not a model's folder: it has no config.pbtxt")
     training = read_run(run)
     network = load_network(run)
-    preprocessing = TrainConfig(**training["train"]).preprocessing()
-    gallery, queries = read_split(data, "train"), read_split(data, "val")
-    if gallery.fingerprint() != training["data"]["fingerprint"]:
-        raise PublishError(f"{run} was not trained on the train split of {data}")
+    config = TrainConfig(**training["train"])
+    preprocessing = config.preprocessing()
+    dataset = read_dataset(data, split_by=config.split_by, val_share=config.val_share, seed=config.seed)
+    dataset, pixels, _ = load(dataset, preprocessing, cache or default_cache())
+    if dataset.fingerprint() != training["data"]["fingerprint"]:
+        raise PublishError(f"{run} was not trained on {data}")
     version = max((int(folder.name) for folder in repository.iterdir() if folder.name.isdecimal()), default=0) + 1
 
     # Not "2.partial": Triton takes every name that begins with a digit for a version.
@@ -95,12 +100,10 @@ def publish(run: Path, data: Path, repository: Path) -> Path:
         measured = {name: golden_distance(staging, settings) for name, settings in INSTRUCTION_SETS.items()}
         manifest["golden"] |= {"measured": measured, "tolerance": max(10 * max(measured.values()), SMALLEST_TOLERANCE)}
         embedder = Embedder(staging, threads=len(os.sched_getaffinity(0)))
-        query_embeddings, gallery_embeddings = (
-            np.concatenate([embedder.embed(batch) for batch in np.array_split(pixels, -(-len(pixels) // MAX_BATCH))])
-            for pixels in (load_pixels(queries.paths, preprocessing), load_pixels(gallery.paths, preprocessing))
-        )
-        scores = accuracy(query_embeddings, queries, gallery_embeddings, gallery)
-        manifest["metrics"] = {"val_against_train": scores.as_dict()}
+        if dataset.val:
+            evaluation = _compare(embedder, dataset, pixels).evaluate()
+            manifest["metrics"] = {"val": evaluation.as_dict()}
+            manifest["thresholds"] = evaluation.thresholds()
         write_manifest(staging, manifest)
         Embedder(staging, threads=1)  # what was written is what was measured
         target = repository / str(version)
@@ -109,6 +112,19 @@ def publish(run: Path, data: Path, repository: Path) -> Path:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return target
+
+
+def _compare(embedder: Embedder, dataset: Dataset, pixels: Pixels) -> Comparison:
+    """The val photos and those that they are compared with, embedded by the code that will serve."""
+
+    def embed(photos: Photos) -> Vectors:
+        batches = np.array_split(pixels.of(photos), -(-len(photos) // MAX_BATCH))
+        return np.concatenate([embedder.embed(pixels.array[rows]) for rows in batches])
+
+    query_photos, gallery_photos = sides(dataset, "val")
+    queries = embed(query_photos)
+    gallery = queries if gallery_photos is query_photos else embed(gallery_photos)
+    return Comparison("the published code", query_photos, queries, gallery_photos, gallery)
 
 
 def export(network: EmbeddingNetwork, size: int, path: Path) -> None:

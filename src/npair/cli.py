@@ -1,4 +1,4 @@
-"""The command line: npair train | evaluate | publish | verify."""
+"""The command line: npair data | train | evaluate | publish | verify."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from npair.client import DEFAULT_URL, NpairError
-from npair.run import TrainConfig
+from npair.run import TrainConfig, read_run
+from npair.serving.preprocess import Preprocessing
+
+if TYPE_CHECKING:
+    from npair.data import Dataset
+    from npair.pixels import Findings, Pixels
 
 REPOSITORY = Path("model_repository/npair")
+GLANCE = Preprocessing(size=32, resample="BILINEAR", background=255)  # enough to tell which photos are sound
 
 # A command imports its libraries itself: --help is quick, and scoring a server needs no torch.
 # ruff: noqa: PLC0415
@@ -43,25 +50,47 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=command)
         return added
 
-    data = "folder with train.txt and val.txt, a line per photo: path, fine label, coarse label"
-    train = add(_train, "train a network on the train split of a data set")
-    train.add_argument("--data", type=Path, required=True, metavar="DIR", help=data)
-    train.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder for configuration, log and checkpoint")
+    data = commands.add_parser("data", help="fetch, check or divide a data set", description="Fetch, check or divide a data set.")
+    steps = data.add_subparsers(required=True, metavar="STEP")
+    grocery = steps.add_parser("grocery", help="fetch the Grocery Store Dataset", description="Fetch the Grocery Store Dataset.")
+    grocery.add_argument("folder", type=Path, nargs="?", default=Path("data/grocery"), help="(%(default)s)")
+    grocery.set_defaults(command=_data_grocery)
+    check = steps.add_parser("check", help="name what training would leave out", description="Name what training would leave out.")
+    _add_data(check)
+    _add_splits(check)
+    check.set_defaults(command=_data_check)
+    folds = steps.add_parser(
+        "folds",
+        help="write tables for cross-validation",
+        description="Write tables for cross-validation, one to train on for each fold.",
+    )
+    _add_data(folds)
+    folds.add_argument("--folds", type=int, default=3, metavar="K", help="(%(default)s)")
+    folds.add_argument("--of", nargs="+", default=["train"], metavar="SPLIT", help="the splits to divide (train)")
+    folds.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for fold-0.csv and so on")
+    folds.set_defaults(command=_data_folds)
+
+    train = add(_train, "train a network on a data set's train split and report on its val split")
+    _add_data(train)
+    train.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder for configuration, log, checkpoint, report")
     train.add_argument("--resume", action="store_true", help="go on with the run's checkpoint, by the run's own configuration")
     for field in dataclasses.fields(TrainConfig):
-        train.add_argument(
-            "--" + field.name.replace("_", "-"), type=type(field.default), default=field.default, help="(%(default)s)"
-        )
+        _add_knob(train, field)
 
-    evaluate = add(_evaluate, "score a running server: nearest train photo of each val photo")
-    evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help=data)
-    evaluate.add_argument("--url", default=DEFAULT_URL, help="http:// or grpc:// (%(default)s)")
+    evaluate = add(_evaluate, "score a run or a running server on a split, against the train photos")
+    _add_data(evaluate)
+    _add_splits(evaluate)
+    scored = evaluate.add_mutually_exclusive_group()
+    scored.add_argument("--run", type=Path, metavar="DIR", help="score this run's network; it splits the data as in training")
+    scored.add_argument("--url", default=DEFAULT_URL, help="score this server: http:// or grpc:// (%(default)s)")
+    evaluate.add_argument("--split", default="val", help="(%(default)s)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
-    evaluate.add_argument("--picture", type=Path, metavar="FILE", help="also draw a few val photos with their nearest train photos")
+    evaluate.add_argument("--report", type=Path, metavar="FILE", help="also write a report, one HTML file")
+    evaluate.add_argument("--picture", type=Path, metavar="FILE", help="also draw a few queries with their nearest photos")
 
     publish = add(_publish, "write a run's network as the next version of the model")
     publish.add_argument("--run", type=Path, required=True, metavar="DIR")
-    publish.add_argument("--data", type=Path, required=True, metavar="DIR", help=data)
+    _add_data(publish)
     publish.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR", help="the model's folder (%(default)s)")
 
     verify = add(_verify, "check the hashes of a version folder and embed its golden set")
@@ -70,28 +99,117 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="SOURCE",
+        help="a folder per class, a table (.csv, .tsv: path, label and maybe coarse, split), or a folder with train.txt",
+    )
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="folder for decoded photos (in the user's cache)")
+
+
+def _add_splits(parser: argparse.ArgumentParser) -> None:
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in ("seed", "split_by", "val_share"):
+            _add_knob(parser, field)
+
+
+def _add_knob(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
+    parser.add_argument(
+        "--" + field.name.replace("_", "-"),
+        type=type(field.default),
+        default=field.default,
+        choices=field.metadata["choices"],
+        help=f"{field.metadata['help']} ({'chosen from the data' if field.metadata['chosen'] else '%(default)s'})",
+    )
+
+
+def _data_grocery(arguments: argparse.Namespace) -> int:
+    from npair.grocery import fetch_grocery
+
+    print(fetch_grocery(arguments.folder))
+    return 0
+
+
+def _data_check(arguments: argparse.Namespace) -> int:
+    dataset, _, findings = _load(arguments, GLANCE)
+    for name, photos in dataset.splits.items():
+        print(f"{name}: {len(photos)} photos of {len(set(photos.fine))} classes")
+    print(f"splits: {dataset.made}", *findings.lines(), sep="\n")
+    return 0
+
+
+def _data_folds(arguments: argparse.Namespace) -> int:
+    from npair.data import read_dataset, write_folds
+
+    for table in write_folds(read_dataset(arguments.data), arguments.folds, arguments.of, arguments.out):
+        print(table)
+    return 0
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from npair.train import train
 
     config = TrainConfig(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(TrainConfig)})
-    return 0 if train(arguments.data, arguments.run, config, resume=arguments.resume) else 130
+    if not train(arguments.data, arguments.run, config, resume=arguments.resume, cache=arguments.cache):
+        return 130
+    if int(os.environ.get("RANK", "0")):
+        return 0
+    config = TrainConfig(**read_run(arguments.run)["train"])
+    if not config.evaluations:
+        print("val was not looked at; npair evaluate scores it", file=sys.stderr)
+        return 0
+    arguments.split, arguments.report, arguments.picture, arguments.json = "val", arguments.run / "report.html", None, False
+    return _evaluate(arguments)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from npair.evaluate import embed_served
+    from npair.evaluate import embed_run, embed_served
+    from npair.report import write_report
 
-    served = embed_served(arguments.data, arguments.url)
-    if arguments.picture:
-        served.draw(arguments.picture)
-    scores = served.accuracy()
-    if arguments.json:
-        print(json.dumps({"version": served.version, **scores.as_dict()}))
+    run = read_run(arguments.run) if arguments.run else None
+    if run:
+        config = TrainConfig(**run["train"])
+        arguments.split_by, arguments.val_share, arguments.seed = config.split_by, config.val_share, config.seed
+        dataset, pixels, findings = _load(arguments, config.preprocessing())
+        compared = embed_run(arguments.run, dataset, pixels, arguments.split)
     else:
-        print(
-            f"1-NN accuracy of {scores.queries} val photos against {scores.gallery} train photos, version {served.version}: "
-            f"{scores.fine:.3f} fine, {scores.coarse:.3f} coarse"
+        dataset, _, findings = _load(arguments, GLANCE)
+        compared = embed_served(dataset, arguments.split, arguments.url)
+    scores = compared.evaluate()
+    if arguments.picture:
+        compared.draw(arguments.picture)
+    if arguments.report:
+        log = (arguments.run / "log.jsonl").read_text().splitlines() if arguments.run else []
+        write_report(
+            arguments.report,
+            evaluation=scores,
+            queries=compared.queries,
+            query_photos=compared.query_photos,
+            gallery=compared.gallery,
+            gallery_photos=compared.gallery_photos,
+            run=run,
+            log=[json.loads(line) for line in log],
+            findings=[dataset.made, *findings.lines()],
+            title=compared.embedded_by,
         )
+    if arguments.json:
+        print(json.dumps({"embedded_by": compared.embedded_by, "split": arguments.split, **scores.as_dict()}))
+    else:
+        print(f"{compared.embedded_by} on {arguments.split}", *scores.lines(), sep="\n")
+        if arguments.report:
+            print(f"report: {arguments.report}")
     return 0
+
+
+def _load(arguments: argparse.Namespace, preprocessing: Preprocessing) -> tuple[Dataset, Pixels, Findings]:
+    from npair.data import read_dataset
+    from npair.pixels import default_cache, load
+
+    dataset = read_dataset(arguments.data, split_by=arguments.split_by, val_share=arguments.val_share, seed=arguments.seed)
+    return load(dataset, preprocessing, arguments.cache or default_cache())
 
 
 def _publish(arguments: argparse.Namespace) -> int:

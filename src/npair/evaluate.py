@@ -1,100 +1,107 @@
-"""How good embeddings are: the nearest gallery photos of query photos, counted and drawn."""
+"""Scoring a network, of a run or behind a server, on one split of a data set."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from npair.client import NpairClient
-from npair.data import DataError, Photos, read_split
-
-Vectors = npt.NDArray[np.float32]
-
-CHUNK = 1024  # queries compared with the whole gallery at a time: bounds memory at CHUNK x gallery floats
+from npair.data import DataError, Dataset, Photos
+from npair.metrics import Embedded, Evaluation, Vectors, evaluate, nearest, protocol_of
+from npair.pixels import Pixels
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """1-nearest-neighbour accuracy (Recall@1), as shares of the queries, on fine and on coarse labels."""
+class Comparison:
+    """The photos of one split as queries, and the photos that they are compared with, all embedded by one network.
 
-    fine: float
-    coarse: float
-    queries: int
-    gallery: int
+    The gallery are the train photos; where none of the queries' classes is among theirs, the queries are compared with each other,
+    and gallery and queries are the same.
+    embedded_by: the network, in words.
+    """
 
-    def as_dict(self) -> dict[str, float | int]:
-        return asdict(self)
-
-
-def nearest(queries: Vectors, gallery: Vectors, k: int = 1) -> npt.NDArray[np.int64]:
-    """Indices of the k gallery rows with the largest products, best first; [q, d] and [g, d] of unit length -> int64 [q, k]."""
-    best = [np.argsort(-(queries[i : i + CHUNK] @ gallery.T), axis=1, kind="stable")[:, :k] for i in range(0, len(queries), CHUNK)]
-    return np.concatenate(best)
-
-
-def accuracy(queries: Vectors, query_photos: Photos, gallery: Vectors, gallery_photos: Photos) -> Accuracy:
-    """Score each query photo by the labels of its nearest gallery photo."""
-    neighbours = nearest(queries, gallery)[:, 0]
-    return Accuracy(
-        fine=float(np.mean(gallery_photos.fine[neighbours] == query_photos.fine)),
-        coarse=float(np.mean(gallery_photos.coarse[neighbours] == query_photos.coarse)),
-        queries=len(queries),
-        gallery=len(gallery),
-    )
-
-
-@dataclass(frozen=True)
-class ServedSplits:
-    """A data set's val photos (queries) and train photos (gallery), both embedded by one version of a running server."""
-
-    version: str
+    embedded_by: str
     query_photos: Photos
     queries: Vectors
     gallery_photos: Photos
     gallery: Vectors
 
-    def accuracy(self) -> Accuracy:
-        return accuracy(self.queries, self.query_photos, self.gallery, self.gallery_photos)
+    @property
+    def alone(self) -> bool:
+        """Whether the queries are compared with each other."""
+        return self.gallery is self.queries
+
+    def evaluate(self) -> Evaluation:
+        queries = Embedded(self.queries, self.query_photos.fine, self.query_photos.coarse)
+        return evaluate(
+            queries, None if self.alone else Embedded(self.gallery, self.gallery_photos.fine, self.gallery_photos.coarse)
+        )
 
     def draw(self, path: Path, *, rows: int = 6, neighbours: int = 6, cell: int = 140) -> None:
         """Draw a grid: in each row a query, then its nearest gallery photos, framed in green where the product is the same and in
-        red where not. The queries are spread evenly over the val photos, not chosen by how well they did."""
+        red where not. The queries are spread evenly over the split, not chosen by how well they did."""
         margin, label = 6, 18
         chosen = np.linspace(0, len(self.query_photos) - 1, rows).astype(int)
-        ranked = nearest(self.queries[chosen], self.gallery, neighbours)
+        ranked = nearest(self.queries, self.gallery, neighbours, exclude_self=self.alone)[0][chosen]
         picture = Image.new(
             "RGB", ((neighbours + 1) * (cell + margin) + 3 * margin, rows * (cell + label + margin) + margin), "white"
         )
         pen = ImageDraw.Draw(picture)
 
-        def place(photo: Path, column: int, row: int, frame: str) -> None:
+        def place(photos: Photos, index: int, column: int, row: int, frame: str) -> None:
             left = margin + column * (cell + margin) + (2 * margin if column else 0)
             top = margin + row * (cell + label + margin)
-            with Image.open(photo) as image:
+            with Image.open(photos.paths[index]) as image:
                 thumbnail = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (cell - 8, cell - 8))
             picture.paste(ImageOps.expand(thumbnail, 4, frame), (left, top))
-            pen.text((left + 2, top + cell + 2), photo.parent.name[:22], fill="black")
+            pen.text((left + 2, top + cell + 2), photos.fine_names[photos.fine[index]][:22], fill="black")
 
         for row, (query, indices) in enumerate(zip(chosen, ranked, strict=True)):
-            place(self.query_photos.paths[query], 0, row, "black")
+            place(self.query_photos, query, 0, row, "black")
             for column, index in enumerate(indices, start=1):
                 same = self.gallery_photos.fine[index] == self.query_photos.fine[query]
-                place(self.gallery_photos.paths[index], column, row, "green" if same else "red")
+                place(self.gallery_photos, index, column, row, "green" if same else "red")
         picture.save(path)
 
 
-def embed_served(data: Path, url: str) -> ServedSplits:
-    """Embed a data set through a running server, so that what is scored is what is served.
+def sides(dataset: Dataset, split: str) -> tuple[Photos, Photos]:
+    """The split's photos and those that they are compared with: train's, or their own where none of their classes is in train.
 
-    Raises: DataError for unusable data or a photo that the server refuses, client.NpairError.
+    Raises: DataError where the data set has no such split.
     """
-    query_photos, gallery_photos = read_split(data, "val"), read_split(data, "train")
-    paths = [*query_photos.paths, *gallery_photos.paths]
+    if split not in dataset.splits:
+        raise DataError(f"the data set has no split {split}; it has {', '.join(dataset.splits)}")
+    queries, gallery = dataset.splits[split], dataset.train
+    return queries, gallery if protocol_of(queries.fine, gallery.fine) == "gallery" else queries
+
+
+def embed_run(run: Path, dataset: Dataset, pixels: Pixels, split: str) -> Comparison:
+    """Embed a split and its gallery with a run's network.
+
+    pixels: of all photos of the data set, decoded as the run's configuration says.
+    Raises: DataError for a split that is not there, RunError where the run holds no network.
+    """
+    from npair.network import embed, load_network  # noqa: PLC0415  # scoring a server needs no torch
+
+    query_photos, gallery_photos = sides(dataset, split)
+    network = load_network(run)
+    queries = embed(network, pixels.array, pixels.of(query_photos))
+    gallery = queries if gallery_photos is query_photos else embed(network, pixels.array, pixels.of(gallery_photos))
+    return Comparison(f"run {run.name}", query_photos, queries, gallery_photos, gallery)
+
+
+def embed_served(dataset: Dataset, split: str, url: str) -> Comparison:
+    """Embed a split and its gallery through a running server, so that what is scored is what is served.
+
+    Raises: DataError for a split that is not there or a photo that the server refuses, client.NpairError.
+    """
+    query_photos, gallery_photos = sides(dataset, split)
+    alone = gallery_photos is query_photos
+    paths = [*query_photos.paths, *(() if alone else gallery_photos.paths)]
     vectors = []
     with NpairClient(url) as client:
         stream = client.stream(paths)
@@ -103,4 +110,4 @@ def embed_served(data: Path, url: str) -> ServedSplits:
                 raise DataError(f"{paths[result.index]}: {result.reason}")
             vectors.append(result.vector)
     queries, gallery = np.split(np.stack(vectors), [len(query_photos)])
-    return ServedSplits(stream.version, query_photos, queries, gallery_photos, gallery)
+    return Comparison(f"version {stream.version} at {url}", query_photos, queries, gallery_photos, queries if alone else gallery)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +18,51 @@ class RunError(RuntimeError):
     """A run folder that cannot be used as asked; the message says what to do."""
 
 
+def _knob(default: Any, description: str, choices: tuple[str, ...] | None = None, *, chosen: bool = False) -> Any:
+    """A field with its help on the command line; ``chosen`` where its default stands for a choice made from the data."""
+    return field(default=default, metadata={"help": description, "choices": choices, "chosen": chosen})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """The knobs of a run; sizes in pixels."""
+    """The knobs of a run; sizes in pixels. What is ``chosen`` is 0 or "auto" until ``train.settle`` has looked at the data."""
 
-    seed: int = 0
-    epochs: int = 200
-    classes_per_batch: int = 60  # N; two photos of each
-    size: int = 160  # of the photo when evaluated and served
-    crop_size: int = 128  # of the random crop in training: smaller, since crops show objects larger than whole photos do
-    learning_rate: float = 1e-3
-    warmup: float = 0.05  # share of all steps
-    weight_decay: float = 0.05
-    gradient_norm: float = 1.0
-    norm_penalty: float = 2e-3
-    ema_decay: float = 0.998
-    evaluate_every: int = 25  # epochs
+    seed: int = _knob(0, "of the weights, the batches and, where the data has no splits, of the split")
+    split_by: str = _knob(
+        "photo", "what val holds apart where the data has no splits: photos, or whole classes", ("photo", "class")
+    )
+    val_share: float = _knob(0.1, "share of val where the data has no splits")
+    network: str = _knob("compact", '"compact" or a vision model of transformers: its name on the hub or a local folder')
+    width: int = _knob(32, "channels of the compact network's first stage")
+    loss: str = _knob(
+        "npair", "npair: with norm penalty; cosine: normalised; tuplet: N + 1 photos an anchor", ("npair", "cosine", "tuplet")
+    )
+    norm_penalty: float = _knob(2e-3, "weight of the embeddings' mean squared norm in npair and tuplet")
+    temperature: float = _knob(0.1, "divisor of the cosines in cosine")
+    classes_per_batch: int = _knob(0, "N; two photos of each", chosen=True)
+    mine_from: int = _knob(0, "C, the classes among which the N hardest are mined for each batch; 0: no mining")
+    epochs: int = _knob(0, "passes over as many photos as there are", chosen=True)
+    size: int = _knob(0, "of the photo when evaluated and served", chosen=True)
+    # Smaller than size, since crops show objects larger than whole photos do (Touvron et al., FixRes, NeurIPS 2019).
+    crop_size: int = _knob(0, "of the random crop in training", chosen=True)
+    augmentation: str = _knob("auto", "drawing: no flips, no changes of light", ("auto", "photo", "drawing", "none"), chosen=True)
+    learning_rate: float = _knob(0.0, "at its peak", chosen=True)
+    warmup: float = _knob(0.05, "share of all steps")
+    weight_decay: float = _knob(0.05, "of weights, not of biases and normalisations")
+    gradient_norm: float = _knob(1.0, "beyond which gradients are scaled down")
+    ema_decay: float = _knob(0.998, "of the averaged weights, which are what is kept")
+    evaluations: int = _knob(8, "how often val is scored on the way; 0: never")
+    patience: int = _knob(0, "evaluations without a better recall after which training ends and keeps the best; 0: never")
 
     def preprocessing(self) -> Preprocessing:
         return Preprocessing(size=self.size, resample="BILINEAR", background=255)
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """A run's config.json: ``train`` (arguments of TrainConfig), ``git_commit``, ``data``. Raises: RunError where there is none."""
+    """A run's config.json: ``train`` (arguments of TrainConfig), ``network`` (a network.Description), ``git_commit``, ``data``.
+
+    Raises: RunError where there is none.
+    """
     try:
         started: dict[str, Any] = json.loads((run / "config.json").read_text())
         TrainConfig(**started["train"])

@@ -6,6 +6,7 @@ it would have gone without the interruption.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import signal
@@ -21,142 +22,279 @@ from typing import Any
 import kornia.augmentation as K
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from npair.data import NPairSampler, load_pixels, read_split
-from npair.evaluate import accuracy
-from npair.loss import NPairLoss
-from npair.network import EmbeddingNetwork, embed
+from npair.batches import Indices, NPairSampler
+from npair.data import Dataset, Photos, read_dataset
+from npair.loss import CosineNPairLoss, NPairLoss, TupletLoss
+from npair.metrics import Vectors, nearest, protocol_of
+from npair.network import EmbeddingNetwork, build_network, embed, multiply_adds, new_network
+from npair.pixels import default_cache, load
+from npair.processes import any_process, from_first, gather, process_group, rank, sum_gradients, world_size
 from npair.run import RunError, TrainConfig, git_commit, read_run
+from npair.serving.preprocess import Preprocessing
+
+VIEWS = 528_000  # photos that a run looks at, each repetition counted, where the number of epochs is not given
 
 
-def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False) -> bool:
-    """Train on ``data``'s train split into the folder ``run``; returns False where Ctrl-C ended it early, with a checkpoint.
+def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False, cache: Path | None = None) -> bool:
+    """Train on the train split of ``data`` into the folder ``run``; returns False where a signal ended it early, with a checkpoint.
 
-    The val split, where there is one, is scored for the log alone: nothing is chosen by it.
-    Raises: DataError for unusable data; RunError for a run folder that holds another run or no checkpoint to resume, or for a loss
-    that is not finite.
+    What was found in the data and what was chosen is said on stderr before the first step. The val split, where there is one, is
+    scored ``config.evaluations`` times; nothing is chosen by it unless ``config.patience`` asks for early stopping.
+    cache: the folder for decoded photos, by default in the user's cache folder. Under torchrun, each process trains on its share
+    of every batch.
+    Raises: DataError for unusable data; RunError for a run folder that holds another run or no checkpoint to resume, for a network
+    that cannot be had, or for a loss that is not finite.
     """
     checkpoint_path = run / "checkpoint.pt"
-    photos = read_split(data, "train")
-    validation = read_split(data, "val") if (data / "val.txt").exists() else None
-    described = {"fingerprint": photos.fingerprint(), "photos": len(photos), "classes": len(np.unique(photos.fine))}
     if resume:
         started = read_run(run)
         config = TrainConfig(**started["train"])
         if not checkpoint_path.is_file():
             raise RunError(f"{run} holds no checkpoint to resume; start it without --resume")
-        if started["data"] != described:
-            raise RunError(f"the photos in {data} are not those that {run} was started on")
-    else:
-        if checkpoint_path.exists():
-            raise RunError(f"{run} already holds a run; add --resume to go on with it or name another folder")
-        run.mkdir(parents=True, exist_ok=True)
-        started = {"train": asdict(config), "git_commit": git_commit(), "data": described}
-        (run / "config.json").write_text(json.dumps(started, indent=2) + "\n")
-    sampler = NPairSampler(photos.fine, config.classes_per_batch, config.seed)
+    elif checkpoint_path.exists():
+        raise RunError(f"{run} already holds a run; add --resume to go on with it or name another folder")
+    cache = cache or default_cache()
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    capabilities = torch.cpu.get_capabilities()
-    bf16 = device.type == "cuda" or capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-    preprocessing = config.preprocessing()
-    # Crops are cut from photos somewhat larger than the network's input, so that a crop has real detail.
-    pixels = torch.from_numpy(load_pixels(photos.paths, replace(preprocessing, size=config.size * 6 // 5)))
-    augment = augmentation(config.crop_size)
+    with process_group() as device:
+        dataset = read_dataset(data, split_by=config.split_by, val_share=config.val_share, seed=config.seed)
+        config = settle(config, dataset.train)
+        # Crops are cut from photos somewhat larger than the network's input, so that a crop has real detail.
+        dataset, pixels, findings = load(dataset, replace(config.preprocessing(), size=config.size * 6 // 5), cache)
+        photos, rows = dataset.train, pixels.of(dataset.train)
+        sampler = NPairSampler(photos.fine, config.classes_per_batch, config.seed)
+        torch.manual_seed(config.seed)
+        described = {"fingerprint": dataset.fingerprint(), "photos": len(photos), "classes": len(np.unique(photos.fine))}
+        if resume:
+            if started["data"]["fingerprint"] != described["fingerprint"]:
+                raise RunError(f"the photos in {data} are not those that {run} was started on")
+            network = build_network(started["network"])
+        else:
+            network, description = new_network(config.network, config.width)
+            if rank() == 0:
+                run.mkdir(parents=True, exist_ok=True)
+                described |= {"made": dataset.made, "findings": findings.lines()}
+                started = {"train": asdict(config), "network": description, "git_commit": git_commit(), "data": described}
+                (run / "config.json").write_text(json.dumps(started, indent=2) + "\n")
+        score = recall_on_val(dataset, config.preprocessing(), cache) if config.evaluations and dataset.val else None
+        photos_per_step = config.classes_per_batch * (2 if config.loss != "tuplet" else 1 + config.classes_per_batch)
+        steps_per_epoch = max(1, len(photos) // photos_per_step)
+        steps = config.epochs * steps_per_epoch
+        say(*findings.lines(), *chosen(config, dataset, steps_per_epoch, network, device))
 
-    torch.manual_seed(config.seed)
-    network = EmbeddingNetwork().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)  # type: ignore[no-untyped-call]
-    loss_of = NPairLoss(norm_penalty=config.norm_penalty)
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    undecayed = [p for p in network.parameters() if p.ndim <= 1]  # biases and the gains of batch normalisation
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}], fused=True
-    )
-    steps = config.epochs * sampler.batches_per_epoch
-    step = 0
-    if resume:
-        checkpoint = torch.load(checkpoint_path, weights_only=True, map_location=device)
-        network.load_state_dict(checkpoint["network"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        step = checkpoint["step"]
+        network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if world_size() > 1 and device.type == "cuda":
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)  # type: ignore[no-untyped-call]
+        losses_by_name: dict[str, nn.Module] = {
+            "npair": NPairLoss(norm_penalty=config.norm_penalty),
+            "cosine": CosineNPairLoss(temperature=config.temperature),
+            "tuplet": TupletLoss(norm_penalty=config.norm_penalty),
+        }
+        loss_of = losses_by_name[config.loss]
+        decayed = [p for p in network.parameters() if p.ndim > 1]
+        undecayed = [p for p in network.parameters() if p.ndim <= 1]  # biases and the gains of normalisations
+        optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}], fused=True
+        )
+        augment = augmentation(config.augmentation, config.crop_size)
+        bf16 = supports_bf16(device)
+        step, best, misses = 0, None, 0
+        if resume:
+            checkpoint = torch.load(checkpoint_path, weights_only=True, map_location=device)
+            network.load_state_dict(checkpoint["network"])
+            ema.load_state_dict(checkpoint["ema"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            step, best, misses = checkpoint["step"], checkpoint["best"], checkpoint["misses"]
 
-    def save_checkpoint() -> None:
-        state = {"step": step, "network": network.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-        unfinished = checkpoint_path.with_suffix(".unfinished")
-        torch.save(state, unfinished)
-        unfinished.replace(checkpoint_path)
+        def save_checkpoint() -> None:
+            if rank() == 0:
+                state = {
+                    "step": step,
+                    "network": network.state_dict(),
+                    "ema": ema.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                }
+                unfinished = checkpoint_path.with_suffix(".unfinished")
+                torch.save({**state, "best": best, "misses": misses}, unfinished)
+                unfinished.replace(checkpoint_path)
 
-    with interruption() as interrupted, tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) as progress:
-        for epoch in range(step // sampler.batches_per_epoch, config.epochs):
-            began, losses, hits = time.monotonic(), [], []
-            for batch, (anchors, positives) in enumerate(sampler.epoch(epoch)):
-                if epoch * sampler.batches_per_epoch + batch < step:
-                    continue  # done before the interruption
-                torch.manual_seed(config.seed * 1_000_003 + step)
-                for group in optimizer.param_groups:
-                    group["lr"] = config.learning_rate * schedule(step / steps, config.warmup)
-                x = augment(pixels[np.concatenate([anchors, positives])].to(device))
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    features = network.features(x)
-                # In fp32: bf16's 8 bits would coarsen the products that the loss compares.
-                anchor_embeddings, positive_embeddings = network.embedding(features.float()).chunk(2)
-                loss = loss_of(anchor_embeddings, positive_embeddings)
-                if not loss.isfinite():
-                    raise RunError(f"the loss is {loss.item()} at step {step}; start anew with a lower --learning-rate")
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(network.parameters(), config.gradient_norm)
-                optimizer.step()
-                ema.update_parameters(network)
-                step += 1
-                losses.append(loss.item())
-                products = anchor_embeddings.detach() @ positive_embeddings.detach().T
-                hits.append((products.argmax(dim=1) == torch.arange(len(products), device=device)).float().mean().item())
-                progress.update()
-                progress.set_postfix(epoch=epoch + 1, loss=f"{losses[-1]:.3f}", batch_recall=f"{hits[-1]:.2f}")
-                if interrupted():
-                    save_checkpoint()
-                    progress.write(f"interrupted at step {step} of {steps}; go on with --resume", file=sys.stderr)
-                    return False
-            row: dict[str, Any] = {"epoch": epoch + 1, "loss": float(np.mean(losses)), "batch_recall": float(np.mean(hits))}
-            row["seconds"] = round(time.monotonic() - began, 1)
-            if validation is not None and ((epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs):
-                gallery = embed(ema.module, load_pixels(photos.paths, preprocessing))
-                queries = embed(ema.module, load_pixels(validation.paths, preprocessing))
-                row["val"] = accuracy(queries, validation, gallery, photos).as_dict()
-            with (run / "log.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
-            recall = f"  val recall@1 {row['val']['fine']:.3f} fine {row['val']['coarse']:.3f} coarse" if "val" in row else ""
-            progress.write(
-                f"epoch {epoch + 1:3}  loss {row['loss']:.3f}  batch recall {row['batch_recall']:.3f}{recall}", file=sys.stderr
-            )
-            save_checkpoint()
+        as_they_are = augmentation("none", config.crop_size)
+
+        def features_of(indices: Indices, change: Callable[[Tensor], Tensor]) -> Tensor:
+            x = change(torch.from_numpy(pixels.array[rows[indices]]).to(device))
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                features: Tensor = network.features(x)
+            return features.float()
+
+        @torch.no_grad()
+        def embed_for_mining(indices: Indices) -> Vectors:
+            network.eval()
+            embeddings = network.embedding(torch.cat([features_of(part, as_they_are) for part in np.array_split(indices, 4)]))
+            network.train()
+            vectors: Vectors = embeddings.cpu().numpy()
+            return vectors
+
+        def draw(step: int) -> Indices:
+            """This process's share of the batch: anchor, positive and, of tuplets, negatives in each row."""
+            if config.loss == "tuplet":
+                batch = sampler.tuplets(step)
+            elif config.mine_from:
+                mined = torch.from_numpy(sampler.mined_pairs(step, config.mine_from, embed_for_mining)).to(device)
+                batch = from_first(mined).cpu().numpy()  # rounding could make the processes mine different classes
+            else:
+                batch = sampler.pairs(step)
+            return batch[rank() :: world_size()]
+
+        with (
+            interruption() as interrupted,
+            tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=rank() > 0) as progress,
+        ):
+            for epoch in range(step // steps_per_epoch, config.epochs):
+                began, losses, hits = time.monotonic(), [], []
+                while step < (epoch + 1) * steps_per_epoch:
+                    torch.manual_seed((config.seed * 1_000_003 + step) * world_size() + rank())
+                    for group in optimizer.param_groups:
+                        group["lr"] = config.learning_rate * schedule(step / steps, config.warmup)
+                    batch = draw(step)
+                    # In fp32: bf16's 8 bits would coarsen the products that the loss compares.
+                    embeddings = network.embedding(features_of(batch.ravel(), augment))
+                    anchors, positives, *negatives = _columns(gather(embeddings.view(*batch.shape, -1)))
+                    loss = loss_of(anchors, positives, *negatives)
+                    if not loss.isfinite():
+                        raise RunError(f"the loss is {loss.item()} at step {step}; start anew with a lower --learning-rate")
+                    optimizer.zero_grad()
+                    loss.backward()
+                    sum_gradients(network)
+                    nn.utils.clip_grad_norm_(network.parameters(), config.gradient_norm)
+                    optimizer.step()
+                    ema.update_parameters(network)
+                    step += 1
+                    losses.append(loss.item())
+                    nearest_positives = (anchors.detach() @ positives.detach().T).argmax(dim=1)
+                    hits.append((nearest_positives == torch.arange(len(anchors), device=device)).float().mean().item())
+                    progress.update()
+                    progress.set_postfix(epoch=epoch + 1, loss=f"{losses[-1]:.3f}", batch_recall=f"{hits[-1]:.2f}")
+                    if any_process(interrupted(), device):
+                        save_checkpoint()
+                        say(f"interrupted at step {step} of {steps}; go on with --resume")
+                        return False
+                row: dict[str, Any] = {"epoch": epoch + 1, "loss": float(np.mean(losses)), "batch_recall": float(np.mean(hits))}
+                row["seconds"] = round(time.monotonic() - began, 1)
+                due = (epoch + 1) * config.evaluations // config.epochs > epoch * config.evaluations // config.epochs
+                stop = False
+                if score is not None and due and rank() == 0:
+                    row["val"] = score(ema.module)
+                    if config.patience:
+                        better = best is None or row["val"]["fine"] > best["fine"]
+                        misses = 0 if better else misses + 1
+                        if better:
+                            best = {"epoch": epoch + 1, "fine": row["val"]["fine"], "ema": copy.deepcopy(ema.state_dict())}
+                        stop = misses >= config.patience
+                if rank() == 0:
+                    with (run / "log.jsonl").open("a") as log:
+                        log.write(json.dumps(row) + "\n")
+                recall = f"  val recall@1 {row['val']['fine']:.3f} fine {row['val']['coarse']:.3f} coarse" if "val" in row else ""
+                say(f"epoch {epoch + 1:3}  loss {row['loss']:.3f}  batch recall {row['batch_recall']:.3f}{recall}")
+                save_checkpoint()
+                if any_process(stop, device):
+                    say(f"stopped early: no better val recall in {config.patience} evaluations")
+                    break
+    if best:
+        say(f"kept the network of epoch {best['epoch']}, val recall@1 {best['fine']:.3f}")
     return True
 
 
-def augmentation(size: int) -> Callable[[Tensor], Tensor]:
-    """Random crop, flip, small affine, light and colour changes; uint8 [N, H, W, 3] -> float [N, size, size, 3], 0 to 255.
-
-    Hue stays: the colour is what tells a red apple from a green one.
-    """
-    transforms = K.AugmentationSequential(
-        K.RandomAffine(20.0, shear=10.0, p=0.5),
-        K.RandomResizedCrop((size, size), scale=(0.35, 1.0)),
-        K.RandomHorizontalFlip(),
-        K.RandomBrightness((0.6, 1.4), p=0.8),
-        K.RandomContrast((0.6, 1.4), p=0.8),
-        K.RandomGamma((0.7, 1.4), p=0.3),
-        K.RandomPlanckianJitter(p=0.3),
-        K.RandomErasing(scale=(0.02, 0.2), p=0.3),
+def settle(config: TrainConfig, photos: Photos) -> TrainConfig:
+    """Choose what is 0 or "auto" from a look at no more than 200 of the photos and from their number."""
+    sample = [photos.paths[i] for i in np.unique(np.linspace(0, len(photos) - 1, 200).astype(int))]
+    looks = [look for look in map(glance, sample) if look is not None]
+    short_side = float(np.median([side for side, _ in looks])) if looks else 160.0
+    colourful = sum(colour for _, colour in looks) > len(looks) / 20
+    compact = config.network == "compact"
+    size = config.size or (int(min(160, max(32, 32 * round(short_side / 32)))) if compact else 224)
+    pairs = sum(count >= 2 for count in np.unique(photos.fine, return_counts=True)[1])
+    classes = min(config.classes_per_batch or (8 if config.loss == "tuplet" else 30), pairs)
+    return replace(
+        config,
+        size=size,
+        crop_size=config.crop_size or (16 * round(size / 20) if compact else size),
+        classes_per_batch=classes // world_size() * world_size(),
+        epochs=config.epochs or min(400, max(10, round(VIEWS / len(photos)))),
+        augmentation=config.augmentation if config.augmentation != "auto" else "photo" if colourful else "drawing",
+        learning_rate=config.learning_rate or (1e-3 if compact else 1e-4),
     )
+
+
+def glance(path: Path) -> tuple[int, bool] | None:
+    """The shorter side in pixels and whether there is any colour; None where the file cannot be read."""
+    try:
+        with Image.open(path) as image:
+            side = min(image.size)
+            image.draft("RGB", (64, 64))
+            pixels = np.asarray(image.convert("RGB").resize((32, 32))).astype(int)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    return side, bool((pixels.max(axis=2) - pixels.min(axis=2)).mean() > 4)
+
+
+def chosen(
+    config: TrainConfig, dataset: Dataset, steps_per_epoch: int, network: EmbeddingNetwork, device: torch.device
+) -> list[str]:
+    """What a run is about to do, in sentences."""
+    splits = ", ".join(f"{len(photos):,} {name}" for name, photos in dataset.splits.items())
+    parameters, size = sum(parameter.numel() for parameter in network.parameters()) / 1e6, config.size
+    cost = multiply_adds(network, size) / 1e6
+    where = device.type if device.type != "cpu" else f"{torch.get_num_threads()} CPU threads"
+    if world_size() > 1:
+        where = f"{world_size()} processes, each on {where}"
+    return [
+        f"photos: {splits}, {len(dataset.train.fine_names)} classes; {dataset.made}",
+        f"network {config.network}: {parameters:.1f} M parameters, {cost:.0f} M multiply-adds at {size} x {size} pixels",
+        f"{config.epochs} epochs of {steps_per_epoch} batches of {config.classes_per_batch} classes, on {where}"
+        f"{' in bf16' if supports_bf16(device) else ''}",
+        f"loss {config.loss}, augmentation {config.augmentation} with crops of {config.crop_size} pixels, learning rate"
+        f" {config.learning_rate:g}",
+    ]
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Whether autocast to bf16 is faster: on GPUs, and on CPUs that have instructions for it."""
+    capabilities = torch.cpu.get_capabilities()
+    return device.type == "cuda" or bool(capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False))
+
+
+def augmentation(kind: str, size: int) -> Callable[[Tensor], Tensor]:
+    """uint8 [N, H, W, 3] -> float [N, size, size, 3], 0 to 255.
+
+    "photo": random crop, small affine, flip, light and colour changes, but not of hue: the colour is what tells a red apple from a
+    green one. "drawing": crop and affine alone, since a mirrored character is another one. "none": scaled to size.
+    """
+    crop = K.RandomResizedCrop((size, size), scale=(0.35 if kind == "photo" else 0.7, 1.0))
+    affine = K.RandomAffine(20.0, shear=10.0, p=0.5, padding_mode="border")
+    transforms = {
+        "photo": (
+            crop,
+            affine,
+            K.RandomHorizontalFlip(),
+            K.RandomBrightness((0.6, 1.4), p=0.8),
+            K.RandomContrast((0.6, 1.4), p=0.8),
+            K.RandomGamma((0.7, 1.4), p=0.3),
+            K.RandomPlanckianJitter(p=0.3),
+            K.RandomErasing(scale=(0.02, 0.2), p=0.3),
+        ),
+        "drawing": (crop, affine),
+        "none": (K.Resize((size, size)),),
+    }[kind]
+    sequence = K.AugmentationSequential(*transforms)
 
     @torch.no_grad()
     def augment(photos: Tensor) -> Tensor:
-        augmented: Tensor = transforms(photos.permute(0, 3, 1, 2).float() / 255)
+        augmented: Tensor = sequence(photos.permute(0, 3, 1, 2).float() / 255)
         return 255 * augmented.permute(0, 2, 3, 1)
 
     return augment
@@ -169,18 +307,56 @@ def schedule(done: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
+def say(*lines: str) -> None:
+    """Lines on stderr beside the progress bar, from the first process alone."""
+    if rank() == 0:
+        for line in lines:
+            tqdm.write(line, file=sys.stderr)
+
+
+Score = Callable[[nn.Module], dict[str, float]]
+
+
+def recall_on_val(dataset: Dataset, preprocessing: Preprocessing, cache: Path) -> Score:
+    """A function of a network: its Recall@1 on val, against train or, where val's classes are others, among val itself."""
+    dataset, pixels, _ = load(dataset, preprocessing, cache)
+    val, train = dataset.splits["val"], dataset.train
+    alone = protocol_of(val.fine, train.fine) == "self"
+
+    def score(network: nn.Module) -> dict[str, float]:
+        queries = embed(network, pixels.array, pixels.of(val))
+        gallery = queries if alone else embed(network, pixels.array, pixels.of(train))
+        found = nearest(queries, gallery, 1, exclude_self=alone)[0][:, 0]
+        among = val if alone else train
+        return {
+            "fine": float(np.mean(among.fine[found] == val.fine)),
+            "coarse": float(np.mean(among.coarse[found] == val.coarse)),
+        }
+
+    return score
+
+
 @contextmanager
 def interruption() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C was pressed; a second Ctrl-C ends the program at once."""
-    pressed = False
+    """Yields a function that tells whether Ctrl-C or SIGTERM (which torchrun makes of it) came; a second one ends the program."""
+    noticed = False
 
-    def note(_signal: int, _frame: FrameType | None) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def note(number: int, _frame: FrameType | None) -> None:
+        nonlocal noticed
+        noticed = True
+        signal.signal(number, before[signal.Signals(number)])
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, note)
     try:
-        yield lambda: pressed
+        yield lambda: noticed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _columns(embeddings: Tensor) -> list[Tensor]:
+    """[N, columns, D] -> anchors [N, D], positives [N, D] and, where there are more columns, negatives [N, K, D]."""
+    anchors, positives, negatives = embeddings[:, 0], embeddings[:, 1], embeddings[:, 2:]
+    return [anchors, positives, negatives] if negatives.shape[1] else [anchors, positives]
