@@ -1,0 +1,207 @@
+"""The report of drawn photos: one well-formed, escaped file that needs nothing else, whatever is missing from what it reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from npair.drawings import draw, encode
+from npair.metrics import Embedded, Evaluation, Labels, Vectors, evaluate
+from npair.report import write_report
+
+VOID = {"meta", "img", "br", "link", "input"}
+HOSTILE = ('<script>alert("1")</script>', "Äpfel & 'Birnen'", '"><img src=x onerror=y>', "{{ 7 * 7 }}")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    paths: tuple[Path, ...]
+    fine: Labels
+    coarse: Labels
+    fine_names: tuple[str, ...] = HOSTILE
+    coarse_names: tuple[str, ...] = HOSTILE[:2]
+
+
+class Page(HTMLParser):
+    """Collects what a page holds, and fails where a tag is not closed in turn."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def photos(folder: Path, products: int, each: int) -> Drawn:
+    paths = []
+    for product in range(products):
+        for number in range(each):
+            path = folder / f"{product}-{number}.jpg"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(encode(draw(product, number, 96), "JPEG"))
+            paths.append(path)
+    fine = np.repeat(np.arange(products), each)
+    return Drawn(tuple(paths), fine, fine // 2)
+
+
+def vectors(fine: Labels, seed: int, spread: float = 0.9) -> Vectors:
+    drawn = np.eye(8)[fine] + spread * np.random.default_rng(seed).normal(size=(len(fine), 8))
+    unit: Vectors = (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
+    return unit
+
+
+LOG: list[dict[str, Any]] = [
+    {"epoch": epoch, "loss": 3.0 / epoch, "batch_recall": 1 - 1 / epoch, "seconds": 20.0} for epoch in range(1, 41)
+]
+SCORED = [row | {"val": {"fine": 0.5, "coarse": 0.6}} if row["epoch"] % 10 == 0 else row for row in LOG]
+RUN = {"train": {"seed": 0, "size": 96}, "git_commit": "abc-dirty", "data": {"fingerprint": "f00d", "photos": 16, "classes": 4}}
+
+
+def page(
+    tmp_path: Path, queries: Drawn, gallery: Drawn | None, spread: float = 0.9, **changes: Any
+) -> tuple[str, Page, Evaluation]:
+    query_vectors = vectors(queries.fine, 1, spread)
+    gallery_vectors = query_vectors if gallery is None else vectors(gallery.fine, 2, spread)
+    embedded = None if gallery is None else Embedded(gallery_vectors, gallery.fine, gallery.coarse)
+    evaluation = evaluate(Embedded(query_vectors, queries.fine, queries.coarse), embedded)
+    path = tmp_path / "report.html"
+    write_report(
+        path,
+        evaluation=evaluation,
+        queries=query_vectors,
+        query_photos=queries,
+        gallery=gallery_vectors,
+        gallery_photos=queries if gallery is None else gallery,
+        **{"run": RUN, "log": SCORED, "findings": ["a <b>finding</b>"], "title": "Drawn & <i>reported</i>"} | changes,
+    )
+    html = path.read_text(encoding="utf-8")
+    return html, Page(html), evaluation
+
+
+def test_is_one_file_that_says_what_was_measured(tmp_path: Path) -> None:
+    html, parsed, evaluation = page(tmp_path, photos(tmp_path / "q", 4, 2), photos(tmp_path / "g", 4, 4))
+    assert "http:" not in html
+    assert "https:" not in html
+    for tag, attributes in parsed.tags:
+        assert tag not in {"script", "link", "iframe", "object"}
+        for name in ("src", "href"):
+            assert (attributes.get(name) or "#").startswith(("data:image/jpeg;base64,", "#"))
+    assert len(html) < 1_000_000
+    assert f"{100 * evaluation.fine.recall_at_1.value:.1f} %" in parsed.texts
+    text = " ".join(parsed.texts)
+    for expected in (
+        "abc-dirty",
+        "f00d",
+        "Equal error rate",
+        "MAP@R",
+        "Progress over time",
+        "Recall@1 on val photos",
+        "gallery photos",
+    ):
+        assert expected in text
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    """A hostile name is shown as it is and makes no tag."""
+    _, parsed, _ = page(tmp_path, photos(tmp_path / "q", 4, 2), photos(tmp_path / "g", 4, 4))
+    for name in HOSTILE:
+        assert name in parsed.texts
+        assert f"Query: {name}" in {image["alt"] for image in parsed.all("img")}
+    assert "a <b>finding</b>" in parsed.texts
+    assert parsed.texts.count("Drawn & <i>reported</i>") == 2
+    assert not [tag for tag, attributes in parsed.tags if tag == "script" or "onerror" in attributes]
+
+
+def test_is_accessible(tmp_path: Path) -> None:
+    _, parsed, _ = page(tmp_path, photos(tmp_path / "q", 4, 2), photos(tmp_path / "g", 4, 4))
+    assert parsed.all("html") == [{"lang": "en"}]
+    assert len(parsed.all("h1")) == 1
+    assert all(image["alt"] for image in parsed.all("img"))
+    assert all(drawing.get("aria-label") or drawing.get("aria-hidden") for drawing in parsed.all("svg"))
+    targets = [anchor["href"] for anchor in parsed.all("a")]
+    assert targets == [f"#{section['id']}" for section in parsed.all("section")]
+    symbols = [text for text in parsed.texts if text in {"✓", "✗"}]
+    assert {"✓", "✗"} == set(symbols)
+    assert len(symbols) > 8
+
+
+def test_photos_against_each_other(tmp_path: Path) -> None:
+    """The gallery is not looked at: a photo is not its own neighbour."""
+    queries = photos(tmp_path / "q", 2, 3)
+    _, parsed, evaluation = page(tmp_path, queries, None)
+    assert evaluation.protocol == "self"
+    assert not [text for text in parsed.texts if text.strip() == "1.000"]
+    assert "no gallery is involved" in " ".join(parsed.texts)
+
+
+def test_without_run_log_and_findings(tmp_path: Path) -> None:
+    _, parsed, _ = page(tmp_path, photos(tmp_path / "q", 2, 2), photos(tmp_path / "g", 2, 2), run=None, log=[], findings=[])
+    assert "training" not in {section["id"] for section in parsed.all("section")}
+    assert "No findings." in parsed.texts
+
+
+@pytest.mark.parametrize("log", [LOG, LOG[:1], SCORED[9:10]])
+def test_logs_of_any_length(log: list[dict[str, Any]], tmp_path: Path) -> None:
+    _, parsed, _ = page(tmp_path, photos(tmp_path / "q", 2, 2), photos(tmp_path / "g", 2, 2), log=log)
+    assert ("Recall@1 on val photos" in parsed.texts) == ("val" in log[-1])
+
+
+def test_what_is_undefined_is_said_to_be(tmp_path: Path) -> None:
+    """A photo a product: there is nothing to find and no pair to verify."""
+    _, parsed, evaluation = page(tmp_path, photos(tmp_path / "q", 4, 1), None)
+    assert evaluation.verification is None
+    assert parsed.texts.count("not defined") == 2, "R-precision and MAP@R of products"
+    assert "too few pairs to tell" not in parsed.texts
+    assert "nan" not in " ".join(parsed.texts).split()
+
+
+def test_nothing_wrong(tmp_path: Path) -> None:
+    _, parsed, _ = page(tmp_path, photos(tmp_path / "q", 4, 2), photos(tmp_path / "g", 4, 4), spread=0.01)
+    assert "None: every nearest neighbour is right." in parsed.texts
+    assert "✗" in parsed.texts, "the sixth neighbour of five"
+
+
+def test_collapsed_embeddings_have_no_map(tmp_path: Path) -> None:
+    queries = photos(tmp_path / "q", 2, 3)
+    same = np.tile(np.eye(8, dtype=np.float32)[:1], (6, 1))
+    with pytest.warns(match="distinct clusters"):
+        evaluation = evaluate(Embedded(same, queries.fine, queries.coarse))
+    path = tmp_path / "report.html"
+    write_report(
+        path,
+        evaluation=evaluation,
+        queries=same,
+        query_photos=queries,
+        gallery=same,
+        gallery_photos=queries,
+        run=None,
+        log=[],
+        findings=[],
+        title="",
+    )
+    assert not [section for section in Page(path.read_text(encoding="utf-8")).all("section") if section["id"] == "map"]
