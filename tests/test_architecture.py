@@ -20,7 +20,7 @@ ALLOWED = {
         *("batches", "data", "loss", "metrics", "network", "pixels", "processes", "run", "serving"),
         *("numpy", "torch", "kornia", "tqdm", "PIL"),
     },
-    "report": {"data", "metrics", "run", "numpy", "PIL", "jinja2", "matplotlib", "sklearn"},
+    "report": {"data", "metrics", "run", "numpy", "PIL", "jinja2", "sklearn"},
     "evaluate": {"client", "data", "metrics", "network", "pixels", "numpy", "PIL", "tqdm"},
     "metrics": {"numpy", "scipy", "sklearn"},
     "network": {"run", "numpy", "torch", "transformers"},

@@ -35,7 +35,10 @@ def test_version_is_complete(published: Path) -> None:
     assert manifest["version"] == 1
     assert manifest["preprocessing"] == {"size": 64, "resample": "BILINEAR", "background": 255}
     assert manifest["training"]["data"]["photos"] == 24
-    assert manifest["metrics"]["val_against_train"]["queries"] == 12
+    assert manifest["metrics"]["val"]["queries"] == 12
+    verification = manifest["metrics"]["val"]["verification"]
+    assert manifest["thresholds"]["far_1_percent"] is None, "240 pairs of different products are too few"
+    assert verification["negatives"] == 240
     assert set(manifest["golden"]["measured"]) == {"sse4.1", "avx2", "native"}
     assert max(manifest["golden"]["measured"].values()) * 10 <= manifest["golden"]["tolerance"] <= 1e-3
 
