@@ -226,7 +226,7 @@ def settle(config: TrainConfig, photos: Photos) -> TrainConfig:
         classes_per_batch=classes // world_size() * world_size(),
         epochs=config.epochs or min(400, max(10, round(VIEWS / len(photos)))),
         augmentation=config.augmentation if config.augmentation != "auto" else "photo" if colourful else "drawing",
-        learning_rate=config.learning_rate or (1e-3 if compact else 1e-4),
+        learning_rate=config.learning_rate or (5e-4 if compact else 1e-4),
     )
 
 
