@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, running
 
 from npair.client import (
     PIXEL,
@@ -27,6 +28,7 @@ from npair.client import (
     NpairError,
     RequestTimeoutError,
     ServerFaultError,
+    Thresholds,
     UnavailableError,
 )
 from npair.serving.preprocess import Limits, Preprocessing, decode
@@ -59,6 +61,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             content = content[4 + length :]
         self.server.batches.append(photos)
         self.server.paths.append(self.path)
+        self.reply(photos)
+
+    def do_GET(self) -> None:
+        self.reply([])
+
+    def reply(self, photos: PHOTOS) -> None:
+        assert isinstance(self.server, FakeServer)
         status, text = self.server.answer(photos, self.path)
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
@@ -305,3 +314,37 @@ class TestCommandLine:
         result = self.run("http://127.0.0.1:9", *(argument.format(photos) for argument in arguments))
         assert result.returncode == 2
         assert "Traceback" not in result.stderr
+
+
+def test_compare_gives_a_verdict_with_the_served_thresholds(tmp_path: Path) -> None:
+    """A real server whose configuration has thresholds, over both protocols; golden photos show different products."""
+    shutil.copytree(ROOT / "model_repository", tmp_path / "models")
+    config = tmp_path / "models/npair/config.pbtxt"
+    golden = sorted((tmp_path / "models/npair").glob("[0-9]*/golden/*.jpg"))
+    version = golden[0].parts[-3]
+    lines = [line for line in config.read_text().splitlines() if "threshold" not in line]
+    values = {"thresholds_version": version, "threshold_far_1_percent": "0.25", "threshold_far_01_percent": "1.5"}
+    lines += [f'parameters {{ key: "{key}" value: {{ string_value: "{value}" }} }}' for key, value in values.items()]
+    config.write_text("\n".join(lines))
+
+    def compare(url: str, a: Path, b: Path, *options: str) -> str:
+        command: list[str | Path] = [sys.executable, ROOT / "model/api/client.py", "compare", "--url", url, *options, a, b]
+        return str(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    with running(MODEL_REPOSITORY=str(tmp_path / "models")) as (_, urls):
+        for url in urls.values():
+            with NpairClient(url) as client:
+                assert client.thresholds() == Thresholds(version, 0.25, 1.5)
+            same = compare(url, golden[0], golden[0])
+            assert same == "same product: cosine 1.0000 >= 0.2500, which 1 % of pairs of different products reach\n"
+            strict = json.loads(compare(url, golden[0], golden[0], "--far", "0.1", "--json"))
+            assert strict["same_product"] is False
+            assert (strict["threshold"], strict["far"]) == (1.5, 0.001)
+
+
+def test_compare_without_thresholds_gives_no_verdict() -> None:
+    photo = ROOT / "model_repository/npair/1/golden/photo.jpg"
+    with serving(lambda sent, path: (200, "{}") if path.endswith("/config") else embeddings(sent)) as (url, _):
+        command = [sys.executable, ROOT / "model/api/client.py", "compare", "--url", url, photo, photo]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "no verdict: the server's configuration has no such threshold for version 1" in said
