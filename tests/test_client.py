@@ -345,6 +345,6 @@ def test_compare_gives_a_verdict_with_the_served_thresholds(tmp_path: Path) -> N
 def test_compare_without_thresholds_gives_no_verdict() -> None:
     photo = ROOT / "model_repository/npair/1/golden/photo.jpg"
     with serving(lambda sent, path: (200, "{}") if path.endswith("/config") else embeddings(sent)) as (url, _):
-        command = [sys.executable, ROOT / "model/api/client.py", "compare", "--url", url, photo, photo]
+        command: list[str | Path] = [sys.executable, ROOT / "model/api/client.py", "compare", "--url", url, photo, photo]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "no verdict: the server's configuration has no such threshold for version 1" in said
