@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from npair import artifact
-from npair.artifact import PublishError, publish
+from npair.artifact import PublishError, client_parameters, publish
 from npair.drawings import write_dataset
 from npair.network import embed, load_network
 from npair.run import RunError
@@ -86,6 +86,16 @@ def test_refuses_what_is_no_model_folder(trained: Path, dataset: Path, tmp_path:
 def test_refuses_what_is_no_run(repository: Path, dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is not a run"):
         publish(tmp_path, dataset, repository)
+
+
+def test_client_parameters_are_the_manifest_s(version: Path) -> None:
+    manifest = json.loads((version / "manifest.json").read_text())
+    assert set(client_parameters(version)) == {"manifest_sha256"}, "its thresholds are unknown"
+    manifest["thresholds"] = {"far_1_percent": 0.66284, "far_01_percent": None}
+    (version / "manifest.json").write_text(json.dumps(manifest))
+    parameters = client_parameters(version)
+    assert parameters.pop("manifest_sha256") == hashlib.sha256((version / "manifest.json").read_bytes()).hexdigest()
+    assert parameters == {"thresholds_version": "1", "threshold_far_1_percent": "0.6628"}
 
 
 def test_shipped_version() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import ROOT
 
 from npair.artifact import export
 from npair.network import build_network, embed, multiply_adds, new_network
@@ -35,11 +36,13 @@ def checkpoint(folder: Path, config: transformers.PretrainedConfig) -> str:
     return str(folder)
 
 
-def test_compact_costs_what_its_docstring_says() -> None:
-    network, _ = new_network("compact", 32)
-    assert round(multiply_adds(network, 160) / 1e9, 2) == 0.26
-    assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 1) == 2.8
+@pytest.mark.parametrize(("width", "parameters", "cost"), [(32, 2.8, 265), (48, 6.3, 592)])
+def test_compact_costs_what_docs_say(width: int, parameters: float, cost: int) -> None:
+    network, _ = new_network("compact", width)
+    assert round(multiply_adds(network, 160) / 1e6) == cost
+    assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 1) == parameters
     assert network.training, "counting leaves the network in the mode it was in"
+    assert f"| {width} | {parameters} M | {cost} M |" in (ROOT / "docs/training.md").read_text()
 
 
 def test_embed_normalises_and_does_not_depend_on_the_batch() -> None:

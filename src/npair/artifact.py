@@ -114,6 +114,17 @@ def publish(run: Path, data: Path, repository: Path, cache: Path | None = None) 
     return target
 
 
+def client_parameters(folder: Path) -> dict[str, str]:
+    """What clients must know of a version, as parameters of config.pbtxt: its manifest's hash and the thresholds it has."""
+    text = (folder / "manifest.json").read_bytes()
+    manifest = json.loads(text)
+    parameters = {"manifest_sha256": hashlib.sha256(text).hexdigest()}
+    if thresholds := {name: cosine for name, cosine in manifest.get("thresholds", {}).items() if cosine is not None}:
+        parameters["thresholds_version"] = str(manifest["version"])
+        parameters |= {f"threshold_{name}": f"{cosine:.4f}" for name, cosine in thresholds.items()}
+    return parameters
+
+
 def _compare(embedder: Embedder, dataset: Dataset, pixels: Pixels) -> Comparison:
     """The val photos and those that they are compared with, embedded by the code that will serve."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -213,13 +212,16 @@ def _load(arguments: argparse.Namespace, preprocessing: Preprocessing) -> tuple[
 
 
 def _publish(arguments: argparse.Namespace) -> int:
-    from npair.artifact import publish
+    from npair.artifact import client_parameters, publish
+    from npair.metrics import Evaluation
 
-    folder = publish(arguments.run, arguments.data, arguments.repository)
-    manifest = (folder / "manifest.json").read_bytes()
-    print(
-        f"published {folder}\nmanifest_sha256 {hashlib.sha256(manifest).hexdigest()}\n{json.dumps(json.loads(manifest)['metrics'])}"
-    )
+    folder = publish(arguments.run, arguments.data, arguments.repository, arguments.cache)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    if scores := manifest.get("metrics", {}).get("val"):
+        print("val", *Evaluation.from_dict(scores).lines(), sep="\n")
+    print(f"published {folder}; to serve it, name it in config.pbtxt's version_policy, with these parameters:")
+    for key, value in client_parameters(folder).items():
+        print(f'parameters {{ key: "{key}" value: {{ string_value: "{value}" }} }}')
     return 0
 
 
