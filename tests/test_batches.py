@@ -50,6 +50,14 @@ def test_refuses_labels_without_two_pairs(labels: list[int]) -> None:
         NPairSampler(np.array(labels, dtype=np.int64), 2, seed=0)
 
 
+def test_batches_can_be_shared_by_processes() -> None:
+    assert NPairSampler(LABELS, classes_per_batch=9, seed=0, multiple_of=4).classes_per_batch == 8
+    with pytest.raises(ValueError, match="a batch of 3 of 10 classes is too small for 4 processes"):
+        NPairSampler(LABELS, classes_per_batch=3, seed=0, multiple_of=4)
+    with pytest.raises(ValueError, match="a batch of 1 of 10 classes is too small for 1 processes"):
+        NPairSampler(LABELS, classes_per_batch=1, seed=0)
+
+
 def naive_hardest(embeddings: Vectors, first: int, n: int) -> list[int]:
     """Section 3.2.1 by loops, for embeddings without ties."""
     chosen = [first]

@@ -15,6 +15,7 @@ from conftest import ROOT, TINY, running
 from PIL import Image
 
 from npair.data import read_dataset
+from npair.drawings import write_characters
 from npair.metrics import Embedded, evaluate
 from npair.pixels import load
 from npair.serving.embedder import Embedder
@@ -68,6 +69,18 @@ def test_train_scores_unseen_classes_among_each_other(dataset: Path, tmp_path: P
     assert "2 of 6 classes are val" in result.stderr
     assert "4 photos of 2 classes against each other" in result.stdout
     assert "</html>" in (run / "report.html").read_text()
+
+
+def test_train_says_what_it_chose_for_drawings(tmp_path: Path) -> None:
+    write_characters(tmp_path / "characters", characters=60, drawings=5)
+    result = npair("train", "--data", tmp_path / "characters", "--run", tmp_path / "run", "--epochs", "2")
+    assert result.returncode == 0, result.stderr
+    assert "240 train, 60 val, 60 classes; split by photo, seed 0: 0.1 of each class's photos are val" in result.stderr
+    assert "96 x 96 pixels" in result.stderr
+    assert "2 epochs of 4 batches of 30 classes" in result.stderr
+    assert "augmentation drawing with crops of 80 pixels" in result.stderr
+    assert "60 photos of 60 classes against 240 gallery photos" in result.stdout
+    assert "alphabet-01/character-29" in (tmp_path / "run/report.html").read_text()
 
 
 def test_evaluate_names_splits(dataset: Path, trained: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from test_network import ARCHITECTURES, checkpoint
 
 # Each process embeds every second row of the same 6 pairs or tuplets; the first one writes down the gradients that all agree on.
 GRADIENTS = """
@@ -35,7 +38,8 @@ with process_group():
 
 
 def in_processes(count: int, *arguments: str | Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+    # After -- torchrun takes nothing for an option of its own, as it would --run.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--"] if count > 1 else []
     command = [sys.executable, *launcher, *map(str, arguments)]
     result = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -49,3 +53,34 @@ def test_gradients_are_those_of_one_process(tmp_path: Path) -> None:
     assert (one["processes"], two["processes"]) == (1, 2)
     assert all(tensors[1].abs().max() > 1e-4 for tensors in one["found"].values()), "there are gradients to compare"
     torch.testing.assert_close(two["found"], one["found"])
+
+
+def test_training_in_two_processes_goes_the_way_of_one(dataset: Path, tmp_path: Path) -> None:
+    """With a network without batch normalisation, whose statistics processes on CPUs do not share, and without chance."""
+    network = checkpoint(tmp_path / "convnextv2", ARCHITECTURES["convnextv2"])
+    for count in (1, 2):
+        options = (
+            "--network",
+            network,
+            "--size=64",
+            "--crop-size=64",
+            "--classes-per-batch=6",
+            "--epochs=3",
+            "--learning-rate=1e-3",
+        )
+        run = tmp_path / str(count)
+        in_processes(
+            count,
+            Path(sys.executable).with_name("npair"),
+            "train",
+            "--data",
+            dataset,
+            "--run",
+            run,
+            "--augmentation=none",
+            *options,
+        )
+    one, two = ([json.loads(line) for line in (tmp_path / str(count) / "log.jsonl").open()] for count in (1, 2))
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-2)
+    assert one[0]["loss"] != pytest.approx(one[-1]["loss"], rel=2e-2), "and it is a way to go"
+    assert (tmp_path / "2" / "report.html").exists()

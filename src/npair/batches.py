@@ -18,17 +18,22 @@ class NPairSampler:
     uninterrupted one would have drawn, and so does every process of a run.
     """
 
-    def __init__(self, labels: npt.NDArray[np.int64], classes_per_batch: int, seed: int) -> None:
+    def __init__(self, labels: npt.NDArray[np.int64], classes_per_batch: int, seed: int, *, multiple_of: int = 1) -> None:
         """labels: [n], the class of each photo. Classes with one photo are left out; N is at most the number of the others.
 
-        Raises: ValueError where fewer than two classes have two photos.
+        multiple_of: N is lowered to a multiple of it, so that as many processes can share a batch.
+        Raises: ValueError where fewer than two classes have two photos, or N is too small.
         """
         self.seed = seed
         members = (np.flatnonzero(labels == label) for label in np.unique(labels))
         self.members = [indices for indices in members if len(indices) >= 2]
         if len(self.members) < 2:
             raise ValueError(f"N-pair batches need at least two classes with two photos each, found {len(self.members)}")
-        self.classes_per_batch = min(classes_per_batch, len(self.members))
+        self.classes_per_batch = min(classes_per_batch, len(self.members)) // multiple_of * multiple_of
+        if self.classes_per_batch < 2:
+            raise ValueError(
+                f"a batch of {classes_per_batch} of {len(self.members)} classes is too small for {multiple_of} processes"
+            )
 
     def pairs(self, step: int) -> Indices:
         """[N, 2]: row i holds two photos of one class, and no two rows are of the same class."""

@@ -66,7 +66,8 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False, c
         # Crops are cut from photos somewhat larger than the network's input, so that a crop has real detail.
         dataset, pixels, findings = load(dataset, replace(config.preprocessing(), size=config.size * 6 // 5), cache)
         photos, rows = dataset.train, pixels.of(dataset.train)
-        sampler = NPairSampler(photos.fine, config.classes_per_batch, config.seed)
+        sampler = NPairSampler(photos.fine, config.classes_per_batch, config.seed, multiple_of=world_size())
+        config = replace(config, classes_per_batch=sampler.classes_per_batch)
         torch.manual_seed(config.seed)
         described = {"fingerprint": dataset.fingerprint(), "photos": len(photos), "classes": len(np.unique(photos.fine))}
         if resume:
@@ -217,13 +218,11 @@ def settle(config: TrainConfig, photos: Photos) -> TrainConfig:
     colourful = sum(colour for _, colour in looks) > len(looks) / 20
     compact = config.network == "compact"
     size = config.size or (int(min(160, max(32, 32 * round(short_side / 32)))) if compact else 224)
-    pairs = sum(count >= 2 for count in np.unique(photos.fine, return_counts=True)[1])
-    classes = min(config.classes_per_batch or (8 if config.loss == "tuplet" else 30), pairs)
     return replace(
         config,
         size=size,
         crop_size=config.crop_size or (16 * round(size / 20) if compact else size),
-        classes_per_batch=classes // world_size() * world_size(),
+        classes_per_batch=config.classes_per_batch or (8 if config.loss == "tuplet" else 30),
         epochs=config.epochs or min(400, max(10, round(VIEWS / len(photos)))),
         augmentation=config.augmentation if config.augmentation != "auto" else "photo" if colourful else "drawing",
         learning_rate=config.learning_rate or (5e-4 if compact else 1e-4),
