@@ -13,10 +13,13 @@ import pytest
 import torch
 from conftest import TINY
 
-from npair.drawings import write_dataset
+from npair.data import read_dataset
+from npair.drawings import write_characters, write_dataset
+from npair.evaluate import embed_run
 from npair.network import load_network
-from npair.run import RunError
-from npair.train import schedule, train
+from npair.pixels import default_cache, load
+from npair.run import RunError, TrainConfig
+from npair.train import schedule, settle, train
 
 
 def weights(run: Path) -> torch.Tensor:
@@ -69,6 +72,36 @@ def test_ctrl_c_keeps_a_checkpoint_and_resuming_ends_where_the_whole_run_does(da
     whole = dataclasses.replace(TINY, epochs=40)
     assert train(dataset, tmp_path / "whole", whole)
     torch.testing.assert_close(weights(run), weights(tmp_path / "whole"), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", [{"loss": "cosine"}, {"loss": "tuplet"}, {"mine_from": 6}, {"augmentation": "none"}], ids=str)
+def test_variants_learn(variant: dict[str, Any], dataset: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, epochs=12, evaluations=0, **variant)
+    assert train(dataset, tmp_path / "run", config)
+    log = read_log(tmp_path / "run")
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert not any("val" in row for row in log), "val is not looked at"
+
+
+def test_early_stopping_keeps_the_best_network(dataset: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, epochs=30, evaluations=30, patience=2)
+    assert train(dataset, tmp_path / "run", config)
+    recalls = [row["val"]["fine"] for row in read_log(tmp_path / "run")]
+    assert len(recalls) < 30
+    assert len(recalls) - 1 - recalls.index(max(recalls)) == 2, "two evaluations without a better one"
+    dataset_, pixels, _ = load(read_dataset(dataset), TINY.preprocessing(), default_cache())
+    kept = embed_run(tmp_path / "run", dataset_, pixels, "val").evaluate()
+    assert kept.fine.recall_at_1.value == max(recalls)
+
+
+def test_chooses_by_the_data(dataset: Path, tmp_path: Path) -> None:
+    photos = read_dataset(dataset).train
+    settled = settle(TrainConfig(), photos)
+    assert (settled.size, settled.crop_size, settled.augmentation, settled.epochs) == (128, 96, "photo", 400)
+    assert settle(TrainConfig(size=64, epochs=3), photos).epochs == 3
+    write_characters(tmp_path, characters=2, drawings=3)
+    settled = settle(TrainConfig(), read_dataset(tmp_path).train)
+    assert (settled.size, settled.crop_size, settled.augmentation) == (96, 80, "drawing")
 
 
 def test_does_not_write_over_a_run(dataset: Path, trained: Path) -> None:
