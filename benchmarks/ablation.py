@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from npair.data import read_dataset, write_folds
+from npair.data import read_dataset
 from npair.evaluate import embed_run
+from npair.folds import write_folds
 from npair.metrics import over_seeds
 from npair.pixels import default_cache, load
 from npair.run import TrainConfig, git_commit
@@ -65,7 +66,8 @@ def main() -> None:
 def run_all(data: Path, out: Path, results: Path, jobs: int) -> None:
     """Train what the results do not hold yet, the first seed of every variant first."""
     done = {(row["variant"], row["fold"], row["seed"]) for row in map(json.loads, results.open())} if results.exists() else set()
-    tables = write_folds(read_dataset(data), FOLDS, ["train"], out / "folds")
+    dataset, pixels, _ = load(read_dataset(data), PROTOCOL.preprocessing(), default_cache())
+    tables = write_folds(dataset, pixels, FOLDS, ["train"], out / "folds")
     missing = [key for key in itertools.product(range(SEEDS), range(FOLDS), VARIANTS) if (key[2], key[1], key[0]) not in done]
     threads = max(1, torch.get_num_threads() // jobs)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:

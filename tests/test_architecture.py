@@ -14,7 +14,7 @@ SERVING = {"numpy", "PIL", "torch", "triton_python_backend_utils", "serving"}
 
 # What each piece may import beyond the standard library; npair's own modules by their own names.
 ALLOWED = {
-    "cli": {"artifact", "client", "data", "evaluate", "grocery", "pixels", "report", "run", "serving", "train"},
+    "cli": {"artifact", "client", "data", "evaluate", "folds", "grocery", "metrics", "pixels", "report", "run", "serving", "train"},
     "artifact": {"data", "drawings", "evaluate", "metrics", "network", "pixels", "run", "serving", "numpy", "torch", "PIL"},
     "train": {
         *("batches", "data", "loss", "metrics", "network", "pixels", "processes", "run", "serving"),
@@ -22,6 +22,7 @@ ALLOWED = {
     },
     "report": {"data", "metrics", "run", "numpy", "PIL", "jinja2", "sklearn"},
     "evaluate": {"client", "data", "metrics", "network", "pixels", "numpy", "PIL", "tqdm"},
+    "folds": {"data", "pixels", "numpy", "sklearn"},
     "metrics": {"numpy", "scipy", "sklearn"},
     "network": {"run", "numpy", "torch", "transformers"},
     "processes": {"torch"},

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import folders, photo, sizes, table
 
-from npair.data import DataError, Dataset, folds, read_dataset, write_folds
+from npair.data import DataError, Dataset, read_dataset
 
 
 class TestReadLists:
@@ -235,36 +235,3 @@ class TestFingerprint:
     def test_does_not_change_with_the_place(self, listed: Path, tmp_path: Path) -> None:
         there = read_dataset(listed).fingerprint()
         assert read_dataset(Path(shutil.move(listed, tmp_path / "moved"))).fingerprint() == there
-
-
-class TestFolds:
-    def test_are_runs_of_neighbours(self, tmp_path: Path) -> None:
-        rows = [f"{photo(tmp_path / label / f'{number}.png')},{label},train" for number in range(11, 0, -1) for label in "abc"]
-        train = read_dataset(table(tmp_path, "\n".join(["path,label,split", *rows]))).train
-        fold = folds(train, 4)
-        for label in range(3):
-            numbers = [int(train.paths[index].stem) for index in np.flatnonzero(train.fine == label)]
-            by_number = [int(number) for _, number in sorted(zip(numbers, fold[train.fine == label], strict=True))]
-            runs = [number for number, last in zip(by_number, [-1, *by_number], strict=False) if number != last]
-            assert sorted(runs) == [0, 1, 2, 3]
-        assert np.ptp(np.bincount(fold)) <= 1
-
-    def test_tables_cover_every_photo_once(self, tmp_path: Path) -> None:
-        dataset = read_dataset(folders(tmp_path / "a, ü"), val_share=0.4)
-        tables = write_folds(dataset, 2, ["train", "val"], tmp_path / "folds")
-        assert [path.name for path in tables] == ["fold-0.csv", "fold-1.csv"]
-        read = [read_dataset(path) for path in tables]
-        assert all(sum(sizes(fold).values()) == 30 for fold in read)
-        queries = [path for fold in read for path in fold.splits["val"].paths]
-        assert sorted(queries) == sorted(path for photos in dataset.splits.values() for path in photos.paths)
-        assert read[0].train.fine_names == dataset.train.fine_names
-
-    def test_refuses_what_it_cannot_do(self, tmp_path: Path) -> None:
-        dataset = read_dataset(folders(tmp_path / "root"))
-        with pytest.raises(DataError, match="at least two folds, got 1"):
-            folds(dataset.train, 1)
-        with pytest.raises(DataError, match="no split 'test'; it has train, val"):
-            write_folds(dataset, 2, ["test"], tmp_path)
-        photo(tmp_path / "root" / os.fsdecode(b"\xff") / "1.png")
-        with pytest.raises(DataError, match=r"fold-0.csv: a name is not UTF-8 .*udcff"):
-            write_folds(read_dataset(tmp_path / "root"), 2, ["train"], tmp_path)

@@ -15,8 +15,9 @@ from conftest import PNG, folders, photo, sizes
 from PIL import Image
 
 from npair import pixels
-from npair.data import LIMITS, DataError, read_dataset, write_folds
+from npair.data import LIMITS, DataError, read_dataset
 from npair.drawings import draw, encode
+from npair.folds import write_folds
 from npair.pixels import default_cache, load, load_pixels
 from npair.serving.preprocess import Limits, Preprocessing, decode
 
@@ -118,7 +119,7 @@ class TestCache:
         assert len(decoded) == 30
         np.testing.assert_array_equal(first.array, second.array)
         assert len(set(second.of(dataset.train))) == len(dataset.train)
-        for table in write_folds(dataset, 3, ["train", "val"], tmp_path / "folds"):
+        for table in write_folds(dataset, second, 3, ["train", "val"], tmp_path / "folds"):
             load(read_dataset(table), SMALL, tmp_path / "cache")
         assert len(decoded) == 30
 

@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Write tables for cross-validation, one to train on for each fold.",
     )
     _add_data(folds)
+    _add_splits(folds)
     folds.add_argument("--folds", type=int, default=3, metavar="K", help="(%(default)s)")
     folds.add_argument("--of", nargs="+", default=["train"], metavar="SPLIT", help="the splits to divide (train)")
     folds.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for fold-0.csv and so on")
@@ -133,17 +134,29 @@ def _data_grocery(arguments: argparse.Namespace) -> int:
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
-    dataset, _, findings = _load(arguments, GLANCE)
+    from npair.evaluate import sides
+    from npair.folds import found_by_colour
+
+    dataset, pixels, findings = _load(arguments, GLANCE)
     for name, photos in dataset.splits.items():
         print(f"{name}: {len(photos)} photos of {len(set(photos.fine))} classes")
     print(f"splits: {dataset.made}", *findings.lines(), sep="\n")
+    for name in dataset.splits:
+        queries, gallery = sides(dataset, name)
+        if gallery is not queries:
+            share = found_by_colour(queries, gallery, pixels)
+            print(
+                f"by colours alone, the nearest train photo of {share:.2f} of the {name} photos has their class:"
+                " the more, the less does a score tell about photos from elsewhere"
+            )
     return 0
 
 
 def _data_folds(arguments: argparse.Namespace) -> int:
-    from npair.data import read_dataset, write_folds
+    from npair.folds import write_folds
 
-    for table in write_folds(read_dataset(arguments.data), arguments.folds, arguments.of, arguments.out):
+    dataset, pixels, _ = _load(arguments, GLANCE)
+    for table in write_folds(dataset, pixels, arguments.folds, arguments.of, arguments.out):
         print(table)
     return 0
 

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -338,52 +337,6 @@ def _split(dataset: Dataset, split_by: str, val_share: float, seed: int) -> Data
         made = f"split by photo, seed {seed}: {val_share} of each class's photos are val"
     splits = {"train": photos.select(np.flatnonzero(~in_val)), "val": photos.select(np.flatnonzero(in_val))}
     return Dataset({split: chosen for split, chosen in splits.items() if len(chosen)}, made, dataset.ignored)
-
-
-def folds(photos: Photos, k: int) -> npt.NDArray[np.int64]:
-    """The fold, 0 to k - 1, of each photo, int64 [n], for cross-validation.
-
-    A fold gets a run of neighbours from each class, by file name with numbers as numbers: such photos were often taken one after
-    another, and scores on one would flatter a network that was trained on the next. Raises: DataError for fewer than two folds.
-    """
-    if k < 2:
-        raise DataError(f"cross-validation needs at least two folds, got {k}")
-    fold = np.empty(len(photos), dtype=np.int64)
-    order = np.array(sorted(range(len(photos)), key=lambda index: _natural(photos.paths[index])), dtype=np.int64)
-    for label in np.unique(photos.fine):
-        for run, members in enumerate(np.array_split(order[photos.fine[order] == label], k)):
-            fold[members] = (run + label) % k  # the longer runs come first: turning about makes folds equally large
-    return fold
-
-
-def _natural(path: Path) -> list[str | int]:
-    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", str(path)))]
-
-
-def write_folds(dataset: Dataset, k: int, splits: Sequence[str], folder: Path) -> list[Path]:
-    """Write ``fold-0.csv`` to ``fold-<k - 1>.csv`` over the photos of these splits: a fold's own are val, all others train.
-
-    The tables hold absolute paths; each split is cut into folds by itself. Returns: the tables.
-    Raises: DataError for a split that is not there, a name that no table can hold, or fewer than two folds.
-    """
-    for split in splits:
-        if split not in dataset.splits:
-            raise DataError(f"the data set has no split {split!r}; it has {', '.join(dataset.splits)}")
-    parts = [(dataset.splits[split], folds(dataset.splits[split], k)) for split in splits]
-    folder.mkdir(parents=True, exist_ok=True)
-    tables = [folder / f"fold-{number}.csv" for number in range(k)]
-    for number, table in enumerate(tables):
-        try:
-            with table.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(("path", "label", "coarse", "split"))
-                for photos, fold in parts:
-                    for path, fine, coarse, own in zip(photos.paths, photos.fine, photos.coarse, fold == number, strict=True):
-                        names = (photos.fine_names[fine], photos.coarse_names[coarse])
-                        writer.writerow((path.absolute(), *names, "val" if own else "train"))
-        except UnicodeEncodeError as error:
-            raise DataError(f"{table}: a name is not UTF-8 ({error.object!a}); rename that file or folder") from error
-    return tables
 
 
 def shown(name: Path | str) -> str:

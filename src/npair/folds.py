@@ -1,0 +1,89 @@
+"""Cross-validation folds that do not give the answer away.
+
+Photos of one product from one visit to a shop nearly repeat each other. Where they fall into different folds, whatever matches
+colours finds them, and a fold's score says little about photos of another visit. So folds are made of groups of lookalikes.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.cluster import AgglomerativeClustering
+
+from npair.data import DataError, Dataset, Photos
+from npair.pixels import Pixels
+
+LEVELS = 4  # of each of R, G and B: coarse enough that the light of a scene counts more than its details
+
+
+def colour_histograms(photos: Photos, pixels: Pixels) -> npt.NDArray[np.float32]:
+    """Square roots of the shares of 4 x 4 x 4 colours, float32 [n, 64]; their Euclidean distance is Hellinger's, times sqrt(2)."""
+    histograms = np.empty((len(photos), LEVELS**3), dtype=np.float32)
+    for index, row in enumerate(pixels.of(photos)):
+        levels = pixels.array[row].reshape(-1, 3).astype(np.int64) * LEVELS // 256
+        histograms[index] = np.bincount(levels @ (LEVELS**2, LEVELS, 1), minlength=LEVELS**3)
+    shares: npt.NDArray[np.float32] = np.sqrt(histograms / histograms.sum(axis=1, keepdims=True))
+    return shares
+
+
+def folds(labels: npt.NDArray[np.int64], histograms: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]:
+    """The fold, 0 to k - 1, of each photo; int64 [n], float32 [n, d] -> int64 [n].
+
+    The photos of a class are grouped by Ward's clustering (JASA 1963) of their histograms into k groups, one for each fold; the
+    largest go where a fold has the fewest photos yet. Raises: DataError for fewer than two folds.
+    """
+    if k < 2:
+        raise DataError(f"cross-validation needs at least two folds, got {k}")
+    fold = np.empty(len(labels), dtype=np.int64)
+    sizes = np.zeros(k, dtype=np.int64)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        groups = np.arange(len(members))
+        if len(members) > k:
+            groups = AgglomerativeClustering(k, linkage="ward").fit_predict(histograms[members])
+        counts = np.bincount(groups)
+        for group, place in zip(np.argsort(-counts, kind="stable"), np.argsort(sizes, kind="stable"), strict=False):
+            fold[members[groups == group]] = place
+            sizes[place] += counts[group]
+    return fold
+
+
+def found_by_colour(queries: Photos, gallery: Photos, pixels: Pixels) -> float:
+    """The share of queries whose nearest gallery photo, by colour histograms alone, has their label."""
+    ours, theirs = colour_histograms(queries, pixels), colour_histograms(gallery, pixels)
+    hits = [gallery.fine[np.argmax(theirs @ histogram)] == label for histogram, label in zip(ours, queries.fine, strict=True)]
+    return float(np.mean(hits))
+
+
+def write_folds(dataset: Dataset, pixels: Pixels, k: int, splits: Sequence[str], folder: Path) -> list[Path]:
+    """Write ``fold-0.csv`` to ``fold-<k - 1>.csv`` over the photos of these splits: a fold's own are val, all others train.
+
+    The tables hold absolute paths. Returns: the tables.
+    Raises: DataError for a split that is not there, a name that no table can hold, or fewer than two folds.
+    """
+    for split in splits:
+        if split not in dataset.splits:
+            raise DataError(f"the data set has no split {split!r}; it has {', '.join(dataset.splits)}")
+    parts = [dataset.splits[split] for split in splits]
+    histograms = np.concatenate([colour_histograms(photos, pixels) for photos in parts])
+    fold = folds(np.concatenate([photos.fine for photos in parts]), histograms, k)
+    rows = [
+        (path.absolute(), photos.fine_names[fine], photos.coarse_names[coarse])
+        for photos in parts
+        for path, fine, coarse in zip(photos.paths, photos.fine, photos.coarse, strict=True)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = [folder / f"fold-{number}.csv" for number in range(k)]
+    for number, table in enumerate(tables):
+        try:
+            with table.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(("path", "label", "coarse", "split"))
+                writer.writerows((*row, "val" if own else "train") for row, own in zip(rows, fold == number, strict=True))
+        except UnicodeEncodeError as error:
+            raise DataError(f"{table}: a name is not UTF-8 ({error.object!a}); rename that file or folder") from error
+    return tables
