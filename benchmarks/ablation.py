@@ -32,7 +32,7 @@ from npair.run import TrainConfig, git_commit
 from npair.train import train
 
 FOLDS, SEEDS = 3, 2
-PROTOCOL = TrainConfig(size=80, crop_size=64, epochs=24, evaluations=0)
+PROTOCOL = TrainConfig(size=96, crop_size=80, epochs=40, evaluations=0)
 VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "no norm penalty": {"norm_penalty": 0.0},

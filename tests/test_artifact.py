@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY
+from test_network import ARCHITECTURES, checkpoint
 
 from npair import artifact
 from npair.artifact import PublishError, client_parameters, publish
@@ -15,6 +19,7 @@ from npair.drawings import write_dataset
 from npair.network import embed, load_network
 from npair.run import RunError
 from npair.serving.embedder import Embedder
+from npair.train import train
 
 
 @pytest.fixture
@@ -86,6 +91,16 @@ def test_refuses_what_is_no_model_folder(trained: Path, dataset: Path, tmp_path:
 def test_refuses_what_is_no_run(repository: Path, dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is not a run"):
         publish(tmp_path, dataset, repository)
+
+
+def test_a_pretrained_network_is_served_without_transformers(repository: Path, dataset: Path, tmp_path: Path) -> None:
+    name = checkpoint(tmp_path / "convnextv2", ARCHITECTURES["convnextv2"])
+    assert train(dataset, tmp_path / "run", dataclasses.replace(TINY, network=name, epochs=1, evaluations=0))
+    shutil.rmtree(name)  # the run and the version hold all that is needed
+    folder = publish(tmp_path / "run", dataset, repository)
+    code = "import sys; sys.modules['transformers'] = None; from npair.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code, "verify", folder], check=True, capture_output=True, text=True)
+    assert "9 files as published" in result.stdout
 
 
 def test_client_parameters_are_the_manifest_s(version: Path) -> None:
