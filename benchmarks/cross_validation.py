@@ -1,0 +1,107 @@
+"""How good the recipe is on photos of other visits: trained and scored on folds of lookalikes, each held back once.
+
+    python benchmarks/cross_validation.py --data data/grocery --epochs 100
+
+Runs whose results are already there are not repeated, so the command can be stopped and started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from npair.data import read_dataset
+from npair.evaluate import embed_run
+from npair.folds import write_folds
+from npair.metrics import over_seeds
+from npair.pixels import default_cache, load
+from npair.run import TrainConfig, git_commit, read_run
+from npair.serving.preprocess import Preprocessing
+from npair.train import train
+
+FOLDS = 3
+GLANCE = Preprocessing(size=32, resample="BILINEAR", background=255)
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = parser_of(__doc__ or "", runs="runs/cross-validation", results="docs/cross-validation.jsonl")
+    parser.add_argument("--epochs", type=int, default=100, help="(%(default)s)")
+    arguments = parser.parse_args()
+    configs = {("recipe", 0): TrainConfig(epochs=arguments.epochs, evaluations=0)}
+    rows = run_all(configs, ["train", "val"], arguments)
+    for kind in ("fine", "coarse"):
+        print(f"Recall@1 {kind}: {' ± '.join(f'{number:.3f}' for number in over_seeds([row[kind] for row in rows]))}")
+
+
+def parser_of(description: str, *, runs: str, results: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data/grocery"), help="(%(default)s)")
+    parser.add_argument("--runs", type=Path, default=Path(runs), help="folder for the runs (%(default)s)")
+    parser.add_argument("--results", type=Path, default=Path(results), help="(%(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its share of the cores (%(default)s)")
+    return parser
+
+
+def run_all(configs: Mapping[tuple[str, int], TrainConfig], splits: Sequence[str], arguments: argparse.Namespace) -> list[Row]:
+    """Train each named config with its seed on each fold of these splits, as far as the results do not hold it yet.
+
+    Returns: a row for each, old and new, appended to the results as it came.
+    """
+    rows = [json.loads(line) for line in arguments.results.open()] if arguments.results.exists() else []
+    done = {(row["variant"], row["seed"], row["fold"]) for row in rows}
+    dataset, pixels, _ = load(read_dataset(arguments.data), GLANCE, default_cache())
+    tables = write_folds(dataset, pixels, FOLDS, splits, arguments.runs / "folds")
+    threads = max(1, torch.get_num_threads() // arguments.jobs)
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        futures = [
+            pool.submit(run_one, variant, replace(config, seed=seed), tables[fold], arguments.runs, threads)
+            for (variant, seed), config in configs.items()
+            for fold in range(FOLDS)
+            if (variant, seed, fold) not in done
+        ]
+        for future in as_completed(futures):
+            rows.append(future.result())
+            with arguments.results.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            print(rows[-1], flush=True)
+    return rows
+
+
+def run_one(variant: str, config: TrainConfig, table: Path, runs: Path, threads: int) -> Row:
+    """Train on a fold's table and score the photos that it holds back."""
+    torch.set_num_threads(threads)
+    fold = int(table.stem.removeprefix("fold-"))
+    run = runs / f"{variant}-seed-{config.seed}-fold-{fold}".replace(" ", "-")
+    shutil.rmtree(run, ignore_errors=True)
+    train(table, run, config)
+    settled, log = TrainConfig(**read_run(run)["train"]), [json.loads(line) for line in (run / "log.jsonl").open()]
+    dataset, pixels, _ = load(read_dataset(table), settled.preprocessing(), default_cache())
+    scores = embed_run(run, dataset, pixels, "val").evaluate()
+    assert scores.fine.map_at_r is not None
+    assert scores.verification is not None
+    return {
+        "variant": variant,
+        "seed": config.seed,
+        "fold": fold,
+        "epochs": len(log),
+        "fine": round(scores.fine.recall_at_1.value, 4),
+        "coarse": round(scores.coarse.recall_at_1.value, 4),
+        "map_at_r": round(scores.fine.map_at_r.value, 4),
+        "eer": round(scores.verification.eer, 4),
+        "minutes": round(sum(row["seconds"] for row in log) / 60, 2),
+        "commit": git_commit(),
+    }
+
+
+if __name__ == "__main__":
+    main()

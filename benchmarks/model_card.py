@@ -1,0 +1,55 @@
+"""The card of a published version, from its manifest and from the results in docs/; prints Markdown.
+
+python benchmarks/model_card.py model_repository/npair/1 > docs/model-card.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from npair.metrics import MEASURES, Evaluation, over_seeds
+from npair.report import DEFINITIONS
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("version", type=Path, help="folder of a version")
+    print(card(parser.parse_args().version))
+
+
+def card(version: Path) -> str:
+    """Raises: OSError, KeyError for a folder without a scored version's manifest, or docs without results."""
+    manifest = json.loads((version / "manifest.json").read_bytes())
+    scores = Evaluation.from_dict(manifest["metrics"]["val"])
+    folds = rows("cross-validation.jsonl")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    )
+    return environment.get_template("model_card.md.j2").render(
+        manifest=manifest,
+        megabytes=sum(path.stat().st_size for path in version.rglob("*") if path.is_file()) / 1e6,
+        scores=scores,
+        measures=[(DEFINITIONS[name][0], getattr(scores.fine, name), getattr(scores.coarse, name)) for name in MEASURES],
+        folds=folds,
+        across={kind: over_seeds([row[kind] for row in folds]) for kind in ("fine", "coarse")},
+        scored=rows("scored.jsonl"),
+    )
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (HERE.parent / "docs" / name).read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    main()
