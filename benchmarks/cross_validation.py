@@ -62,18 +62,21 @@ def run_all(configs: Mapping[tuple[str, int], TrainConfig], splits: Sequence[str
     dataset, pixels, _ = load(read_dataset(arguments.data), GLANCE, default_cache())
     tables = write_folds(dataset, pixels, FOLDS, splits, arguments.runs / "folds")
     threads = max(1, torch.get_num_threads() // arguments.jobs)
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        futures = [
-            pool.submit(run_one, variant, replace(config, seed=seed), tables[fold], arguments.runs, threads)
-            for (variant, seed), config in configs.items()
-            for fold in range(FOLDS)
-            if (variant, seed, fold) not in done
-        ]
+    pool = ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn"))
+    futures = [
+        pool.submit(run_one, variant, replace(config, seed=seed), tables[fold], arguments.runs, threads)
+        for (variant, seed), config in configs.items()
+        for fold in range(FOLDS)
+        if (variant, seed, fold) not in done
+    ]
+    try:
         for future in as_completed(futures):
             rows.append(future.result())
             with arguments.results.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
             print(rows[-1], flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return rows
 
 
@@ -83,7 +86,8 @@ def run_one(variant: str, config: TrainConfig, table: Path, runs: Path, threads:
     fold = int(table.stem.removeprefix("fold-"))
     run = runs / f"{variant}-seed-{config.seed}-fold-{fold}".replace(" ", "-")
     shutil.rmtree(run, ignore_errors=True)
-    train(table, run, config)
+    if not train(table, run, config):
+        raise KeyboardInterrupt  # half a run is no result
     settled, log = TrainConfig(**read_run(run)["train"]), [json.loads(line) for line in (run / "log.jsonl").open()]
     dataset, pixels, _ = load(read_dataset(table), settled.preprocessing(), default_cache())
     scores = embed_run(run, dataset, pixels, "val").evaluate()

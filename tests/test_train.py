@@ -19,7 +19,7 @@ from npair.evaluate import embed_run
 from npair.network import load_network
 from npair.pixels import default_cache, load
 from npair.run import RunError, TrainConfig
-from npair.train import schedule, settle, train
+from npair.train import moving_average, schedule, settle, train
 
 
 def weights(run: Path) -> torch.Tensor:
@@ -126,6 +126,15 @@ def test_command_line_says_what_is_wrong(tmp_path: Path) -> None:
     assert result.stderr.startswith("npair: ")
     assert "holds no photo" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_moving_average_forgets_the_beginning_of_a_short_run() -> None:
+    average = moving_average(0.998)
+    short = torch.tensor(1.0)
+    for count in range(1, 50):
+        short = average(short, torch.tensor(0.0), count)
+    assert short < 1e-6
+    assert average(torch.tensor(1.0), torch.tensor(0.0), 100_000).item() == pytest.approx(0.998)
 
 
 def test_schedule_warms_up_and_ends_at_zero() -> None:

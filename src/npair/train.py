@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from npair.batches import Indices, NPairSampler
@@ -90,7 +90,7 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False, c
         network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if world_size() > 1 and device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
-        ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)  # type: ignore[no-untyped-call]
+        ema = AveragedModel(network, avg_fn=moving_average(config.ema_decay), use_buffers=True)
         losses_by_name: dict[str, nn.Module] = {
             "npair": NPairLoss(norm_penalty=config.norm_penalty),
             "cosine": CosineNPairLoss(temperature=config.temperature),
@@ -297,6 +297,15 @@ def augmentation(kind: str, size: int) -> Callable[[Tensor], Tensor]:
         return 255 * augmented.permute(0, 2, 3, 1)
 
     return augment
+
+
+def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+    """An exponential moving average whose memory grows with the number of steps, so that a short run forgets where it began."""
+
+    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        return averaged + (current - averaged) * (1 - min(decay, (1 + int(count)) / (10 + int(count))))
+
+    return average
 
 
 def schedule(done: float, warmup: float) -> float:
