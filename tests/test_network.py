@@ -17,7 +17,7 @@ from npair.run import RunError
 from npair.serving.embedder import load_graph
 
 VISION: Any = {"image_size": 64, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-# Not fewer than 16 channels in ResNet: after the backward pass of a narrower 1x1 convolution oneDNN's cache crashes as Python exits.
+# ResNet has 16 channels at least: after the backward pass of a narrower 1x1 convolution, oneDNN's cache crashes as Python exits.
 ARCHITECTURES = {
     "resnet": transformers.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"),
     "convnextv2": transformers.ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2),
