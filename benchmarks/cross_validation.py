@@ -23,13 +23,11 @@ from npair.data import read_dataset
 from npair.evaluate import embed_run
 from npair.folds import write_folds
 from npair.metrics import over_seeds
-from npair.pixels import default_cache, load
+from npair.pixels import GLANCE, default_cache, load
 from npair.run import TrainConfig, git_commit, read_run
-from npair.serving.preprocess import Preprocessing
 from npair.train import train
 
 FOLDS = 3
-GLANCE = Preprocessing(size=32, resample="BILINEAR", background=255)
 Row = dict[str, Any]
 
 

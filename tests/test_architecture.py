@@ -17,7 +17,7 @@ ALLOWED = {
     "cli": {"artifact", "client", "data", "evaluate", "folds", "grocery", "metrics", "pixels", "report", "run", "serving", "train"},
     "artifact": {"data", "drawings", "evaluate", "metrics", "network", "pixels", "run", "serving", "numpy", "torch", "PIL"},
     "train": {
-        *("batches", "data", "loss", "metrics", "network", "pixels", "processes", "run", "serving"),
+        *("batches", "data", "evaluate", "loss", "metrics", "network", "pixels", "processes", "run", "serving"),
         *("numpy", "torch", "kornia", "tqdm", "PIL"),
     },
     "report": {"data", "metrics", "run", "numpy", "PIL", "jinja2", "sklearn"},

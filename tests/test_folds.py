@@ -11,10 +11,7 @@ from PIL import Image
 from npair.data import DataError, Dataset, read_dataset
 from npair.drawings import draw
 from npair.folds import colour_histograms, folds, found_by_colour, write_folds
-from npair.pixels import Pixels, load
-from npair.serving.preprocess import Preprocessing
-
-GLANCE = Preprocessing(size=32, resample="BILINEAR", background=255)
+from npair.pixels import GLANCE, Pixels, load
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from torch.export import Dim
 import npair.serving
 from npair.data import Dataset, Photos, read_dataset
 from npair.drawings import draw, encode
-from npair.evaluate import Comparison, sides
+from npair.evaluate import Comparison, compare
 from npair.metrics import Vectors
 from npair.network import EMBEDDING_DIM, EmbeddingNetwork, embed, load_network
 from npair.pixels import Pixels, default_cache, load, load_pixels
@@ -132,10 +132,7 @@ def _compare(embedder: Embedder, dataset: Dataset, pixels: Pixels) -> Comparison
         batches = np.array_split(pixels.of(photos), -(-len(photos) // MAX_BATCH))
         return np.concatenate([embedder.embed(pixels.array[rows]) for rows in batches])
 
-    query_photos, gallery_photos = sides(dataset, "val")
-    queries = embed(query_photos)
-    gallery = queries if gallery_photos is query_photos else embed(gallery_photos)
-    return Comparison("the published code", query_photos, queries, gallery_photos, gallery)
+    return compare("the published code", dataset, "val", embed)
 
 
 def export(network: EmbeddingNetwork, size: int, path: Path) -> None:

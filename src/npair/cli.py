@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from npair.pixels import Findings, Pixels
 
 REPOSITORY = Path("model_repository/npair")
-GLANCE = Preprocessing(size=32, resample="BILINEAR", background=255)  # enough to tell which photos are sound
 
 # A command imports its libraries itself: --help is quick, and scoring a server needs no torch.
 # ruff: noqa: PLC0415
@@ -136,6 +135,7 @@ def _data_grocery(arguments: argparse.Namespace) -> int:
 def _data_check(arguments: argparse.Namespace) -> int:
     from npair.evaluate import sides
     from npair.folds import found_by_colour
+    from npair.pixels import GLANCE
 
     dataset, pixels, findings = _load(arguments, GLANCE)
     for name, photos in dataset.splits.items():
@@ -154,6 +154,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
 
 def _data_folds(arguments: argparse.Namespace) -> int:
     from npair.folds import write_folds
+    from npair.pixels import GLANCE
 
     dataset, pixels, _ = _load(arguments, GLANCE)
     for table in write_folds(dataset, pixels, arguments.folds, arguments.of, arguments.out):
@@ -179,6 +180,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from npair.evaluate import embed_run, embed_served
+    from npair.pixels import GLANCE
     from npair.report import write_report
 
     run = read_run(arguments.run) if arguments.run else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,14 @@ def sides(dataset: Dataset, split: str) -> tuple[Photos, Photos]:
     return queries, gallery if protocol_of(queries.fine, gallery.fine) == "gallery" else queries
 
 
+def compare(embedded_by: str, dataset: Dataset, split: str, embed: Callable[[Photos], Vectors]) -> Comparison:
+    """Embed a split and its gallery, each photo once. Raises: DataError where the data set has no such split."""
+    query_photos, gallery_photos = sides(dataset, split)
+    queries = embed(query_photos)
+    gallery = queries if gallery_photos is query_photos else embed(gallery_photos)
+    return Comparison(embedded_by, query_photos, queries, gallery_photos, gallery)
+
+
 def embed_run(run: Path, dataset: Dataset, pixels: Pixels, split: str) -> Comparison:
     """Embed a split and its gallery with a run's network.
 
@@ -87,11 +96,8 @@ def embed_run(run: Path, dataset: Dataset, pixels: Pixels, split: str) -> Compar
     """
     from npair.network import embed, load_network  # noqa: PLC0415  # scoring a server needs no torch
 
-    query_photos, gallery_photos = sides(dataset, split)
     network = load_network(run)
-    queries = embed(network, pixels.array, pixels.of(query_photos))
-    gallery = queries if gallery_photos is query_photos else embed(network, pixels.array, pixels.of(gallery_photos))
-    return Comparison(f"run {run.name}", query_photos, queries, gallery_photos, gallery)
+    return compare(f"run {run.name}", dataset, split, lambda photos: embed(network, pixels.array, pixels.of(photos)))
 
 
 def embed_served(dataset: Dataset, split: str, url: str) -> Comparison:

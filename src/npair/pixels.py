@@ -22,6 +22,8 @@ from npair.data import LIMITS, SPLITS, DataError, Dataset, Photos, digest_of, ea
 from npair.serving import preprocess
 from npair.serving.preprocess import PhotoError, Preprocessing, decode
 
+# For those who want to know which photos are sound, and their colours, and no more.
+GLANCE = Preprocessing(size=32, resample="BILINEAR", background=255)
 FEW_CLASSES, FEW_PHOTOS = 10, 5  # below which a network learns these photos rather than what they show
 
 

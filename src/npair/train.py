@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from npair.batches import Indices, NPairSampler
 from npair.data import Dataset, Photos, read_dataset
+from npair.evaluate import compare
 from npair.loss import CosineNPairLoss, NPairLoss, TupletLoss
-from npair.metrics import Vectors, nearest, protocol_of
+from npair.metrics import Vectors, nearest
 from npair.network import EmbeddingNetwork, build_network, embed, multiply_adds, new_network
 from npair.pixels import default_cache, load
 from npair.processes import any_process, from_first, gather, process_group, rank, sum_gradients, world_size
@@ -328,17 +329,13 @@ Score = Callable[[nn.Module], dict[str, float]]
 def recall_on_val(dataset: Dataset, preprocessing: Preprocessing, cache: Path) -> Score:
     """A function of a network: its Recall@1 on val, against train or, where val's classes are others, among val itself."""
     dataset, pixels, _ = load(dataset, preprocessing, cache)
-    val, train = dataset.splits["val"], dataset.train
-    alone = protocol_of(val.fine, train.fine) == "self"
 
     def score(network: nn.Module) -> dict[str, float]:
-        queries = embed(network, pixels.array, pixels.of(val))
-        gallery = queries if alone else embed(network, pixels.array, pixels.of(train))
-        found = nearest(queries, gallery, 1, exclude_self=alone)[0][:, 0]
-        among = val if alone else train
+        compared = compare("this step", dataset, "val", lambda photos: embed(network, pixels.array, pixels.of(photos)))
+        found = nearest(compared.queries, compared.gallery, 1, exclude_self=compared.alone)[0][:, 0]
         return {
-            "fine": float(np.mean(among.fine[found] == val.fine)),
-            "coarse": float(np.mean(among.coarse[found] == val.coarse)),
+            "fine": float(np.mean(compared.gallery_photos.fine[found] == compared.query_photos.fine)),
+            "coarse": float(np.mean(compared.gallery_photos.coarse[found] == compared.query_photos.coarse)),
         }
 
     return score
