@@ -72,6 +72,15 @@ def test_train_scores_unseen_classes_among_each_other(dataset: Path, tmp_path: P
     assert "</html>" in (run / "report.html").read_text()
 
 
+def test_train_without_a_val_split(dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path / "data")
+    (tmp_path / "data/val.txt").unlink()
+    small = [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(TINY).items()]
+    result = npair("train", "--data", tmp_path / "data", "--run", tmp_path / "run", *small)
+    assert result.returncode == 0, result.stderr
+    assert "val was not scored, so there is no report" in result.stderr
+
+
 def test_train_says_what_it_chose_for_drawings(tmp_path: Path) -> None:
     write_characters(tmp_path / "characters", characters=60, drawings=5)
     result = npair("train", "--data", tmp_path / "characters", "--run", tmp_path / "run", "--epochs", "2")

@@ -170,9 +170,9 @@ def _train(arguments: argparse.Namespace) -> int:
         return 130
     if int(os.environ.get("RANK", "0")):
         return 0
-    config = TrainConfig(**read_run(arguments.run)["train"])
-    if not config.evaluations:
-        print("val was not looked at; npair evaluate scores it", file=sys.stderr)
+    last = json.loads((arguments.run / "log.jsonl").read_text().splitlines()[-1])
+    if "val" not in last:  # none was asked for, or there is no such split
+        print("val was not scored, so there is no report; npair evaluate makes one", file=sys.stderr)
         return 0
     arguments.split, arguments.report, arguments.picture, arguments.json = "val", arguments.run / "report.html", None, False
     return _evaluate(arguments)
