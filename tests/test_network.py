@@ -56,6 +56,16 @@ def test_embed_normalises_and_does_not_depend_on_the_batch() -> None:
     assert network.training, "embedding leaves the network in the mode it was in"
 
 
+def test_the_second_view_is_the_mirrored_central_part() -> None:
+    network, description = new_network("compact", 8, views=2)
+    network.eval()
+    photos = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
+    two = network(photos)
+    network.views = 1
+    torch.testing.assert_close(two, (network(photos) + network(photos[:, 8:56, 8:56].flip(2))) / 2)
+    assert build_network(description).views == 2
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_pretrained_networks_train_and_export(architecture: str, tmp_path: Path) -> None:
     """From a local checkpoint, without network: its weights, a gradient, and a graph that answers as the network does."""

@@ -97,11 +97,11 @@ def test_early_stopping_keeps_the_best_network(dataset: Path, tmp_path: Path) ->
 def test_chooses_by_the_data(dataset: Path, tmp_path: Path) -> None:
     photos = read_dataset(dataset).train
     settled = settle(TrainConfig(), photos)
-    assert (settled.size, settled.crop_size, settled.augmentation, settled.epochs) == (128, 96, "photo", 400)
+    assert (settled.size, settled.crop_size, settled.views, settled.augmentation, settled.epochs) == (128, 80, 2, "photo", 400)
     assert settle(TrainConfig(size=64, epochs=3), photos).epochs == 3
     write_characters(tmp_path, characters=2, drawings=3)
     settled = settle(TrainConfig(), read_dataset(tmp_path).train)
-    assert (settled.size, settled.crop_size, settled.augmentation) == (96, 80, "drawing")
+    assert (settled.size, settled.crop_size, settled.views, settled.augmentation) == (96, 80, 1, "drawing")
 
 
 def test_does_not_write_over_a_run(dataset: Path, trained: Path) -> None:

@@ -22,8 +22,8 @@ EMBEDDING_DIM = 128
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-# What a run's config.json keeps to build the network again: {"name": "compact", "width": w}, or a pretrained model's name with
-# its transformers configuration, mean and std.
+# What a run's config.json keeps to build the network again: {"name": "compact", "views": v, "width": w}, or a pretrained model's
+# name and views with its transformers configuration, mean and std.
 Description = dict[str, Any]
 
 
@@ -103,9 +103,15 @@ class Pretrained(nn.Module):
 class EmbeddingNetwork(nn.Module):
     """Photos in, embeddings out, scaling and standardisation included."""
 
-    def __init__(self, backbone: nn.Module, *, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> None:
-        """backbone: standardised photos [N, 3, H, W] -> features [N, channels]. mean, std: of RGB values from 0 to 1."""
+    def __init__(
+        self, backbone: nn.Module, views: int = 1, *, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
+    ) -> None:
+        """backbone: standardised photos [N, 3, H, W] -> features [N, channels]. mean, std: of RGB values from 0 to 1.
+
+        views: 1, the photo; or 2, the photo and its central part, of 3/4 of its side and mirrored, whose embeddings are averaged.
+        """
         super().__init__()
+        self.views = views
         self.mean = nn.Buffer(255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.std = nn.Buffer(255 * torch.tensor(std).view(3, 1, 1), persistent=False)
         self.backbone = backbone
@@ -116,23 +122,27 @@ class EmbeddingNetwork(nn.Module):
 
     def forward(self, photos: Tensor) -> Tensor:
         """photos: [N, H, W, 3] RGB, 0 to 255, uint8 or float. Returns: fp32 [N, 128], not normalised."""
-        embeddings: Tensor = self.embedding(self.features(photos))
+        features = self.features(photos)
+        if self.views == 2:
+            margin = photos.shape[1] // 8
+            features = (features + self.features(photos[:, margin:-margin, margin:-margin].flip(2))) / 2
+        embeddings: Tensor = self.embedding(features)
         return embeddings
 
     def features(self, photos: Tensor) -> Tensor:
-        """What the last layer sees: [N, channels]."""
+        """What the last layer sees of one view: [N, channels]."""
         features: Tensor = self.backbone((photos.permute(0, 3, 1, 2).float() - self.mean) / self.std)
         return features
 
 
-def new_network(name: str, width: int) -> tuple[EmbeddingNetwork, Description]:
+def new_network(name: str, width: int, views: int = 1) -> tuple[EmbeddingNetwork, Description]:
     """A network to train: ``compact``, of this width, from scratch, or a pretrained one with its weights.
 
     name: ``compact``, or what transformers calls a model: a name on the Hugging Face hub or a local folder.
     Raises: RunError where transformers is not installed or knows no such vision model.
     """
     if name == "compact":
-        description: Description = {"name": name, "width": width}
+        description: Description = {"name": name, "views": views, "width": width}
         return build_network(description), description
     transformers = _transformers()
     try:
@@ -147,21 +157,22 @@ def new_network(name: str, width: int) -> tuple[EmbeddingNetwork, Description]:
         )
     description = {
         "name": name,
+        "views": views,
         "architecture": json.loads(config.to_json_string(use_diff=False)),
         "mean": processor.get("image_mean", MEAN),
         "std": processor.get("image_std", STD),
     }
-    return EmbeddingNetwork(Pretrained(model), mean=description["mean"], std=description["std"]), description
+    return EmbeddingNetwork(Pretrained(model), views, mean=description["mean"], std=description["std"]), description
 
 
 def build_network(description: Description) -> EmbeddingNetwork:
     """The network of a description, its weights random. Raises: RunError where it needs transformers and that is not installed."""
     if description["name"] == "compact":
-        return EmbeddingNetwork(CompactResidual(description["width"]))
+        return EmbeddingNetwork(CompactResidual(description["width"]), description["views"])
     transformers = _transformers()
     config = transformers.AutoConfig.for_model(**description["architecture"])
     model = transformers.AutoModel.from_config(config, **_without_pooler(config))
-    return EmbeddingNetwork(Pretrained(model), mean=description["mean"], std=description["std"])
+    return EmbeddingNetwork(Pretrained(model), description["views"], mean=description["mean"], std=description["std"])
 
 
 def multiply_adds(network: EmbeddingNetwork, size: int) -> int:

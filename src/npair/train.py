@@ -38,7 +38,7 @@ from npair.processes import any_process, from_first, gather, process_group, rank
 from npair.run import RunError, TrainConfig, git_commit, read_run
 from npair.serving.preprocess import Preprocessing
 
-VIEWS = 528_000  # photos that a run looks at, each repetition counted, where the number of epochs is not given
+BUDGET = 792_000  # photos that a run looks at, each repetition counted, where the number of epochs is not given
 
 
 def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False, cache: Path | None = None) -> bool:
@@ -64,8 +64,9 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False, c
     with process_group() as device:
         dataset = read_dataset(data, split_by=config.split_by, val_share=config.val_share, seed=config.seed)
         config = settle(config, dataset.train)
-        # Crops are cut from photos somewhat larger than the network's input, so that a crop has real detail.
-        dataset, pixels, findings = load(dataset, replace(config.preprocessing(), size=config.size * 6 // 5), cache)
+        # Crops are cut from photos larger than they are, so that they have real detail: the smallest, 0.35 of the area, are scaled
+        # up by 1.2, all others less or down.
+        dataset, pixels, findings = load(dataset, replace(config.preprocessing(), size=round(1.44 * config.crop_size)), cache)
         photos, rows = dataset.train, pixels.of(dataset.train)
         sampler = NPairSampler(photos.fine, config.classes_per_batch, config.seed, multiple_of=world_size())
         config = replace(config, classes_per_batch=sampler.classes_per_batch)
@@ -76,7 +77,7 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False, c
                 raise RunError(f"the photos in {data} are not those that {run} was started on")
             network = build_network(started["network"])
         else:
-            network, description = new_network(config.network, config.width)
+            network, description = new_network(config.network, config.width, config.views)
             if rank() == 0:
                 run.mkdir(parents=True, exist_ok=True)
                 described |= {"made": dataset.made, "findings": findings.lines()}
@@ -218,14 +219,18 @@ def settle(config: TrainConfig, photos: Photos) -> TrainConfig:
     short_side = float(np.median([side for side, _ in looks])) if looks else 160.0
     colourful = sum(colour for _, colour in looks) > len(looks) / 20
     compact = config.network == "compact"
-    size = config.size or (int(min(160, max(32, 32 * round(short_side / 32)))) if compact else 224)
+    augmentation = config.augmentation if config.augmentation != "auto" else "photo" if colourful else "drawing"
+    # Photo crops show things larger than drawing crops do, by the square root of their areas.
+    largest, enlarged = (208, 1.6) if augmentation == "photo" else (160, 1.25)
+    size = config.size or (int(min(largest, max(32, 16 * (short_side // 16)))) if compact else 224)
     return replace(
         config,
         size=size,
-        crop_size=config.crop_size or (16 * round(size / 20) if compact else size),
-        classes_per_batch=config.classes_per_batch or (8 if config.loss == "tuplet" else 30),
-        epochs=config.epochs or min(400, max(10, round(VIEWS / len(photos)))),
-        augmentation=config.augmentation if config.augmentation != "auto" else "photo" if colourful else "drawing",
+        crop_size=config.crop_size or (16 * round(size / enlarged / 16) if compact else size),
+        views=config.views or (2 if compact and augmentation == "photo" else 1),
+        classes_per_batch=config.classes_per_batch or (8 if config.loss == "tuplet" else 60),
+        epochs=config.epochs or min(400, max(10, round(BUDGET / len(photos)))),
+        augmentation=augmentation,
         learning_rate=config.learning_rate or (5e-4 if compact else 1e-4),
     )
 
@@ -254,7 +259,8 @@ def chosen(
         where = f"{world_size()} processes, each on {where}"
     return [
         f"photos: {splits}, {len(dataset.train.fine_names)} classes; {dataset.made}",
-        f"network {config.network}: {parameters:.1f} M parameters, {cost:.0f} M multiply-adds at {size} x {size} pixels",
+        f"network {config.network}: {parameters:.1f} M parameters, {cost:.0f} M multiply-adds for {config.views}"
+        f" view{'s' if config.views > 1 else ''} of {size} x {size} pixels",
         f"{config.epochs} epochs of {steps_per_epoch} batches of {config.classes_per_batch} classes, on {where}"
         f"{' in bf16' if supports_bf16(device) else ''}",
         f"loss {config.loss}, augmentation {config.augmentation} with crops of {config.crop_size} pixels, learning rate"
