@@ -19,21 +19,21 @@ from cross_validation import Row, parser_of, run_all
 from npair.metrics import over_seeds
 from npair.run import TrainConfig
 
-SEEDS = 2
-PROTOCOL = TrainConfig(size=96, crop_size=80, epochs=40, evaluations=0)
+SEEDS = 1
+PROTOCOL = TrainConfig(size=96, crop_size=80, views=1, epochs=40, evaluations=0)
 VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {},
+    "N = 30": {"classes_per_batch": 30},
     "N = 15": {"classes_per_batch": 15},
-    "N = 60": {"classes_per_batch": 60},
     "no norm penalty": {"norm_penalty": 0.0},
     "norm penalty x 4": {"norm_penalty": 8e-3},
     "cosine loss, temperature 0.1": {"loss": "cosine"},
     "cosine loss, temperature 0.05": {"loss": "cosine", "temperature": 0.05},
     "(N+1)-tuplet loss, N = 8": {"loss": "tuplet"},
-    "hard class mining, N = 15 of C = 60": {"classes_per_batch": 15, "mine_from": 60},
-    "hard class mining, N = 30 of C = 60": {"mine_from": 60},
+    "N = 30, mined from C = 80": {"classes_per_batch": 30, "mine_from": 80},
     "no augmentation": {"augmentation": "none"},
     "crop and affine alone": {"augmentation": "drawing"},
+    "two views of 128 pixels": {"size": 128, "views": 2},
 }
 
 

@@ -51,7 +51,7 @@ class ResidualBlock(nn.Module):
 class CompactResidual(nn.Module):
     """A residual network (He et al., CVPR 2016) of four stages of two blocks, of width, 2, 4 and 8 times as many channels.
 
-    Of width 32, with the embedding: 2.8 M parameters; 0.26 G multiply-adds for a photo of 160 x 160 pixels.
+    Of width 32, with the embedding: 2.8 M parameters; 0.26 G multiply-adds for a view of 160 x 160 pixels.
     """
 
     def __init__(self, width: int) -> None:
