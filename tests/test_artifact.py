@@ -119,7 +119,7 @@ def test_shipped_version() -> None:
     config = (repository / "config.pbtxt").read_text()
     folder = repository / "1"
     manifest = (folder / "manifest.json").read_bytes()
-    assert Embedder(folder, threads=1).golden_distance() <= json.loads(manifest)["golden"]["tolerance"]
+    assert Embedder(folder, threads=1).golden_distance <= json.loads(manifest)["golden"]["tolerance"]
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 24_000_000
     assert hashlib.sha256(manifest).hexdigest() in config
     assert "versions: [ 1 ]" in config

@@ -245,7 +245,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     embedder = Embedder(arguments.folder, threads=len(os.sched_getaffinity(0)))
     files, tolerance = len(embedder.manifest["files"]), embedder.manifest["golden"]["tolerance"]
-    distance = embedder.golden_distance()
+    distance = embedder.golden_distance
     if arguments.json:
         print(json.dumps({"files": files, "golden_distance": distance, "tolerance": tolerance}))
     else:

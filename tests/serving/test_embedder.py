@@ -75,7 +75,7 @@ def test_nan_never_passes_for_an_embedding(version: Path) -> None:
     embedder = Embedder(version, threads=1)
     embedder.network = lambda pixels: torch.full((len(pixels), 128), torch.nan)  # type: ignore[assignment]
     with pytest.raises(ArithmeticError, match="not finite"):
-        embedder.golden_distance()
+        embedder.measure_golden_distance()
 
 
 def test_weights_are_never_unpickled(version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
