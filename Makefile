@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PINS := model/api/requirements.txt
+PINS := model/api/requirements.txt model/api/requirements-torch.txt
 
 # Triton for development and tests. npair uses the server inside and none of the Python packages that the wheel asks for.
 SERVER := nvidia-pytriton==0.7.0
@@ -20,13 +20,13 @@ help: ## List these targets
 .venv/serve: $(PINS)
 	@$(PYTHON) model/api/serve.py --check
 	$(PYTHON) -m venv .venv
-	$(PIP) install --no-deps --retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX) "$$(grep '^torch==' $(PINS))"
-	$(PIP) install -r $(PINS)
+	$(PIP) install --no-deps --retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX) "$$(grep -h '^torch==' $(PINS))"
+	$(PIP) install $(PINS:%=-r %)
 	$(PIP) install --no-deps $(SERVER)
 	@touch $@
 
 .venv/dev: .venv/serve pyproject.toml
-	$(PIP) install -r $(PINS) --editable '.[dev]'
+	$(PIP) install $(PINS:%=-r %) --editable '.[dev]'
 	@touch $@
 
 install: .venv/dev ## Prepare .venv for training, tests and serving

@@ -173,6 +173,7 @@ def test_load_is_not_taken_for_death() -> None:
 
 def test_busy_is_told_from_dead_whichever_request_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A server that answers its statistics alone: busy while its count of inferences grows, dead when it stands still."""
+    counts = iter([7, 9, 9, 9])
 
     class Statistics(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -181,7 +182,7 @@ def test_busy_is_told_from_dead_whichever_request_waits(monkeypatch: pytest.Monk
                 return
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(b'{"model_stats": [{"inference_stats": {"success": {"count": 7}}}]}')
+            self.wfile.write(b'{"model_stats": [{"inference_stats": {"success": {"count": %d}}}]}' % next(counts))
 
         def log_message(self, *_: object) -> None:
             pass

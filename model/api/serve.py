@@ -73,14 +73,20 @@ def main() -> int:
         check_platform()
         if options.check:
             return 0
+        prober = GoldenProber(options.model_repository / MODEL, options.host, options.http_port)
+        if options.health:
+            prober.probe()
+            return 0
         if not (options.model_repository / MODEL / "config.pbtxt").is_file():
             raise ServeError(f"no model repository at {options.model_repository}: it has no {MODEL}/config.pbtxt")
         check_ports(
             {"HTTP_PORT": options.http_port, "GRPC_PORT": options.grpc_port, "METRICS_PORT": options.metrics_port}, options.host
         )
         with tempfile.TemporaryDirectory(prefix="npair-serve-") as scratch:
-            return Supervisor(options, find_triton(Path(scratch))).run()
-    except ServeError as error:
+            return Supervisor(options, find_triton(Path(scratch)), prober).run()
+    except BusyError:
+        return 0  # to be restarted would help nobody
+    except (ServeError, ProbeError) as error:
         say(str(error))
         return 1
 
@@ -89,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     """Options, each with an environment variable for its default."""
     env = os.environ
     parser = argparse.ArgumentParser(description="Serve npair's model repository with NVIDIA Triton.")
-    mounted, checkout = Path("/models"), Path(__file__).resolve().parents[2] / "model_repository"
+    mounted, checkout = Path("/models"), (Path(__file__).parent / "../../model_repository").resolve()
     repository = env.get("MODEL_REPOSITORY", mounted if (mounted / MODEL).is_dir() else checkout)
     parser.add_argument("--model-repository", type=Path, default=Path(repository), help="MODEL_REPOSITORY (%(default)s)")
     parser.add_argument("--host", default=env.get("BIND_ADDRESS", "127.0.0.1"), help="BIND_ADDRESS, to listen on (%(default)s)")
@@ -99,6 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--drain", type=int, default=env.get("DRAIN_SECONDS", "7"), help="DRAIN_SECONDS, to stop in (%(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show all that the server logs, not only warnings and errors")
     parser.add_argument("--check", action="store_true", help="only tell whether the server can run on this platform")
+    parser.add_argument("--health", action="store_true", help="only tell whether the server that runs embeds its golden photo right")
     return parser.parse_args()
 
 
@@ -231,12 +238,12 @@ def command(options: argparse.Namespace, triton: Triton) -> list[str]:
 class Supervisor:
     """Runs one server: starts it, says when it is ready, watches it, and ends it in order."""
 
-    def __init__(self, options: argparse.Namespace, triton: Triton) -> None:
+    def __init__(self, options: argparse.Namespace, triton: Triton, prober: GoldenProber) -> None:
         self.options = options
+        self.prober = prober
         self.began = time.monotonic()
         self.stopping = threading.Event()
         self.in_flight: int | None = None  # model versions with inferences in flight, as the server counted last while it stopped
-        self.prober = GoldenProber(options.model_repository / MODEL, options.host, options.http_port)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         # A session of its own: Ctrl-C reaches this process alone, which forwards it once.
@@ -351,29 +358,21 @@ class GoldenProber:
         # A wildcard address cannot be called; loopback then reaches the same listener.
         self.host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         self.port = port
-        self.answered = 0
 
     def probe(self) -> str:
         """Returns: the version that answered. Raises: BusyError, ProbeError."""
-        import numpy as np  # noqa: PLC0415
-
         try:
-            version: str = max(json.loads(self._request("GET", f"/v2/models/{MODEL}")[1])["versions"], key=int)
-            folder = self.model_folder / version
-            golden = json.loads((folder / "manifest.json").read_bytes())["golden"]
-            photo = (folder / golden["photos"][0]).read_bytes()
-            expected = np.load(folder / golden["embeddings"], allow_pickle=False)[0]
-            headers, body = self._request("POST", f"/v2/models/{MODEL}/versions/{version}/infer", photo)
-            actual = np.frombuffer(body, np.float32, offset=int(headers["Inference-Header-Content-Length"]))
-            if actual.shape != expected.shape or not np.linalg.norm(actual - expected) <= golden["tolerance"]:
-                raise ProbeError(f"version {version} no longer embeds its golden photo as it was published")
+            answered = self._answered()
+            try:
+                return self._embed_golden()
+            except TimeoutError:
+                if self._answered() > answered:
+                    raise BusyError from None
+                raise
         except TimeoutError as error:
-            if self._progressed():
-                raise BusyError from error
             raise ProbeError(f"no answer within {PROBE_TIMEOUT:.0f} s") from error
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             raise ProbeError(str(error) or type(error).__name__) from error
-        return version
 
     def model_ready(self) -> bool:
         """What the server says of itself: enough to tell that loading has ended, not that it answers."""
@@ -383,14 +382,24 @@ class GoldenProber:
             return False
         return True
 
-    def _progressed(self) -> bool:
-        """Whether any inference was answered since the last time that this was asked."""
-        try:
-            statistics = json.loads(self._request("GET", f"/v2/models/{MODEL}/stats")[1])["model_stats"]
-        except (OSError, http.client.HTTPException, ProbeError, ValueError, KeyError):
-            return False
-        before, self.answered = self.answered, sum(entry["inference_stats"]["success"]["count"] for entry in statistics)
-        return self.answered > before
+    def _embed_golden(self) -> str:
+        import numpy as np  # noqa: PLC0415
+
+        version: str = max(json.loads(self._request("GET", f"/v2/models/{MODEL}")[1])["versions"], key=int)
+        folder = self.model_folder / version
+        golden = json.loads((folder / "manifest.json").read_bytes())["golden"]
+        photo = (folder / golden["photos"][0]).read_bytes()
+        expected = np.load(folder / golden["embeddings"], allow_pickle=False)[0]
+        headers, body = self._request("POST", f"/v2/models/{MODEL}/versions/{version}/infer", photo)
+        actual = np.frombuffer(body, np.float32, offset=int(headers["Inference-Header-Content-Length"]))
+        if actual.shape != expected.shape or not np.linalg.norm(actual - expected) <= golden["tolerance"]:
+            raise ProbeError(f"version {version} no longer embeds its golden photo as it was published")
+        return version
+
+    def _answered(self) -> int:
+        """The number of requests that the server has embedded so far."""
+        statistics = json.loads(self._request("GET", f"/v2/models/{MODEL}/stats")[1])["model_stats"]
+        return sum(entry["inference_stats"]["success"]["count"] for entry in statistics)
 
     def _request(self, method: str, path: str, photo: bytes | None = None) -> tuple[http.client.HTTPMessage, bytes]:
         connection = http.client.HTTPConnection(self.host, self.port, timeout=PROBE_TIMEOUT)
