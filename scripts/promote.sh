@@ -1,0 +1,14 @@
+#!/bin/bash
+# Give a tested image further tags, without building or changing it: the registry gets the same manifest under another name.
+# Usage: promote.sh REPOSITORY DIGEST TAG...   Credentials are docker's. SKOPEO_OPTIONS: further options of skopeo copy.
+set -euo pipefail
+repository=$1 digest=$2
+shift 2
+[[ $digest =~ ^sha256:[0-9a-f]{64}$ ]] || { echo "not a digest: $digest" >&2; exit 2; }
+
+for tag; do
+  # --all: attestations too. --preserve-digests: fail rather than write another manifest.
+  # shellcheck disable=SC2086  # one word per option
+  skopeo copy --quiet --all --preserve-digests ${SKOPEO_OPTIONS:-} "docker://$repository@$digest" "docker://$repository:$tag"
+  echo "$repository:$tag is $digest"
+done

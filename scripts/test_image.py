@@ -1,0 +1,416 @@
+"""Builds the image and tests and promotes it as the pipeline does, on this machine alone: make test-image.
+
+It brings its own Docker engine and a registry that answers to ghcr.io, in a mount namespace of their own, so that nothing is left behind:
+no container, no registry, no host entry, no login. Where NVIDIA's image cannot be pulled, which needs 30 GB and hours of some networks, a
+stand-in of the same layout is put together from Debian and the wheel nvidia-pytriton; TRITON_IMAGE and BASE_IMAGE name real ones.
+
+Needs: root on Debian 12 or 13 on x86-64, and the .venv of `make install`. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import http.server
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OWNER, PASSWORD = "tester", "not-a-secret"
+REPOSITORY = f"ghcr.io/{OWNER}/npair_model_api"
+REGISTRY_ADDRESS = "127.0.0.88"  # of this machine alone, and nobody's
+# From Debian trixie's packages, which run on bookworm too: bookworm's engine knows no named build contexts.
+ENGINE = ("docker.io", "docker-cli", "docker-buildx", "docker-compose", "containerd")
+TOOLS = ("runc", "skopeo", "docker-registry", "debootstrap", "docker-compose", "iptables", "apache2-utils")
+LIMITS = {"torch": (1300, 420), "no torch": (800, 260)}  # MB unpacked and pushed
+
+
+def main() -> None:
+    if "NPAIR_NAMESPACE" not in os.environ:  # /etc/hosts is changed for this process and its children alone
+        os.environ["NPAIR_NAMESPACE"] = "1"
+        os.execvp("unshare", ["unshare", "--mount", "--propagation", "private", sys.executable, *sys.argv])
+    with tempfile.TemporaryDirectory(prefix="npair-image-", ignore_cleanup_errors=True) as scratch, contextlib.ExitStack() as stack:
+        test(Path(scratch), stack)
+
+
+def test(scratch: Path, stack: contextlib.ExitStack) -> None:
+    step("install the tools")
+    missing = [tool for tool in TOOLS if not installed(tool)]
+    if missing:
+        run("apt-get", "update", "-qq")
+        run("apt-get", "install", "-qqy", "--no-install-recommends", *missing)
+    stack.enter_context(engine(scratch))
+    registry = stack.enter_context(registry_at_ghcr(scratch))
+
+    triton, base = os.environ.get("TRITON_IMAGE"), os.environ.get("BASE_IMAGE", "ubuntu:24.04")
+    options: list[str] = []
+    if triton is None:
+        step("put a stand-in for NVIDIA's image together")
+        triton, base = stand_in(scratch)
+        options = stack.enter_context(wheelhouse(scratch))
+    options += ["--build-arg", f"TRITON_IMAGE={triton}", "--build-arg", f"BASE_IMAGE={base}"]
+
+    step("build the image")
+    build(f"{REPOSITORY}:cpu-1", "model_repository", *options)
+    step("build it without torch")
+    build(f"{REPOSITORY}:no-torch", "model_repository", *options, "--build-arg", "WITH_TORCH=0")
+    step("push the candidate")
+    run("docker", "login", "--username", OWNER, "--password-stdin", "ghcr.io", input=PASSWORD)
+    digest = push("cpu-1")
+    check_size("torch", "cpu-1", digest)
+    check_size("no torch", "no-torch", push("no-torch"))
+
+    step("test exactly what was pushed")
+    run("docker", "image", "rm", "--force", f"{REPOSITORY}:cpu-1")
+    compose_test(f"cpu-1@{digest}")
+    step("start it alone, hardened")
+    run("scripts/start-hardened.sh", f"{REPOSITORY}@{digest}", HEALTHY_WITHIN="15")
+    step("stop it under load, beside idle connections")
+    check_drain(f"{REPOSITORY}@{digest}")
+    step("kill its Python stub under compose")
+    check_recovery(f"cpu-1@{digest}")
+    step("promote it")
+    promote(digest)
+    assert digest_of("cpu") == digest
+
+    step("break an image: it must not be promoted")
+    spoiled = scratch / "spoiled"
+    shutil.copytree(ROOT / "model/api", spoiled)
+    with (spoiled / "client.py").open("a") as file:
+        file.write("\nraise ImportError('broken on purpose')\n")
+    build(f"{REPOSITORY}:cpu-2", "model_repository", *options, context=spoiled)
+    broken = push("cpu-2")
+    try:
+        compose_test(f"cpu-2@{broken}")
+    except subprocess.CalledProcessError:
+        print("its test failed, so the pipeline ends there")
+    else:
+        raise SystemExit("the test of a broken image passed")
+    assert digest_of("cpu") == digest != broken
+    assert registry.poll() is None
+    step("done")
+
+
+def installed(package: str) -> bool:
+    return (
+        "install ok installed"
+        in subprocess.run(
+            ["dpkg-query", "--show", "--showformat", "${Status}", package], capture_output=True, text=True, check=False
+        ).stdout
+    )
+
+
+@contextlib.contextmanager
+def engine(scratch: Path) -> Iterator[None]:
+    """A Docker engine of its own; sets PATH, DOCKER_HOST and DOCKER_CONFIG, which everything after it uses."""
+    step("start an engine")
+    packages, lists = scratch / "packages", scratch / "apt"
+    for folder in (packages, lists / "lists/partial", lists / "cache/archives/partial"):
+        folder.mkdir(parents=True)
+    sources = lists / "trixie.sources"
+    sources.write_text(
+        "Types: deb\nURIs: http://deb.debian.org/debian\nSuites: trixie\nComponents: main\n"
+        "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
+    )
+    apt = {"Dir::Etc::SourceList": sources, "Dir::Etc::SourceParts": "/dev/null"}
+    apt |= {"Dir::State::Lists": lists / "lists", "Dir::Cache": lists / "cache", "APT::Sandbox::User": "root"}
+    flags = [f"-o={name}={value}" for name, value in apt.items()]
+    run("apt-get", *flags, "update", "-qq")
+    run("apt-get", *flags, "-qq", "download", *ENGINE, cwd=packages)
+    for package in packages.iterdir():
+        run("dpkg-deb", "--extract", package, scratch / "engine")
+    programs = scratch / "engine/usr"
+    plugins = scratch / "docker/cli-plugins"
+    plugins.mkdir(parents=True)
+    (plugins / "docker-buildx").symlink_to(programs / "libexec/docker/cli-plugins/docker-buildx")
+    os.environ["PATH"] = f"{programs}/bin:{programs}/sbin:{os.environ['PATH']}"
+    os.environ["DOCKER_HOST"] = f"unix://{scratch}/docker.sock"
+    os.environ["DOCKER_CONFIG"] = str(scratch / "docker")
+    folders = [f"--{name}={scratch / name}" for name in ("data-root", "exec-root")]
+    command = [
+        "dockerd",
+        *folders,
+        f"--pidfile={scratch}/pid",
+        f"--host=unix://{scratch}/docker.sock",
+        "--insecure-registry=ghcr.io",
+    ]
+    with background(command, scratch / "dockerd.log"):
+        wait_for("the engine", lambda: subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0)
+        try:
+            yield
+        finally:
+            containers = output("docker", "ps", "--all", "--quiet").split()
+            if containers:
+                run("docker", "rm", "--force", "--volumes", *containers)
+
+
+@contextlib.contextmanager
+def registry_at_ghcr(scratch: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A registry with a password, which this process and its children, the engine too, find under the name ghcr.io."""
+    hosts = scratch / "hosts"
+    hosts.write_text(Path("/etc/hosts").read_text() + f"\n{REGISTRY_ADDRESS} ghcr.io\n")
+    run("mount", "--bind", hosts, "/etc/hosts")
+    (scratch / "htpasswd").write_text(output("htpasswd", "-nbB", OWNER, PASSWORD))
+    config = {
+        "version": 0.1,
+        "log": {"level": "error", "accesslog": {"disabled": True}},
+        "storage": {"filesystem": {"rootdirectory": str(scratch / "registry")}},
+        "http": {"addr": f"{REGISTRY_ADDRESS}:80"},
+        "auth": {"htpasswd": {"realm": "npair", "path": str(scratch / "htpasswd")}},
+    }
+    (scratch / "registry.json").write_text(json.dumps(config))  # JSON is YAML
+    with background(["docker-registry", "serve", scratch / "registry.json"], scratch / "registry.log") as process:
+        wait_for("the registry", lambda: answers(REGISTRY_ADDRESS, 80, "/v2/") == 401)
+        yield process
+
+
+def stand_in(scratch: Path) -> tuple[str, str]:
+    """An image with the layout of NVIDIA's, and the Debian that it and the final image stand on; returns their names."""
+    triton, base = "npair-standin/tritonserver", "npair-standin/debian"
+    root = scratch / "debian"
+    run("debootstrap", "--variant=minbase", "bookworm", root, stdout=subprocess.DEVNULL)
+    run(
+        "sh",
+        "-c",
+        f"tar -C {root} --exclude=./var/cache/apt --exclude=./var/lib/apt/lists/* -c . | docker import --message debian - {base}",
+    )
+    wheel = package_folder("pytriton")
+    context = scratch / "stand-in"
+    server = context / "opt/tritonserver"
+    shutil.copytree(wheel / "tritonserver/bin", server / "bin")
+    shutil.copytree(wheel / "tritonserver/caches", server / "caches")
+    shutil.copytree(wheel / "tritonserver/backends", server / "backends", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(wheel / "tritonserver/python_backend_stubs/3.11/triton_python_backend_stub", server / "backends/python")
+    shutil.copytree(wheel.parent / "nvidia_pytriton.libs", server / "lib", ignore=shutil.ignore_patterns("libpython3*"))
+    (context / "Dockerfile").write_text(
+        f"FROM {base}\n"
+        "RUN apt-get update && apt-get install -y --no-install-recommends libpython3.11 libgomp1\n"
+        "COPY opt /opt\n"
+        "RUN echo /opt/tritonserver/lib > /etc/ld.so.conf.d/tritonserver.conf && ldconfig\n"
+    )
+    run("docker", "buildx", "build", "--quiet", "--tag", triton, context, stdout=subprocess.DEVNULL)
+    return triton, base
+
+
+@contextlib.contextmanager
+def wheelhouse(scratch: Path) -> Iterator[list[str]]:
+    """Build options that make pip, inside the build, take its packages from this process: this machine's network may be closed to it."""
+    wheels = scratch / "wheels"
+    pins = [f"--requirement={ROOT / 'model/api' / name}" for name in ("requirements.txt", "requirements-torch.txt")]
+    run(sys.executable, "-m", "pip", "--quiet", "download", "--dest", wheels, *pins)
+    handler = partial(QuietHandler, directory=str(wheels))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        pip_conf = scratch / "pip.conf"
+        pip_conf.write_text(f"[global]\nno-index = true\nfind-links = http://127.0.0.1:{server.server_port}/\n")
+        yield ["--network", "host", "--secret", f"id=pip_conf,src={pip_conf}"]
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def build(tag: str, models: str, *options: str, context: Path = ROOT / "model/api") -> None:
+    """Build one tag from the Dockerfile in ``context``, with the models baked in."""
+    command = ["docker", "buildx", "build", "--progress", "plain", "--build-context", f"model_repository={models}"]
+    command += ["--file", str(context / "Dockerfile.cpu"), "--tag", tag, *options, str(context)]
+    environment = os.environ | {"SOURCE_DATE_EPOCH": output("git", "log", "-1", "--pretty=%ct").strip()}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if result.returncode:
+        print(result.stdout[-5000:])
+        raise SystemExit(f"the build of {tag} failed")
+
+
+def push(tag: str) -> str:
+    """Push a tag; returns its digest."""
+    run("docker", "push", "--quiet", f"{REPOSITORY}:{tag}", stdout=subprocess.DEVNULL)
+    return digest_of(tag)
+
+
+def digest_of(tag: str) -> str:
+    return output("skopeo", "inspect", "--tls-verify=false", "--format", "{{.Digest}}", f"docker://{REPOSITORY}:{tag}").strip()
+
+
+def check_size(kind: str, tag: str, digest: str) -> None:
+    unpacked = int(output("docker", "image", "inspect", "--format", "{{.Size}}", f"{REPOSITORY}:{tag}")) / 1e6
+    manifest = json.loads(output("skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{REPOSITORY}@{digest}"))
+    pushed = sum(layer["size"] for layer in manifest["layers"]) / 1e6
+    print(f"{kind}: {unpacked:.0f} MB unpacked, {pushed:.0f} MB pushed")
+    most_unpacked, most_pushed = LIMITS[kind]
+    assert unpacked <= most_unpacked, f"more than {most_unpacked} MB"
+    assert pushed <= most_pushed, f"more than {most_pushed} MB"
+
+
+def compose(tag: str, *arguments: str, program: str = "docker-compose") -> None:
+    run(program, "--file", "docker-compose.prod.yml", *arguments, GHCR_USERNAME=OWNER, TAG=tag, **PORTS)
+
+
+PORTS = {"HTTP_PORT": "18400", "GRPC_PORT": "18401", "METRICS_PORT": "18402"}
+
+
+def compose_test(tag: str) -> None:
+    """What the pipeline runs, by Compose 2, and 1.29 where Debian has it."""
+    for program in ("docker-compose", "/usr/bin/docker-compose"):
+        print(output(program, "version", "--short").strip(), flush=True)
+        try:
+            compose(tag, "run", "--rm", "model_api", "pytest", "-q", "test_model_api.py", program=program)
+        finally:
+            compose(tag, "down", program=program)
+
+
+def promote(digest: str) -> None:
+    tags = ("cpu", f"cpu-{output('scripts/version.sh').strip()}")
+    run("scripts/promote.sh", REPOSITORY, digest, *tags, SKOPEO_OPTIONS="--src-tls-verify=false --dest-tls-verify=false")
+
+
+def photo() -> bytes:
+    return next((ROOT / "model_repository/npair").glob("*/golden/photo.jpg")).read_bytes()
+
+
+def embed(host: str, port: int) -> int:
+    """Send a golden photo; returns the answer's HTTP status, 0 where there is none."""
+    connection = http.client.HTTPConnection(host, port, timeout=30)
+    try:
+        connection.request("POST", "/v2/models/npair/infer", photo(), {"Inference-Header-Content-Length": "0"})
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return 0
+    finally:
+        connection.close()
+
+
+def answers(host: str, port: int, path: str) -> int:
+    connection = http.client.HTTPConnection(host, port, timeout=5)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status
+    except OSError:
+        return 0
+    finally:
+        connection.close()
+
+
+def check_drain(image: str) -> None:
+    """SIGTERM while requests are in flight and idle connections are open: exit code 0 within 10 s, and every accepted request answered."""
+    name = "npair-drain"
+    run("docker", "run", "--detach", "--name", name, "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--user", "1000",
+        "--publish", "127.0.0.1:18410:8000", image, stdout=subprocess.DEVNULL)  # fmt: skip
+    wait_for("the container", lambda: embed("127.0.0.1", 18410) == 200)
+    idle = []
+    for _ in range(8):
+        connection = http.client.HTTPConnection("127.0.0.1", 18410)
+        connection.request("GET", "/v2/health/ready")
+        connection.getresponse().read()
+        idle.append(connection)  # kept open
+    statuses: list[int] = []
+    accepted = threading.Barrier(17)
+
+    def send() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", 18410, timeout=30)
+        connection.request("POST", "/v2/models/npair/infer", photo(), {"Inference-Header-Content-Length": "0"})
+        accepted.wait()
+        statuses.append(connection.getresponse().status)
+
+    threads = [threading.Thread(target=send) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    accepted.wait()
+    time.sleep(0.1)  # what was sent has arrived
+    began = time.monotonic()
+    run("docker", "stop", "--time", "20", name, stdout=subprocess.DEVNULL)
+    took = time.monotonic() - began
+    for thread in threads:
+        thread.join()
+    code = output("docker", "inspect", "--format", "{{.State.ExitCode}}", name).strip()
+    print(f"exit code {code} after {took:.1f} s; {statuses.count(200)} of {len(threads)} requests answered")
+    assert (code, statuses) == ("0", [200] * len(threads))
+    assert took <= 10
+    run("docker", "rm", name, stdout=subprocess.DEVNULL)
+
+
+def check_recovery(tag: str) -> None:
+    """Kill the Python stub: inference answers again within 20 s, with nobody's help."""
+    port = int(PORTS["HTTP_PORT"])
+    compose(tag, "up", "--detach", "model_api")
+    try:
+        wait_for("the service", lambda: embed("127.0.0.1", port) == 200)
+        container = output("docker", "ps", "--quiet", "--filter", "name=model_api").strip()
+        stub = re.search(
+            r"^ *(\d+) .*triton_python_backend_stub", output("docker", "top", container, "-eo", "pid,args"), re.MULTILINE
+        )
+        assert stub, "no stub runs"
+        began = time.monotonic()
+        os.kill(int(stub[1]), signal.SIGKILL)
+        wait_for("the end of the old server", lambda: embed("127.0.0.1", port) != 200)
+        wait_for("the new server", lambda: embed("127.0.0.1", port) == 200)
+        took = time.monotonic() - began
+        print(f"inference answered again {took:.1f} s after its stub was killed")
+        assert took <= 20
+    finally:
+        compose(tag, "down")
+
+
+def package_folder(name: str) -> Path:
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:
+        raise SystemExit(f"{name} is not installed; run this with the Python of .venv, as make test-image does")
+    return Path(found.origin).parent
+
+
+def wait_for(what: str, condition: object, seconds: float = 60) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{what} did not come within {seconds:.0f} s")
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def background(command: list[object], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process while the block runs; what it logged is shown where the block fails."""
+    with log.open("wb") as file, subprocess.Popen([str(part) for part in command], stdout=file, stderr=file) as process:
+        try:
+            yield process
+        except BaseException:
+            print(log.read_text(errors="replace")[-2000:], file=sys.stderr)
+            raise
+        finally:
+            process.terminate()
+
+
+def run(*command: object, cwd: Path = ROOT, input: str | None = None, stdout: int | None = None, **environment: str) -> None:
+    subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=os.environ | environment, input=input, text=True, stdout=stdout, check=True
+    )
+
+
+def output(*command: object) -> str:
+    return subprocess.run([str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+BEGAN = time.monotonic()
+
+
+def step(title: str) -> None:
+    print(f"== {time.monotonic() - BEGAN:5.0f} s  {title}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
