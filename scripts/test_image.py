@@ -1,8 +1,8 @@
 """Builds the image and tests and promotes it as the pipeline does, on this machine alone: make test-image.
 
-It brings its own Docker engine and a registry that answers to ghcr.io, in a mount namespace of their own, so that nothing is left behind:
-no container, no registry, no host entry, no login. Where NVIDIA's image cannot be pulled, which needs 30 GB and hours of some networks, a
-stand-in of the same layout is put together from Debian and the wheel nvidia-pytriton; TRITON_IMAGE and BASE_IMAGE name real ones.
+It brings its own Docker engine and a registry that answers to ghcr.io, in a mount namespace of their own, so that nothing is left
+behind: no container, no registry, no host entry, no login. Instead of NVIDIA's image, of 15 GB, a stand-in of the same layout is put
+together from Debian and the wheel nvidia-pytriton, unless TRITON_IMAGE and BASE_IMAGE name real ones.
 
 Needs: root on Debian 12 or 13 on x86-64, and the .venv of `make install`. Standard library only.
 """
@@ -67,7 +67,7 @@ def test(scratch: Path, stack: contextlib.ExitStack) -> None:
     step("build it without torch")
     build(f"{REPOSITORY}:no-torch", "model_repository", *options, "--build-arg", "WITH_TORCH=0")
     step("push the candidate")
-    run("docker", "login", "--username", OWNER, "--password-stdin", "ghcr.io", input=PASSWORD)
+    run("docker", "login", "--username", OWNER, "--password-stdin", "ghcr.io", stdin=PASSWORD)
     digest = push("cpu-1")
     check_size("torch", "cpu-1", digest)
     check_size("no torch", "no-torch", push("no-torch"))
@@ -206,7 +206,7 @@ def stand_in(scratch: Path) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def wheelhouse(scratch: Path) -> Iterator[list[str]]:
-    """Build options that make pip, inside the build, take its packages from this process: this machine's network may be closed to it."""
+    """Build options that make pip, inside the build, take its packages from this process: the network may be closed to it."""
     wheels = scratch / "wheels"
     pins = [f"--requirement={ROOT / 'model/api' / name}" for name in ("requirements.txt", "requirements-torch.txt")]
     run(sys.executable, "-m", "pip", "--quiet", "download", "--dest", wheels, *pins)
@@ -233,7 +233,7 @@ def build(tag: str, models: str, *options: str, context: Path = ROOT / "model/ap
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     if result.returncode:
-        print(result.stdout[-5000:])
+        print(result.stderr[-5000:])
         raise SystemExit(f"the build of {tag} failed")
 
 
@@ -307,7 +307,7 @@ def answers(host: str, port: int, path: str) -> int:
 
 
 def check_drain(image: str) -> None:
-    """SIGTERM while requests are in flight and idle connections are open: exit code 0 within 10 s, and every accepted request answered."""
+    """SIGTERM beside requests in flight and idle connections: exit code 0 within 10 s, and every accepted request answered."""
     name = "npair-drain"
     run("docker", "run", "--detach", "--name", name, "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--user", "1000",
         "--publish", "127.0.0.1:18410:8000", image, stdout=subprocess.DEVNULL)  # fmt: skip
@@ -395,10 +395,9 @@ def background(command: list[object], log: Path) -> Iterator[subprocess.Popen[by
             process.terminate()
 
 
-def run(*command: object, cwd: Path = ROOT, input: str | None = None, stdout: int | None = None, **environment: str) -> None:
-    subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=os.environ | environment, input=input, text=True, stdout=stdout, check=True
-    )
+def run(*command: object, cwd: Path = ROOT, stdin: str | None = None, stdout: int | None = None, **environment: str) -> None:
+    words = [str(word) for word in command]
+    subprocess.run(words, cwd=cwd, env=os.environ | environment, input=stdin, text=True, stdout=stdout, check=True)
 
 
 def output(*command: object) -> str:

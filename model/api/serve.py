@@ -105,9 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--drain", type=int, default=env.get("DRAIN_SECONDS", "7"), help="DRAIN_SECONDS, to stop in (%(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show all that the server logs, not only warnings and errors")
     parser.add_argument("--check", action="store_true", help="only tell whether the server can run on this platform")
-    parser.add_argument(
-        "--health", action="store_true", help="only tell whether the server that runs embeds its golden photo right"
-    )
+    parser.add_argument("--health", action="store_true", help="only tell whether a running server embeds its golden photo right")
     return parser.parse_args()
 
 
