@@ -1,8 +1,8 @@
 """Builds the image and tests and promotes it as the pipeline does, on this machine alone: make test-image.
 
 It brings its own Docker engine and a registry that answers to ghcr.io, in a mount namespace of their own, so that nothing is left
-behind: no container, no registry, no host entry, no login. Instead of NVIDIA's image, of 15 GB, a stand-in of the same layout is put
-together from Debian and the wheel nvidia-pytriton, unless TRITON_IMAGE and BASE_IMAGE name real ones.
+behind: no container, no registry, no host entry, no login. Instead of NVIDIA's image, of 15 GB, a stand-in of the same layout is
+put together from Debian and the wheel nvidia-pytriton, unless TRITON_IMAGE and BASE_IMAGE name real ones.
 
 Needs: root on Debian 12 or 13 on x86-64, and the .venv of `make install`. Standard library only.
 """

@@ -1,0 +1,86 @@
+"""The pipeline's documentation and its parts agree; scripts/test_image.py runs the pipeline itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from conftest import ROOT, free_ports, lines_until_ready, start
+
+PUBLISH = (ROOT / ".github/workflows/docker-publish-model.yml").read_text()
+PAGE = (ROOT / "docs/ci-cd.md").read_text()
+
+
+def test_the_page_shows_the_workflow() -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    position = 0
+    for block in blocks:
+        assert block in PUBLISH[position:], f"docs/ci-cd.md shows, out of date or out of order:\n{block}"
+        position = PUBLISH.index(block, position) + len(block)
+    shown = "".join(blocks)
+    for line in PUBLISH[PUBLISH.index("\njobs:\n") :].splitlines()[2:]:
+        assert line in shown or line.startswith("  #"), f"docs/ci-cd.md does not show: {line}"
+
+
+@pytest.mark.parametrize("workflow", sorted((ROOT / ".github/workflows").iterdir()), ids=lambda path: path.name)
+def test_workflows_run_scripts_that_exist_and_pin_their_actions(workflow: Path) -> None:
+    text = workflow.read_text()
+    for script in re.findall(r"scripts/[\w.-]+", text):
+        assert os.access(ROOT / script, os.X_OK), script
+    for action in re.findall(r"uses: (\S+)", text):
+        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action), action
+
+
+def test_pull_requests_see_no_secret() -> None:
+    assert "secrets." not in (ROOT / ".github/workflows/pull-request.yml").read_text()
+
+
+@pytest.mark.parametrize("digest", ["", "cpu", "sha256:12", "latest@sha256:" + 64 * "0"])
+def test_promotion_takes_a_digest_alone(digest: str) -> None:
+    command = [ROOT / "scripts/promote.sh", "ghcr.io/owner/image", digest, "cpu"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "not a digest" in result.stderr
+
+
+def test_verify_models_refuses_what_the_configuration_does_not_name(tmp_path: Path) -> None:
+    """With an npair that finds every version as it was published."""
+    version = tmp_path / "model_repository/npair/3"
+    version.mkdir(parents=True)
+    (version / "manifest.json").write_text("{}")
+    (tmp_path / "scripts").mkdir()
+    script = tmp_path / "scripts/verify-models.sh"
+    script.write_bytes((ROOT / "scripts/verify-models.sh").read_bytes())
+    config = version.parent / "config.pbtxt"
+    policy = "version_policy: { specific: { versions: [ 3 ] } }\n"
+
+    def verify() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["bash", script], env=os.environ | {"NPAIR": "true"}, check=False, capture_output=True, text=True)
+
+    config.write_text(policy)
+    refused = verify()
+    assert refused.returncode == 1
+    assert "does not name the manifest_sha256 of version 3" in refused.stderr
+    config.write_text(policy + refused.stderr.split()[-1])
+    assert verify().returncode == 0
+
+
+def test_dashboard_and_alerts_read_metrics_that_the_server_has() -> None:
+    dashboard = json.loads((ROOT / "monitoring/grafana/dashboards/npair.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    wanted = set(re.findall(r"nv_\w+", " ".join(expressions) + (ROOT / "monitoring/alerts.yml").read_text()))
+    assert len(wanted) > 5
+    ports = free_ports()
+    server = start(**ports)
+    try:
+        lines_until_ready(server)
+        metrics = urlopen(f"http://127.0.0.1:{ports['METRICS_PORT']}/metrics").read().decode()
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+    assert {name for name in wanted if f"\n{name}" not in metrics} == set()
