@@ -41,6 +41,8 @@ def main() -> None:
     if "NPAIR_NAMESPACE" not in os.environ:  # /etc/hosts is changed for this process and its children alone
         os.environ["NPAIR_NAMESPACE"] = "1"
         os.execvp("unshare", ["unshare", "--mount", "--propagation", "private", sys.executable, *sys.argv])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit("interrupted"))  # through every finally
     with tempfile.TemporaryDirectory(prefix="npair-image-", ignore_cleanup_errors=True) as scratch, contextlib.ExitStack() as stack:
         test(Path(scratch), stack)
 

@@ -22,6 +22,7 @@ from npair.serving.preprocess import Limits, Preprocessing
 from npair.train import train
 
 ROOT = Path(__file__).parents[1]
+SHIPPED = next((ROOT / "model_repository/npair").glob("[0-9]*"))  # the version that this repository serves
 PORTS = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
 PREPROCESSING = Preprocessing(size=64, resample="BILINEAR", background=255)
 LIMITS = Limits(max_bytes=1_000_000, max_pixels=1_000_000)

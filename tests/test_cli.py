@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, running
+from conftest import SHIPPED, TINY, running
 from PIL import Image
 
 from npair.data import read_dataset
@@ -27,7 +27,7 @@ def npair(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_evaluate_scores_what_is_served(dataset: Path, cache: Path, tmp_path: Path) -> None:
-    embedder = Embedder(ROOT / "model_repository/npair/1", threads=2)
+    embedder = Embedder(SHIPPED, threads=2)
     loaded, pixels, _ = load(read_dataset(dataset), embedder.preprocessing, cache)
     val, train = loaded.splits["val"], loaded.train
     queries, gallery = (embedder.embed(pixels.array[pixels.of(photos)]) for photos in (val, train))
@@ -40,7 +40,7 @@ def test_evaluate_scores_what_is_served(dataset: Path, cache: Path, tmp_path: Pa
             )
             assert result.returncode == 0, result.stderr
             scores = json.loads(result.stdout)
-            assert scores["embedded_by"].startswith("version 1")
+            assert scores["embedded_by"].startswith(f"version {SHIPPED.name}")
             assert scores["fine"] == expected["fine"]
             assert scores["coarse"] == expected["coarse"]
             with Image.open(picture) as image:

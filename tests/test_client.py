@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, running
+from conftest import ROOT, SHIPPED, running
 
 from npair.client import (
     PIXEL,
@@ -343,7 +343,7 @@ def test_compare_gives_a_verdict_with_the_served_thresholds(tmp_path: Path) -> N
 
 
 def test_compare_without_thresholds_gives_no_verdict() -> None:
-    photo = ROOT / "model_repository/npair/1/golden/photo.jpg"
+    photo = SHIPPED / "golden/photo.jpg"
     with serving(lambda sent, path: (200, "{}") if path.endswith("/config") else embeddings(sent)) as (url, _):
         command: list[str | Path] = [sys.executable, ROOT / "model/api/client.py", "compare", "--url", url, photo, photo]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout

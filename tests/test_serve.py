@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import serve
 import tritonclient.grpc
-from conftest import PORTS, ROOT, free_ports, running, start
+from conftest import PORTS, ROOT, SHIPPED, free_ports, running, start
 from tritonclient.utils import InferenceServerException
 
 from npair.client import NpairClient, UnavailableError
@@ -69,7 +69,7 @@ class TestRefusals:
 
     def test_changed_version(self, tmp_path: Path) -> None:
         shutil.copytree(ROOT / "model_repository", tmp_path / "models")
-        with (tmp_path / "models/npair/1/network.pt2").open("r+b") as file:
+        with (tmp_path / "models/npair" / SHIPPED.name / "network.pt2").open("r+b") as file:
             file.truncate(100_000)
         code, output = ended(**free_ports(), MODEL_REPOSITORY=str(tmp_path / "models"))
         assert code == 1
