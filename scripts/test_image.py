@@ -210,8 +210,8 @@ def stand_in(scratch: Path) -> tuple[str, str]:
 def wheelhouse(scratch: Path) -> Iterator[list[str]]:
     """Build options that make pip, inside the build, take its packages from this process: the network may be closed to it."""
     wheels = scratch / "wheels"
-    pins = [f"--requirement={ROOT / 'model/api' / name}" for name in ("requirements.txt", "requirements-torch.txt")]
-    run(sys.executable, "-m", "pip", "--quiet", "download", "--dest", wheels, *pins)
+    for pins in ("requirements.txt", "requirements-torch.txt"):
+        run(sys.executable, "-m", "pip", "--quiet", "download", "--dest", wheels, "--requirement", ROOT / "model/api" / pins)
     handler = partial(QuietHandler, directory=str(wheels))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
