@@ -39,12 +39,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = parser_of(__doc__ or "", runs="runs/ablation", results="docs/ablation.jsonl")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help="(all)")
     parser.add_argument("--table", action="store_true", help="only print the table of the results")
     arguments = parser.parse_args()
     if arguments.table:
         rows = [json.loads(line) for line in arguments.results.open()]
     else:
-        configs = {(name, seed): replace(PROTOCOL, **changes) for seed in range(SEEDS) for name, changes in VARIANTS.items()}
+        configs = {(name, seed): replace(PROTOCOL, **VARIANTS[name]) for seed in range(SEEDS) for name in arguments.variants}
         rows = run_all(configs, ["train"], arguments)
     print(table(rows))
 
