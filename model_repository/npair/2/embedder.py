@@ -43,7 +43,7 @@ class Embedder:
         verify_files(folder, self.manifest)
         self.preprocessing = Preprocessing(**self.manifest["preprocessing"])
         self.network = load_graph(folder / self.manifest["engine"]["graph"])
-        self.golden_distance()
+        self.golden_distance = self.measure_golden_distance()
 
     def embed(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """uint8 [N, size, size, 3] -> float32 [N, D], rows of unit length. Raises: ArithmeticError where a row has no direction."""
@@ -54,7 +54,7 @@ class Embedder:
             raise ArithmeticError("the network's output is zero or not finite")
         return np.divide(embeddings, norms)
 
-    def golden_distance(self) -> float:
+    def measure_golden_distance(self) -> float:
         """The largest Euclidean distance between a golden photo's embedding and the published one.
 
         Raises: VersionError where it is beyond the published tolerance.
