@@ -54,8 +54,8 @@ def table(rows: list[Row]) -> str:
     """Markdown: means over folds and seeds; the difference is from the baseline of the same fold and seed, with a 95 % interval."""
     baseline = {(row["fold"], row["seed"]): row for row in rows if row["variant"] == "baseline"}
     lines = [
-        "| variant | runs | Recall@1 fine | difference | Recall@1 coarse | MAP@R | EER | time |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| variant | runs | Recall@1 fine | difference | Recall@1 coarse | MAP@R | EER |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for variant in VARIANTS:
         own = [row for row in rows if row["variant"] == variant and (row["fold"], row["seed"]) in baseline]
@@ -65,10 +65,7 @@ def table(rows: list[Row]) -> str:
         pairs = [(row, baseline[row["fold"], row["seed"]]) for row in own]
         mean, half = over_seeds([row["fine"] - base["fine"] for row, base in pairs])
         difference = f"{mean:+.3f} ± {half:.3f}" if variant != "baseline" else ""
-        time = np.mean([row["minutes"] / base["minutes"] for row, base in pairs])
-        lines.append(
-            f"| {variant} | {len(own)} | {fine:.3f} | {difference} | {coarse:.3f} | {map_at_r:.3f} | {eer:.3f} | x {time:.1f} |"
-        )
+        lines.append(f"| {variant} | {len(own)} | {fine:.3f} | {difference} | {coarse:.3f} | {map_at_r:.3f} | {eer:.3f} |")
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 
 from npair.metrics import MEASURES, Evaluation, over_seeds
+from npair.network import build_network, multiply_adds
 from npair.report import DEFINITIONS
 
 HERE = Path(__file__).parent
@@ -29,6 +30,7 @@ def card(version: Path) -> str:
     manifest = json.loads((version / "manifest.json").read_bytes())
     scores = Evaluation.from_dict(manifest["metrics"]["val"])
     folds = rows("cross-validation.jsonl")
+    training = manifest["training"]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         undefined=jinja2.StrictUndefined,
@@ -39,6 +41,7 @@ def card(version: Path) -> str:
     return environment.get_template("model_card.md.j2").render(
         manifest=manifest,
         megabytes=sum(path.stat().st_size for path in version.rglob("*") if path.is_file()) / 1e6,
+        millions=multiply_adds(build_network(training["network"]), training["train"]["size"]) / 1e6,
         scores=scores,
         measures=[(DEFINITIONS[name][0], getattr(scores.fine, name), getattr(scores.coarse, name)) for name in MEASURES],
         folds=folds,
