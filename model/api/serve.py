@@ -315,7 +315,7 @@ class Supervisor:
 
     def _end(self) -> None:
         if not self.stopping.is_set():
-            self.process.terminate()
+            self.process.kill()  # it answers nothing, so there is nothing to drain
         try:
             # Triton itself gives up after the drain time; it needs a moment more to unload.
             self.process.wait(self.options.drain + 5)
