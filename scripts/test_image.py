@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -31,9 +31,10 @@ ROOT = Path(__file__).resolve().parents[1]
 OWNER, PASSWORD = "tester", "not-a-secret"
 REPOSITORY = f"ghcr.io/{OWNER}/npair_model_api"
 REGISTRY_ADDRESS = "127.0.0.88"  # of this machine alone, and nobody's
-# From Debian trixie's packages, which run on bookworm too: bookworm's engine knows no named build contexts.
-ENGINE = ("docker.io", "docker-cli", "docker-buildx", "docker-compose", "containerd")
-TOOLS = ("runc", "skopeo", "docker-registry", "debootstrap", "docker-compose", "iptables", "apache2-utils")
+# Unpacked from Debian trixie's packages and not installed, since servers that are installed are started. bookworm's engine knows no named
+# build contexts, and trixie's runs on bookworm too.
+ENGINE = ("docker.io", "docker-cli", "docker-buildx", "docker-compose", "containerd", "docker-registry")
+TOOLS = ("runc", "skopeo", "debootstrap", "docker-compose", "iproute2", "apache2-utils")
 LIMITS = {"torch": (1300, 420), "no torch": (800, 260)}  # MB unpacked and pushed
 
 
@@ -57,11 +58,11 @@ def test(scratch: Path, stack: contextlib.ExitStack) -> None:
     registry = stack.enter_context(registry_at_ghcr(scratch))
 
     triton, base = os.environ.get("TRITON_IMAGE"), os.environ.get("BASE_IMAGE", "ubuntu:24.04")
-    options: list[str] = []
+    options = ["--network", "host"]
     if triton is None:
         step("put a stand-in for NVIDIA's image together")
         triton, base = stand_in(scratch)
-        options = stack.enter_context(wheelhouse(scratch))
+        options += stack.enter_context(wheelhouse(scratch))
     options += ["--build-arg", f"TRITON_IMAGE={triton}", "--build-arg", f"BASE_IMAGE={base}"]
 
     step("build the image")
@@ -79,7 +80,7 @@ def test(scratch: Path, stack: contextlib.ExitStack) -> None:
     run("docker", "image", "rm", "--force", f"{REPOSITORY}:cpu-1", stdout=subprocess.DEVNULL)
     compose_test(f"cpu-1@{digest}")
     step("start it alone, hardened")
-    run("scripts/start-hardened.sh", f"{REPOSITORY}@{digest}", HEALTHY_WITHIN="15")
+    run("scripts/start-hardened.sh", f"{REPOSITORY}@{digest}", env={"HEALTHY_WITHIN": "15"})
     step("stop it under load, beside idle connections")
     check_drain(f"{REPOSITORY}@{digest}")
     step("kill its Python stub under compose")
@@ -148,7 +149,11 @@ def engine(scratch: Path) -> Iterator[None]:
         f"--pidfile={scratch}/pid",
         f"--host=unix://{scratch}/docker.sock",
         "--insecure-registry=ghcr.io",
+        "--iptables=false",  # no rules to leave behind; builds use the host's network
+        "--ip6tables=false",
     ]
+    bridge = Path("/sys/class/net/docker0")
+    had_bridge = bridge.exists()
     with background(command, scratch / "dockerd.log"):
         wait_for("the engine", lambda: subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0)
         try:
@@ -156,7 +161,9 @@ def engine(scratch: Path) -> Iterator[None]:
         finally:
             containers = output("docker", "ps", "--all", "--quiet").split()
             if containers:
-                run("docker", "rm", "--force", "--volumes", *containers)
+                run("docker", "rm", "--force", "--volumes", *containers, stdout=subprocess.DEVNULL)
+    if bridge.exists() and not had_bridge:
+        run("ip", "link", "delete", "docker0")
 
 
 @contextlib.contextmanager
@@ -203,7 +210,7 @@ def stand_in(scratch: Path) -> tuple[str, str]:
         "COPY opt /opt\n"
         "RUN echo /opt/tritonserver/lib > /etc/ld.so.conf.d/tritonserver.conf && ldconfig\n"
     )
-    run("docker", "buildx", "build", "--quiet", "--tag", triton, context, stdout=subprocess.DEVNULL)
+    run("docker", "buildx", "build", "--quiet", "--network", "host", "--tag", triton, context, stdout=subprocess.DEVNULL)
     return triton, base
 
 
@@ -218,7 +225,7 @@ def wheelhouse(scratch: Path) -> Iterator[list[str]]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         pip_conf = scratch / "pip.conf"
         pip_conf.write_text(f"[global]\nno-index = true\nfind-links = http://127.0.0.1:{server.server_port}/\n")
-        yield ["--network", "host", "--secret", f"id=pip_conf,src={pip_conf}"]
+        yield ["--secret", f"id=pip_conf,src={pip_conf}"]
         server.shutdown()
 
 
@@ -262,7 +269,7 @@ def check_size(kind: str, tag: str, digest: str) -> None:
 
 def compose(tag: str, *arguments: str, program: str = "docker-compose") -> None:
     command = [program, "--file", "docker-compose.prod.yml", *arguments]
-    run(*command, stderr=subprocess.DEVNULL, GHCR_USERNAME=OWNER, TAG=tag, **PORTS)
+    run(*command, stderr=subprocess.DEVNULL, env={"GHCR_USERNAME": OWNER, "TAG": tag, **PORTS})
 
 
 PORTS = {"HTTP_PORT": "18400", "GRPC_PORT": "18401", "METRICS_PORT": "18402"}
@@ -280,7 +287,8 @@ def compose_test(tag: str) -> None:
 
 def promote(digest: str) -> None:
     tags = ("cpu", f"cpu-{output('scripts/version.sh').strip()}")
-    run("scripts/promote.sh", REPOSITORY, digest, *tags, SKOPEO_OPTIONS="--src-tls-verify=false --dest-tls-verify=false")
+    options = "--src-tls-verify=false --dest-tls-verify=false"  # the registry is on this machine
+    run("scripts/promote.sh", REPOSITORY, digest, *tags, env={"SKOPEO_OPTIONS": options})
 
 
 def photo() -> bytes:
@@ -375,8 +383,7 @@ def package_folder(name: str) -> Path:
     return Path(found.origin).parent
 
 
-def wait_for(what: str, condition: object, seconds: float = 60) -> None:
-    assert callable(condition)
+def wait_for(what: str, condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -385,7 +392,7 @@ def wait_for(what: str, condition: object, seconds: float = 60) -> None:
 
 
 @contextlib.contextmanager
-def background(command: list[object], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def background(command: Sequence[object], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process while the block runs; what it logged is shown where the block fails."""
     with log.open("wb") as file, subprocess.Popen([str(part) for part in command], stdout=file, stderr=file) as process:
         try:
@@ -403,10 +410,13 @@ def run(
     stdin: str | None = None,
     stdout: int | None = None,
     stderr: int | None = None,
-    **environment: str,
+    env: Mapping[str, str] | None = None,
 ) -> None:
+    """env: beside this process's own."""
     words = [str(word) for word in command]
-    subprocess.run(words, cwd=cwd, env=os.environ | environment, input=stdin, text=True, stdout=stdout, stderr=stderr, check=True)
+    subprocess.run(
+        words, cwd=cwd, env={**os.environ, **(env or {})}, input=stdin, text=True, stdout=stdout, stderr=stderr, check=True
+    )
 
 
 def output(*command: object) -> str:

@@ -42,7 +42,7 @@ def test_pull_requests_see_no_secret() -> None:
 
 @pytest.mark.parametrize("digest", ["", "cpu", "sha256:12", "latest@sha256:" + 64 * "0"])
 def test_promotion_takes_a_digest_alone(digest: str) -> None:
-    command = [ROOT / "scripts/promote.sh", "ghcr.io/owner/image", digest, "cpu"]
+    command: list[str | Path] = [ROOT / "scripts/promote.sh", "ghcr.io/owner/image", digest, "cpu"]
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     assert result.returncode == 2
     assert "not a digest" in result.stderr
