@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OWNER, PASSWORD = "tester", "not-a-secret"
 REPOSITORY = f"ghcr.io/{OWNER}/npair_model_api"
 REGISTRY_ADDRESS = "127.0.0.88"  # of this machine alone, and nobody's
-# Unpacked from Debian trixie's packages and not installed, since servers that are installed are started. bookworm's engine knows no named
-# build contexts, and trixie's runs on bookworm too.
+# Packages of Debian trixie, unpacked and not installed, since servers that are installed are started. They run on bookworm too;
+# its own engine knows no named build contexts.
 ENGINE = ("docker.io", "docker-cli", "docker-buildx", "docker-compose", "containerd", "docker-registry")
 TOOLS = ("runc", "skopeo", "debootstrap", "docker-compose", "iproute2", "apache2-utils")
 LIMITS = {"torch": (1300, 420), "no torch": (800, 260)}  # MB unpacked and pushed
@@ -162,6 +162,7 @@ def engine(scratch: Path) -> Iterator[None]:
             containers = output("docker", "ps", "--all", "--quiet").split()
             if containers:
                 run("docker", "rm", "--force", "--volumes", *containers, stdout=subprocess.DEVNULL)
+            run("docker", "network", "prune", "--force", stdout=subprocess.DEVNULL)
     if bridge.exists() and not had_bridge:
         run("ip", "link", "delete", "docker0")
 
