@@ -87,7 +87,7 @@ def test_train_says_what_it_chose_for_drawings(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "240 train, 60 val, 60 classes; split by photo, seed 0: 0.1 of each class's photos are val" in result.stderr
     assert "96 x 96 pixels" in result.stderr
-    assert "2 epochs of 4 batches of 30 classes" in result.stderr
+    assert "2 epochs of 2 batches of 60 classes" in result.stderr
     assert "augmentation drawing with crops of 80 pixels" in result.stderr
     assert "60 photos of 60 classes against 240 gallery photos" in result.stdout
     assert "alphabet-01/character-29" in (tmp_path / "run/report.html").read_text()
