@@ -100,7 +100,6 @@ def run_one(variant: str, config: TrainConfig, table: Path, runs: Path, threads:
         "coarse": round(scores.coarse.recall_at_1.value, 4),
         "map_at_r": round(scores.fine.map_at_r.value, 4),
         "eer": round(scores.verification.eer, 4),
-        "minutes": round(sum(row["seconds"] for row in log) / 60, 2),
         "commit": git_commit(),
     }
 

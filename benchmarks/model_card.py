@@ -40,7 +40,7 @@ def card(version: Path) -> str:
     )
     return environment.get_template("model_card.md.j2").render(
         manifest=manifest,
-        megabytes=sum(path.stat().st_size for path in version.rglob("*") if path.is_file()) / 1e6,
+        megabytes=sum((version / name).stat().st_size for name in [*manifest["files"], "manifest.json"]) / 1e6,
         millions=multiply_adds(build_network(training["network"]), training["train"]["size"]) / 1e6,
         scores=scores,
         measures=[(DEFINITIONS[name][0], getattr(scores.fine, name), getattr(scores.coarse, name)) for name in MEASURES],
