@@ -66,9 +66,9 @@ def test(scratch: Path, stack: contextlib.ExitStack) -> None:
     options += ["--build-arg", f"TRITON_IMAGE={triton}", "--build-arg", f"BASE_IMAGE={base}"]
 
     step("build the image")
-    build(f"{REPOSITORY}:cpu-1", "model_repository", *options)
+    build(f"{REPOSITORY}:cpu-1", *options)
     step("build it without torch")
-    build(f"{REPOSITORY}:no-torch", "model_repository", *options, "--build-arg", "WITH_TORCH=0")
+    build(f"{REPOSITORY}:no-torch", *options, "--build-arg", "WITH_TORCH=0")
     step("push the candidate")
     login = ("docker", "login", "--username", OWNER, "--password-stdin", "ghcr.io")
     run(*login, stdin=PASSWORD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -94,7 +94,7 @@ def test(scratch: Path, stack: contextlib.ExitStack) -> None:
     shutil.copytree(ROOT / "model/api", spoiled)
     with (spoiled / "client.py").open("a") as file:
         file.write("\nraise ImportError('broken on purpose')\n")
-    build(f"{REPOSITORY}:cpu-2", "model_repository", *options, context=spoiled)
+    build(f"{REPOSITORY}:cpu-2", *options, context=spoiled)
     broken = push("cpu-2")
     try:
         compose_test(f"cpu-2@{broken}")
@@ -183,7 +183,7 @@ def registry_at_ghcr(scratch: Path) -> Iterator[subprocess.Popen[bytes]]:
     }
     (scratch / "registry.json").write_text(json.dumps(config))  # JSON is YAML
     with background(["docker-registry", "serve", scratch / "registry.json"], scratch / "registry.log") as process:
-        wait_for("the registry", lambda: answers(REGISTRY_ADDRESS, 80, "/v2/") == 401)
+        wait_for("the registry", lambda: status(REGISTRY_ADDRESS, 80, "GET", "/v2/") == 401)
         yield process
 
 
@@ -235,16 +235,16 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def build(tag: str, models: str, *options: str, context: Path = ROOT / "model/api") -> None:
+def build(tag: str, *options: str, context: Path = ROOT / "model/api") -> None:
     """Build one tag from the Dockerfile in ``context``, with the models baked in."""
-    command = ["docker", "buildx", "build", "--progress", "plain", "--build-context", f"model_repository={models}"]
+    command = ["docker", "buildx", "build", "--progress", "plain", "--build-context", "model_repository=model_repository"]
     command += ["--file", str(context / "Dockerfile.cpu"), "--tag", tag, *options, str(context)]
     environment = os.environ | {"SOURCE_DATE_EPOCH": output("git", "log", "-1", "--pretty=%ct").strip()}
     result = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     if result.returncode:
-        print(result.stderr[-5000:])
+        print(result.stdout[-5000:])
         raise SystemExit(f"the build of {tag} failed")
 
 
@@ -296,24 +296,18 @@ def photo() -> bytes:
     return next((ROOT / "model_repository/npair").glob("*/golden/photo.jpg")).read_bytes()
 
 
-def embed(host: str, port: int) -> int:
+def embed(port: int) -> int:
     """Send a golden photo; returns the answer's HTTP status, 0 where there is none."""
+    return status("127.0.0.1", port, "POST", "/v2/models/npair/infer", photo())
+
+
+def status(host: str, port: int, method: str, path: str, body: bytes | None = None) -> int:
+    """The HTTP status of an answer, 0 where there is none. A body is sent as one raw photo."""
     connection = http.client.HTTPConnection(host, port, timeout=30)
     try:
-        connection.request("POST", "/v2/models/npair/infer", photo(), {"Inference-Header-Content-Length": "0"})
+        connection.request(method, path, body, {} if body is None else {"Inference-Header-Content-Length": "0"})
         return connection.getresponse().status
     except (OSError, http.client.HTTPException):
-        return 0
-    finally:
-        connection.close()
-
-
-def answers(host: str, port: int, path: str) -> int:
-    connection = http.client.HTTPConnection(host, port, timeout=5)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().status
-    except OSError:
         return 0
     finally:
         connection.close()
@@ -324,7 +318,7 @@ def check_drain(image: str) -> None:
     name = "npair-drain"
     run("docker", "run", "--detach", "--name", name, "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--user", "1000",
         "--publish", "127.0.0.1:18410:8000", image, stdout=subprocess.DEVNULL)  # fmt: skip
-    wait_for("the container", lambda: embed("127.0.0.1", 18410) == 200)
+    wait_for("the container", lambda: embed(18410) == 200)
     idle = []
     for _ in range(8):
         connection = http.client.HTTPConnection("127.0.0.1", 18410)
@@ -361,7 +355,7 @@ def check_recovery(tag: str) -> None:
     port = int(PORTS["HTTP_PORT"])
     compose(tag, "up", "--detach", "model_api")
     try:
-        wait_for("the service", lambda: embed("127.0.0.1", port) == 200)
+        wait_for("the service", lambda: embed(port) == 200)
         container = output("docker", "ps", "--quiet", "--filter", "name=model_api").strip()
         stub = re.search(
             r"^ *(\d+) .*triton_python_backend_stub", output("docker", "top", container, "-eo", "pid,args"), re.MULTILINE
@@ -369,8 +363,8 @@ def check_recovery(tag: str) -> None:
         assert stub, "no stub runs"
         began = time.monotonic()
         os.kill(int(stub[1]), signal.SIGKILL)
-        wait_for("the end of the old server", lambda: embed("127.0.0.1", port) != 200)
-        wait_for("the new server", lambda: embed("127.0.0.1", port) == 200)
+        wait_for("the end of the old server", lambda: embed(port) != 200)
+        wait_for("the new server", lambda: embed(port) == 200)
         took = time.monotonic() - began
         print(f"inference answered again {took:.1f} s after its stub was killed")
     finally:
