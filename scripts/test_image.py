@@ -204,6 +204,7 @@ def stand_in(scratch: Path) -> tuple[str, str]:
     shutil.copytree(wheel / "tritonserver/caches", server / "caches")
     shutil.copytree(wheel / "tritonserver/backends", server / "backends", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(wheel / "tritonserver/python_backend_stubs/3.11/triton_python_backend_stub", server / "backends/python")
+    shutil.copy(next(wheel.parent.glob("nvidia_pytriton-*.dist-info/licenses/LICENSE")), server)
     shutil.copytree(wheel.parent / "nvidia_pytriton.libs", server / "lib", ignore=shutil.ignore_patterns("libpython3*"))
     (context / "Dockerfile").write_text(
         f"FROM {base}\n"

@@ -357,7 +357,10 @@ def each(function: Callable[[Item], Result], items: Sequence[Item], what: str) -
     """``function`` of each item, in order, with a progress bar; Pillow decodes and hashlib hashes outside the GIL."""
     block = 256  # so that results do not pile up behind a slow one
     threads = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(items), desc=what, unit="photo", leave=False) as progress:
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(total=len(items), desc=what, unit="photo", leave=False, disable=None) as progress,
+    ):
         for start in range(0, len(items), block):
             for result in pool.map(function, items[start : start + block]):
                 progress.update()

@@ -111,7 +111,7 @@ def embed_served(dataset: Dataset, split: str, url: str) -> Comparison:
     vectors = []
     with NpairClient(url) as client:
         stream = client.stream(paths)
-        for result in tqdm(stream, total=len(paths), desc="embed", unit="photo"):
+        for result in tqdm(stream, total=len(paths), desc="embed", unit="photo", disable=None):
             if result.vector is None:
                 raise DataError(f"{paths[result.index]}: {result.reason}")
             vectors.append(result.vector)

@@ -72,7 +72,7 @@ def _download(url: str, folder: Path) -> None:
     """Unpack the archive as it arrives, its top folder as ``folder``."""
     with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
         size = response.headers.get("Content-Length")
-        progress: Any = tqdm.wrapattr(response, "read", total=int(size) if size else None, desc="fetch", leave=False)
+        progress: Any = tqdm.wrapattr(response, "read", total=int(size) if size else None, desc="fetch", leave=False, disable=None)
         with progress as stream, tarfile.open(fileobj=stream, mode="r|gz") as archive:
             for member in archive:
                 parts = PurePosixPath(member.name).parts[1:]

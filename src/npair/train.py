@@ -155,7 +155,7 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False, c
 
         with (
             interruption() as interrupted,
-            tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=rank() > 0) as progress,
+            tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=rank() > 0 or None) as progress,
         ):
             for epoch in range(step // steps_per_epoch, config.epochs):
                 began, losses, hits = time.monotonic(), [], []
