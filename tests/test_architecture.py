@@ -20,7 +20,7 @@ ALLOWED = {
         *("batches", "data", "evaluate", "loss", "metrics", "network", "pixels", "processes", "run", "serving"),
         *("numpy", "torch", "kornia", "tqdm", "PIL"),
     },
-    "report": {"data", "metrics", "run", "numpy", "PIL", "jinja2", "sklearn"},
+    "report": {"data", "evaluate", "metrics", "run", "numpy", "PIL", "jinja2", "sklearn"},
     "evaluate": {"client", "data", "metrics", "network", "pixels", "numpy", "PIL", "tqdm"},
     "folds": {"data", "pixels", "numpy", "sklearn"},
     "metrics": {"numpy", "scipy", "sklearn"},

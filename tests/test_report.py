@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from npair.data import Photos
 from npair.drawings import draw, encode
-from npair.metrics import Embedded, Evaluation, Labels, Vectors, evaluate
+from npair.evaluate import Comparison
+from npair.metrics import Evaluation, Labels, Vectors
 from npair.report import write_report
 
 VOID = {"meta", "img", "br", "link", "input"}
 HOSTILE = ('<script>alert("1")</script>', "Äpfel & 'Birnen'", '"><img src=x onerror=y>', "{{ 7 * 7 }}")
-
-
-@dataclass(frozen=True)
-class Drawn:
-    paths: tuple[Path, ...]
-    fine: Labels
-    coarse: Labels
-    fine_names: tuple[str, ...] = HOSTILE
-    coarse_names: tuple[str, ...] = HOSTILE[:2]
 
 
 class Page(HTMLParser):
@@ -57,7 +49,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def photos(folder: Path, products: int, each: int) -> Drawn:
+def photos(folder: Path, products: int, each: int) -> Photos:
     paths = []
     for product in range(products):
         for number in range(each):
@@ -66,7 +58,7 @@ def photos(folder: Path, products: int, each: int) -> Drawn:
             path.write_bytes(encode(draw(product, number, 96), "JPEG"))
             paths.append(path)
     fine = np.repeat(np.arange(products), each)
-    return Drawn(tuple(paths), fine, fine // 2)
+    return Photos(tuple(paths), fine, fine // 2, HOSTILE, HOSTILE[:2])
 
 
 def vectors(fine: Labels, seed: int, spread: float = 0.9) -> Vectors:
@@ -83,22 +75,14 @@ RUN = {"train": {"seed": 0, "size": 96}, "git_commit": "abc-dirty", "data": {"fi
 
 
 def page(
-    tmp_path: Path, queries: Drawn, gallery: Drawn | None, spread: float = 0.9, **changes: Any
+    tmp_path: Path, queries: Photos, gallery: Photos | None, spread: float = 0.9, **changes: Any
 ) -> tuple[str, Page, Evaluation]:
     query_vectors = vectors(queries.fine, 1, spread)
     gallery_vectors = query_vectors if gallery is None else vectors(gallery.fine, 2, spread)
-    embedded = None if gallery is None else Embedded(gallery_vectors, gallery.fine, gallery.coarse)
-    evaluation = evaluate(Embedded(query_vectors, queries.fine, queries.coarse), embedded)
+    compared = Comparison("Drawn & <i>reported</i>", queries, query_vectors, gallery or queries, gallery_vectors)
+    evaluation = compared.evaluate()
     path = tmp_path / "report.html"
-    write_report(
-        path,
-        evaluation=evaluation,
-        queries=query_vectors,
-        query_photos=queries,
-        gallery=gallery_vectors,
-        gallery_photos=queries if gallery is None else gallery,
-        **{"run": RUN, "log": SCORED, "findings": ["a <b>finding</b>"], "title": "Drawn & <i>reported</i>"} | changes,
-    )
+    write_report(path, compared, evaluation, **{"run": RUN, "log": SCORED, "findings": ["a <b>finding</b>"]} | changes)
     html = path.read_text(encoding="utf-8")
     return html, Page(html), evaluation
 
@@ -189,19 +173,9 @@ def test_nothing_wrong(tmp_path: Path) -> None:
 def test_collapsed_embeddings_have_no_map(tmp_path: Path) -> None:
     queries = photos(tmp_path / "q", 2, 3)
     same = np.tile(np.eye(8, dtype=np.float32)[:1], (6, 1))
+    compared = Comparison("", queries, same, queries, same)
     with pytest.warns(match="distinct clusters"):
-        evaluation = evaluate(Embedded(same, queries.fine, queries.coarse))
+        evaluation = compared.evaluate()
     path = tmp_path / "report.html"
-    write_report(
-        path,
-        evaluation=evaluation,
-        queries=same,
-        query_photos=queries,
-        gallery=same,
-        gallery_photos=queries,
-        run=None,
-        log=[],
-        findings=[],
-        title="",
-    )
+    write_report(path, compared, evaluation, run=None, log=[], findings=[])
     assert not [section for section in Page(path.read_text(encoding="utf-8")).all("section") if section["id"] == "map"]

@@ -199,15 +199,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         log = (arguments.run / "log.jsonl").read_text().splitlines() if arguments.run else []
         write_report(
             arguments.report,
-            evaluation=scores,
-            queries=compared.queries,
-            query_photos=compared.query_photos,
-            gallery=compared.gallery,
-            gallery_photos=compared.gallery_photos,
+            compared,
+            scores,
             run=run,
             log=[json.loads(line) for line in log],
             findings=[dataset.made, *findings.lines()],
-            title=compared.embedded_by,
         )
     if arguments.json:
         print(json.dumps({"embedded_by": compared.embedded_by, "split": arguments.split, **scores.as_dict()}))

@@ -7,9 +7,9 @@ import importlib.metadata
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -17,6 +17,8 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from sklearn.manifold import TSNE
 
+from npair.data import Photos
+from npair.evaluate import Comparison
 from npair.metrics import MEASURES, Estimate, Evaluation, Labels, OperatingPoint, Vectors, nearest
 
 NEIGHBOURS = 5
@@ -47,43 +49,24 @@ DEFINITIONS = {
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-class NamedPhotos(Protocol):
-    """Photos with labels, int64 [n], and the names of both kinds of label, indexed by them."""
-
-    @property
-    def paths(self) -> Sequence[Path]: ...
-    @property
-    def fine(self) -> Labels: ...
-    @property
-    def coarse(self) -> Labels: ...
-    @property
-    def fine_names(self) -> Sequence[str]: ...
-    @property
-    def coarse_names(self) -> Sequence[str]: ...
-
-
 def write_report(
     path: Path,
-    *,
+    compared: Comparison,
     evaluation: Evaluation,
-    queries: Vectors,
-    query_photos: NamedPhotos,
-    gallery: Vectors,
-    gallery_photos: NamedPhotos,
+    *,
     run: dict[str, Any] | None,
     log: list[dict[str, Any]],
     findings: list[str],
-    title: str,
 ) -> None:
     """Write a self-contained HTML file: no script, nothing from the network, photos as thumbnails inside.
 
-    evaluation: of these vectors, unit length, float32 [q, d] and [g, d]; under the protocol "self" the gallery is not looked at.
+    evaluation: of what was compared.
     run, log: a run's config.json and the rows of its log.jsonl, where there are any. findings: what is to be known of the data.
-    Raises: OSError for a photo or a path that cannot be read or written; ValueError for vectors that do not fit together.
+    Raises: OSError for a photo or a path that cannot be read or written.
     """
-    alone = evaluation.protocol == "self"
-    if alone:
-        gallery, gallery_photos = queries, query_photos
+    alone = compared.alone
+    queries, query_photos = compared.queries, compared.query_photos
+    gallery, gallery_photos = compared.gallery, compared.gallery_photos
     neighbours = min(NEIGHBOURS, len(gallery) - alone)
     ranked, cosines = nearest(queries, gallery, neighbours, exclude_self=alone)
     right = gallery_photos.fine[ranked] == query_photos.fine[:, None]
@@ -103,7 +86,7 @@ def write_report(
     classes = _classes(query_photos, gallery_photos, ranked[:, 0], alone)
     mapped = [(queries, query_photos)] if alone else [(queries, query_photos), (gallery, gallery_photos)]
     page = _template().render(
-        title=title,
+        title=compared.embedded_by,
         evaluation=evaluation,
         rows=[(*DEFINITIONS[name], getattr(evaluation.fine, name), getattr(evaluation.coarse, name)) for name in MEASURES],
         training=_training(log),
@@ -151,7 +134,7 @@ def _interval(estimate: Estimate) -> str:
     return f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}"
 
 
-def _photo(photos: NamedPhotos, index: int) -> dict[str, Any]:
+def _photo(photos: Photos, index: int) -> dict[str, Any]:
     return {"name": photos.fine_names[photos.fine[index]], "source": _thumbnail(photos.paths[index])}
 
 
@@ -172,9 +155,7 @@ def _confusions(labels: Labels, taken_for: Labels) -> list[tuple[int, int]]:
     return list(zip(first[order].tolist(), counts[order].tolist(), strict=True))
 
 
-def _classes(
-    query_photos: NamedPhotos, gallery_photos: NamedPhotos, nearest_of: npt.NDArray[np.int64], alone: bool
-) -> list[dict[str, Any]]:
+def _classes(query_photos: Photos, gallery_photos: Photos, nearest_of: npt.NDArray[np.int64], alone: bool) -> list[dict[str, Any]]:
     """Recall@1 of each class of the queries, worst first."""
     hits = gallery_photos.fine[nearest_of] == query_photos.fine
     rows = []
@@ -289,7 +270,7 @@ def _axis(
     return at, [(at(value), f"{100 * value:g} %" if percent else f"{value:g}") for value in shown]
 
 
-def _map(sides: list[tuple[Vectors, NamedPhotos]]) -> dict[str, Any] | None:
+def _map(sides: list[tuple[Vectors, Photos]]) -> dict[str, Any] | None:
     """t-SNE (van der Maaten & Hinton, JMLR 2008) of queries and gallery together; None for too few photos to draw one."""
     photos = [(side, index) for side, (vectors, _) in enumerate(sides) for index in range(len(vectors))]
     chosen = [photos[i] for i in np.unique(np.linspace(0, len(photos) - 1, MAP_POINTS).astype(int))]
@@ -301,8 +282,8 @@ def _map(sides: list[tuple[Vectors, NamedPhotos]]) -> dict[str, Any] | None:
     margin = 30
     places = margin + (places - low) / (high - low) * (np.array(MAP) - 2 * margin)
 
-    def of(i: int) -> NamedPhotos:
-        photos: NamedPhotos = sides[chosen[i][0]][1]
+    def of(i: int) -> Photos:
+        photos: Photos = sides[chosen[i][0]][1]
         return photos
 
     coarse = np.array([of(i).coarse[index] for i, (_, index) in enumerate(chosen)])
