@@ -24,13 +24,14 @@ PROTOCOL = TrainConfig(size=96, crop_size=80, views=1, epochs=40, evaluations=0)
 VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "N = 30": {"classes_per_batch": 30},
+    "N = 15": {"classes_per_batch": 15},
     "no norm penalty": {"norm_penalty": 0.0},
-    "cosine loss": {"loss": "cosine"},
+    "cosine loss, temperature 0.1": {"loss": "cosine"},
     "(N+1)-tuplet loss, N = 8": {"loss": "tuplet"},
     "N = 30, mined from C = 80": {"classes_per_batch": 30, "mine_from": 80},
     "no augmentation": {"augmentation": "none"},
     "crop and affine alone": {"augmentation": "drawing"},
-    "two views": {"views": 2},
+    "two views of 128 pixels": {"size": 128, "views": 2},
 }
 
 

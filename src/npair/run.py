@@ -46,7 +46,7 @@ class TrainConfig:
     # Smaller than size, since crops show objects larger than whole photos do (Touvron et al., FixRes, NeurIPS 2019).
     crop_size: int = _knob(0, "of the random crop in training", chosen=True)
     views: int = _knob(0, "1: the photo is embedded; 2: and its mirrored central part, averaged", chosen=True)
-    augmentation: str = _knob("auto", "drawing: no flips, no erasing", ("auto", "photo", "drawing", "none"), chosen=True)
+    augmentation: str = _knob("auto", "drawing: no flips, no changes of light", ("auto", "photo", "drawing", "none"), chosen=True)
     learning_rate: float = _knob(0.0, "at its peak", chosen=True)
     warmup: float = _knob(0.05, "share of all steps")
     weight_decay: float = _knob(0.05, "of weights, not of biases and normalisations")

@@ -277,7 +277,8 @@ def supports_bf16(device: torch.device) -> bool:
 def augmentation(kind: str, size: int) -> Callable[[Tensor], Tensor]:
     """uint8 [N, H, W, 3] -> float [N, size, size, 3], 0 to 255.
 
-    "photo": random crop, small affine, flip and erasing; light and colour stay, since they tell a red apple from a green one.
+    "photo": random crop, small affine, flip, erasing, light and colour changes, but not of hue: the colour is what tells a red apple
+    from a green one.
     "drawing": crop and affine alone, since a mirrored character is another one. "none": scaled to size.
     """
     crop = K.RandomResizedCrop((size, size), scale=(0.35 if kind == "photo" else 0.7, 1.0))
@@ -287,6 +288,10 @@ def augmentation(kind: str, size: int) -> Callable[[Tensor], Tensor]:
             crop,
             affine,
             K.RandomHorizontalFlip(),
+            K.RandomBrightness((0.6, 1.4), p=0.8),
+            K.RandomContrast((0.6, 1.4), p=0.8),
+            K.RandomGamma((0.7, 1.4), p=0.3),
+            K.RandomPlanckianJitter(p=0.3),
             K.RandomErasing(scale=(0.02, 0.2), p=0.3),
         ),
         "drawing": (crop, affine),
