@@ -10,12 +10,13 @@ import pytest
 from conftest import ROOT
 
 SOURCE = ROOT / "src/npair"
-SERVING = {"numpy", "PIL", "torch", "triton_python_backend_utils", "serving"}
+SERVING = {"numpy", "serving"}
 
 # What each piece may import beyond the standard library; npair's own modules by their own names.
 ALLOWED = {
     "cli": {"artifact", "client", "data", "evaluate", "folds", "grocery", "metrics", "pixels", "report", "run", "serving", "train"},
-    "artifact": {"data", "drawings", "evaluate", "metrics", "network", "pixels", "run", "serving", "numpy", "torch", "PIL"},
+    "artifact": {"data", "drawings", "engines", "network", "pixels", "run", "serving", "numpy", "torch", "PIL"},
+    "engines": {"data", "evaluate", "metrics", "pixels", "serving", "numpy", "torch", "openvino", "nncf"},
     "train": {
         *("batches", "data", "evaluate", "loss", "metrics", "network", "pixels", "processes", "run", "serving"),
         *("numpy", "torch", "kornia", "tqdm", "PIL"),
@@ -34,9 +35,10 @@ ALLOWED = {
     "run": {"serving"},
     "drawings": {"numpy", "PIL"},
     "client": {"numpy", "tritonclient", "tqdm"},
-    "serving/model": SERVING,
+    "serving/model": SERVING | {"triton_python_backend_utils"},
     "serving/embedder": SERVING,
-    "serving/preprocess": SERVING - {"torch"},
+    "serving/engine": {"numpy", "openvino", "torch"},
+    "serving/preprocess": {"numpy", "PIL"},
 }
 
 

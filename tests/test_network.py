@@ -14,7 +14,6 @@ from conftest import ROOT
 from npair.artifact import export
 from npair.network import build_network, embed, multiply_adds, new_network
 from npair.run import RunError
-from npair.serving.embedder import load_graph
 
 VISION: Any = {"image_size": 64, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 # ResNet has 16 channels at least: after the backward pass of a narrower 1x1 convolution, oneDNN's cache crashes as Python exits.
@@ -87,7 +86,7 @@ def test_pretrained_networks_train_and_export(architecture: str, tmp_path: Path)
     expected = embed(network, photos.numpy())
     torch.testing.assert_close(embed(again, photos.numpy()), expected)
     export(network, 96, tmp_path / "network.pt2")
-    graph = load_graph(tmp_path / "network.pt2")
+    graph = torch.export.load(tmp_path / "network.pt2").module()
     torch.testing.assert_close(
         torch.nn.functional.normalize(graph(photos)).detach(), torch.from_numpy(expected), rtol=1e-4, atol=1e-5
     )
@@ -97,12 +96,13 @@ def test_graph_needs_no_transformers(tmp_path: Path) -> None:
     network, _ = new_network(checkpoint(tmp_path / "convnextv2", ARCHITECTURES["convnextv2"]), 32)
     export(network, 64, tmp_path / "network.pt2")
     code = (
-        "import sys; sys.modules['transformers'] = None; import torch; from pathlib import Path;"
-        "from npair.serving.embedder import load_graph;"
-        f"print(load_graph(Path({str(tmp_path / 'network.pt2')!r}))(torch.zeros(5, 64, 64, 3, dtype=torch.uint8)).shape)"
+        "import sys; sys.modules['transformers'] = None; import numpy as np; from pathlib import Path;"
+        "from npair.serving.engine import load;"
+        f"engine = load('torch', Path({str(tmp_path / 'network.pt2')!r}), 'fp32', threads=1, cores=1);"
+        "print(engine(np.zeros((4, 64, 64, 3), np.uint8), alone=False).shape)"
     )
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "[5, 128]" in result.stdout
+    assert "(4, 128)" in result.stdout
 
 
 def test_refuses_what_is_no_vision_model(tmp_path: Path) -> None:

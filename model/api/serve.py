@@ -1,9 +1,10 @@
 """Start NVIDIA Triton with npair's model repository, watch it, and stop it in order.
 
 The one place that knows Triton's flags: the image, compose, make and the tests all start the server through it. It stays the parent
-of the server, because the server's own word is not enough: after its Python stub died, its readiness URLs stay green and every
-inference fails. So a golden photo of the version is embedded once a second, over the HTTP port that clients use, and where that
-fails for 10 seconds the server is ended and the exit code is 1, for whatever restarts containers to act on.
+of the server, because the server's own word is not enough: after a Python stub died, its readiness URLs stay green and every
+inference that it should do fails. So a golden photo of the version is embedded once a second, over the HTTP port that clients use,
+and where that fails for 10 seconds, again and again, the server is ended and the exit code is 1, for whatever restarts containers
+to act on.
 
 SIGTERM and SIGINT are forwarded; the exit code is 0 where no inference was in flight when the server ended.
 
@@ -274,7 +275,7 @@ class Supervisor:
 
     def _watch(self) -> str:
         """Blocks until the server should not go on; returns why."""
-        ready, failing_since = False, None
+        ready, failing_since, failed = False, None, 0.0
         while not self.stopping.wait(WATCH_INTERVAL if ready else 0.1):
             if self.process.poll() is not None:
                 when = "" if ready else " before the model was ready"
@@ -282,19 +283,22 @@ class Supervisor:
             try:
                 version = self.prober.probe()
             except BusyError:
-                failing_since = None
-                continue
+                pass
             except ProbeError as error:
                 if not ready and not self.prober.model_ready():
                     continue  # still loading
-                failing_since = failing_since or time.monotonic()
-                if time.monotonic() - failing_since > UNHEALTHY_AFTER:
+                failed = time.monotonic()
+                failing_since = failing_since or failed
+                if failed - failing_since > UNHEALTHY_AFTER:
                     return f"the golden photo has failed for {UNHEALTHY_AFTER:.0f} s ({error}); the server was ended"
                 continue
-            failing_since = None
-            if not ready:
-                ready = True
-                self._announce(version)
+            else:
+                if not ready:
+                    ready = True
+                    self._announce(version)
+            # One good answer is not health: it may come from another instance of the model than the one that died.
+            if time.monotonic() - failed > UNHEALTHY_AFTER:
+                failing_since = None
         return "stopped"
 
     def _announce(self, version: str) -> None:

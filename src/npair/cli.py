@@ -237,15 +237,24 @@ def _publish(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from npair.serving.embedder import Embedder
+    from npair.serving.embedder import Embedder, read_manifest
+    from npair.serving.engine import EngineError, cores
 
-    embedder = Embedder(arguments.folder, threads=len(os.sched_getaffinity(0)))
-    files, tolerance = len(embedder.manifest["files"]), embedder.manifest["golden"]["tolerance"]
-    distance = embedder.golden_distance
+    manifest = read_manifest(arguments.folder)
+    engines: dict[str, dict[str, float | str]] = {}
+    for name, engine in manifest["engines"].items():
+        try:
+            distance = Embedder(arguments.folder, cores=cores(), engine=name).golden_distance
+            engines[name] = {"golden_distance": distance, "tolerance": engine["tolerance"]}
+        except EngineError as error:
+            engines[name] = {"cannot_run": str(error)}
     if arguments.json:
-        print(json.dumps({"files": files, "golden_distance": distance, "tolerance": tolerance}))
-    else:
-        print(f"{arguments.folder}: {files} files as published, golden set off by {distance:.2g} (tolerance {tolerance:.2g})")
+        print(json.dumps({"files": len(manifest["files"]), "engines": engines}))
+        return 0
+    print(f"{arguments.folder}: {len(manifest['files'])} files as published")
+    for name, checked in engines.items():
+        off = "golden set off by {golden_distance:.2g} (tolerance {tolerance:.2g})" if "tolerance" in checked else "{cannot_run}"
+        print(f"{name}: {off.format(**checked)}")
     return 0
 
 

@@ -36,6 +36,14 @@ class Comparison:
         """Whether the queries are compared with each other."""
         return self.gallery is self.queries
 
+    def recall_at_1(self) -> dict[str, float]:
+        """The share of queries whose nearest gallery photo has their label, for "fine" and "coarse" labels."""
+        found = nearest(self.queries, self.gallery, 1, exclude_self=self.alone)[0][:, 0]
+        return {
+            kind: float(np.mean(getattr(self.gallery_photos, kind)[found] == getattr(self.query_photos, kind)))
+            for kind in ("fine", "coarse")
+        }
+
     def evaluate(self) -> Evaluation:
         queries = Embedded(self.queries, self.query_photos.fine, self.query_photos.coarse)
         return evaluate(

@@ -31,7 +31,7 @@ from npair.batches import Indices, NPairSampler
 from npair.data import Dataset, Photos, read_dataset
 from npair.evaluate import compare
 from npair.loss import CosineNPairLoss, NPairLoss, TupletLoss
-from npair.metrics import Vectors, nearest
+from npair.metrics import Vectors
 from npair.network import EmbeddingNetwork, build_network, embed, multiply_adds, new_network
 from npair.pixels import default_cache, load
 from npair.processes import any_process, from_first, gather, process_group, rank, sum_gradients, world_size
@@ -277,8 +277,8 @@ def supports_bf16(device: torch.device) -> bool:
 def augmentation(kind: str, size: int) -> Callable[[Tensor], Tensor]:
     """uint8 [N, H, W, 3] -> float [N, size, size, 3], 0 to 255.
 
-    "photo": random crop, small affine, flip, erasing, light and colour changes, but not of hue: the colour is what tells a red apple
-    from a green one.
+    "photo": random crop, small affine, flip, erasing, light and colour changes, but not of hue: the colour is what tells a red
+    apple from a green one.
     "drawing": crop and affine alone, since a mirrored character is another one. "none": scaled to size.
     """
     crop = K.RandomResizedCrop((size, size), scale=(0.35 if kind == "photo" else 0.7, 1.0))
@@ -338,12 +338,7 @@ def recall_on_val(dataset: Dataset, preprocessing: Preprocessing, cache: Path) -
     dataset, pixels, _ = load(dataset, preprocessing, cache)
 
     def score(network: nn.Module) -> dict[str, float]:
-        compared = compare("this step", dataset, "val", lambda photos: embed(network, pixels.array, pixels.of(photos)))
-        found = nearest(compared.queries, compared.gallery, 1, exclude_self=compared.alone)[0][:, 0]
-        return {
-            "fine": float(np.mean(compared.gallery_photos.fine[found] == compared.query_photos.fine)),
-            "coarse": float(np.mean(compared.gallery_photos.coarse[found] == compared.query_photos.coarse)),
-        }
+        return compare("this step", dataset, "val", lambda photos: embed(network, pixels.array, pixels.of(photos))).recall_at_1()
 
     return score
 

@@ -1,0 +1,158 @@
+"""The engines that a version may use: a graph for each, and the choice among them by what each costs and what it finds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from npair.data import Dataset, Photos
+from npair.evaluate import Comparison, compare
+from npair.metrics import Vectors
+from npair.pixels import Pixels
+from npair.serving.embedder import Embedder
+from npair.serving.engine import BATCH, EngineError, cores
+
+os.environ |= {"NNCF_CI": "1", "CI": "true"}  # else nncf and openvino would tell their makers of their use
+import nncf
+import openvino
+
+Manifest = dict[str, Any]
+
+REFERENCE = "torch"
+# The libraries that compute them, their graphs and precisions, as the manifest has them.
+ENGINES: dict[str, dict[str, Any]] = {
+    "openvino-int8": {"library": "openvino", "graph": "network-int8.xml", "precision": "int8"},
+    "openvino-bf16": {"library": "openvino", "graph": "network.xml", "precision": "bf16"},
+    "openvino-fp32": {"library": "openvino", "graph": "network.xml", "precision": "fp32"},
+    REFERENCE: {"library": "torch", "graph": "network.pt2", "precision": "fp32"},
+}
+ALLOWED_DROP = 0.005  # of Recall@1 on val, below the reference's
+CALIBRATION_PHOTOS = 300
+
+# Kernels differ between instruction sets, and so does rounding. These settings make this CPU compute as an older one would.
+INSTRUCTION_SETS: dict[str, dict[str, str]] = {
+    "sse4.1": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"},
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    "native": {},
+}
+# How much farther off than any of them another CPU may be: in fp32 still far from what a wrong weight does, in the others as far as
+# rounding can take it.
+MARGINS = {"fp32": 10.0, "bf16": 2.0, "int8": 1.5}
+# 1e-4 between unit vectors is a cosine of 0.999999995: far above rounding in fp32, far below what a wrong weight or decoder does.
+SMALLEST_TOLERANCE = 1e-4
+UNMEASURED = 2.0  # the largest distance between unit vectors: accepts any
+
+
+class EnginesError(RuntimeError):
+    """A staged version that its own code does not serve as it should."""
+
+
+def write_graphs(folder: Path, photos: npt.NDArray[np.uint8]) -> dict[str, str]:
+    """Write the graphs of the other engines beside the reference's.
+
+    photos: uint8 [N, size, size, 3], from the train split, by which the ranges of int8 are set.
+    Returns: the engines that have no graph, each with the reason.
+    """
+    nncf.set_log_level(logging.ERROR)
+    chosen = photos[np.linspace(0, len(photos) - 1, min(len(photos), CALIBRATION_PHOTOS)).astype(int)]
+    failed = {}
+    try:
+        model = openvino.convert_model(torch.export.load(folder / ENGINES[REFERENCE]["graph"]))
+        model.reshape([-1, *photos.shape[1:]])
+        openvino.save_model(model, folder / ENGINES["openvino-fp32"]["graph"], compress_to_fp16=True)
+    except Exception as error:  # of any kind, where an operation of the network is not known
+        reason = f"OpenVINO cannot take the graph: {error}"
+        return {name: reason for name in ENGINES if name != REFERENCE}
+    try:
+        data = nncf.Dataset(list(chosen[:, None]))
+        quantised = nncf.quantize(model, data, preset=nncf.QuantizationPreset.MIXED, subset_size=len(chosen))
+        openvino.save_model(quantised, folder / ENGINES["openvino-int8"]["graph"], compress_to_fp16=False)
+    except Exception as error:
+        failed["openvino-int8"] = f"NNCF cannot quantise the graph: {error}"
+    return failed
+
+
+def choose(folder: Path, manifest: Manifest, dataset: Dataset, pixels: Pixels) -> Comparison | None:
+    """Measure the engines that a staged manifest names, and let it name those that the version may use, the fastest first.
+
+    bf16 and int8 may be used where their Recall@1 on val is no more than ALLOWED_DROP below the reference's, for fine labels and
+    for coarse ones; without val there is nothing to judge them by.
+    Returns: val and its gallery, embedded by the fastest. Raises: EnginesError, VersionError.
+    """
+    distances = {name: golden_distances(folder, settings) for name, settings in INSTRUCTION_SETS.items()}
+    embedders: dict[str, Embedder] = {}
+    refused: Manifest = manifest["engines_refused"]
+    for name in manifest["engines"]:
+        try:
+            embedders[name] = Embedder(folder, cores=cores(), engine=name)
+        except (EngineError, ArithmeticError) as error:
+            refused[name] = {**ENGINES[name], "reason": str(error)}
+    costs = milliseconds(embedders, pixels.array[pixels.of(dataset.train)][: 8 * BATCH * cores()])
+    comparisons = {name: _compare(embedder, dataset, pixels) for name, embedder in embedders.items()} if dataset.val else {}
+    recalls = {name: compared.recall_at_1() for name, compared in comparisons.items()}
+
+    def refusal(name: str) -> str:
+        if ENGINES[name]["precision"] == "fp32":
+            return ""
+        if not recalls:
+            return "without val photos, nothing tells what it finds"
+        drop = max(recalls[REFERENCE][kind] - recall for kind, recall in recalls[name].items())
+        return f"Recall@1 on val is {drop:.4f} below the reference's" if drop > ALLOWED_DROP else ""
+
+    kept: Manifest = {}
+    for name in sorted(embedders, key=costs.__getitem__):
+        measured = {isa: distance[name] for isa, distance in distances.items() if name in distance}
+        entry = {**ENGINES[name], "milliseconds": costs[name], "recall_at_1": recalls.get(name), "golden_distances": measured}
+        if reason := refusal(name):
+            refused[name] = {**entry, "reason": reason}
+        else:
+            margin = MARGINS[ENGINES[name]["precision"]]
+            kept[name] = {**entry, "tolerance": max(margin * max(measured.values()), SMALLEST_TOLERANCE)}
+    manifest["engines"], manifest["engines_measured_on"] = kept, f"{cores()} cores of {cpu_name()}"
+    return comparisons.get(next(iter(kept)))
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "an unknown CPU")
+
+
+def milliseconds(embedders: Mapping[str, Embedder], photos: npt.NDArray[np.uint8]) -> dict[str, float]:
+    """Milliseconds a photo with all threads at work: the least of five interleaved rounds, since other work only adds to it."""
+    times: dict[str, list[float]] = {name: [] for name in embedders}
+    for _ in range(5):
+        for name, embedder in embedders.items():
+            began = time.perf_counter()
+            embedder.embed(photos)
+            times[name].append(1e3 * (time.perf_counter() - began) / len(photos))
+    return {name: round(min(rounds), 3) for name, rounds in times.items()}
+
+
+def golden_distances(folder: Path, environment: dict[str, str]) -> dict[str, float]:
+    """How far each engine that can run is from the reference's golden set, in a new process with these environment variables."""
+    command = [sys.executable, "-m", "npair.cli", "verify", str(folder), "--json"]
+    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise EnginesError(f"the exported version fails its verification with {environment}: {result.stderr.strip()}")
+    engines = json.loads(result.stdout)["engines"].items()
+    return {name: engine["golden_distance"] for name, engine in engines if "golden_distance" in engine}
+
+
+def _compare(embedder: Embedder, dataset: Dataset, pixels: Pixels) -> Comparison:
+    """The val photos and those that they are compared with, embedded by the code that will serve."""
+
+    def embed(photos: Photos) -> Vectors:
+        return embedder.embed(pixels.array[pixels.of(photos)])
+
+    return compare("the published code", dataset, "val", embed)
