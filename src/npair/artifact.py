@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import shutil
+import sys
 import tempfile
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -64,7 +66,8 @@ def publish(run: Path, data: Path, repository: Path, cache: Path | None = None) 
         for name in CODE:
             shutil.copyfile(Path(npair.serving.__path__[0]) / name, staging / name)
         export(network, preprocessing.size, staging / ENGINES[REFERENCE]["graph"])
-        failed = write_graphs(staging, pixels.array[pixels.of(dataset.train)])
+        with contextlib.redirect_stdout(sys.stderr):  # progress bars
+            failed = write_graphs(staging, pixels.array[pixels.of(dataset.train)])
         manifest: dict[str, Any] = {
             "schema": SCHEMA,
             "model": repository.name,
