@@ -71,8 +71,8 @@ def decode(photo: bytes, preprocessing: Preprocessing, limits: Limits) -> npt.ND
         raise PhotoError(f"the photo has {width}x{height} pixels, more than the limit of {limits.max_pixels}; scale it down")
     size = (preprocessing.size, preprocessing.size)
     try:
-        # A JPEG far larger than needed is decoded at 1/2, 1/4 or 1/8 of its size, never below twice the size asked for.
-        image.draft(None, (2 * size[0], 2 * size[1]))
+        # A JPEG far larger than needed is decoded at 1/2, 1/4 or 1/8 of its size, never below the size asked for.
+        image.draft(None, size)
         image.load()
         image = ImageOps.fit(_to_rgb(image, preprocessing.background), size, Image.Resampling[preprocessing.resample])
     except Exception as error:  # hostile files make Pillow raise far more than OSError
