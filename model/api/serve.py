@@ -8,7 +8,7 @@ to act on.
 
 SIGTERM and SIGINT are forwarded; the exit code is 0 where no inference was in flight when the server ended.
 
-Standard library only, and plain syntax, so that it can tell on a bare machine what is missing; numpy once the server runs.
+Standard library only, and plain syntax, so that it can tell on a bare machine what is missing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import errno
 import http.client
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -32,6 +33,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+from array import array
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,7 +277,7 @@ class Supervisor:
 
     def _watch(self) -> str:
         """Blocks until the server should not go on; returns why."""
-        ready, failing_since, failed = False, None, 0.0
+        ready, failing_since, failed, silent = False, None, 0.0, True
         while not self.stopping.wait(WATCH_INTERVAL if ready else 0.1):
             if self.process.poll() is not None:
                 when = "" if ready else " before the model was ready"
@@ -287,7 +289,7 @@ class Supervisor:
             except ProbeError as error:
                 if not ready and not self.prober.model_ready():
                     continue  # still loading
-                failed = time.monotonic()
+                failed, silent = time.monotonic(), isinstance(error, SilenceError)
                 failing_since = failing_since or failed
                 if failed - failing_since > UNHEALTHY_AFTER:
                     return f"the golden photo has failed for {UNHEALTHY_AFTER:.0f} s ({error}); the server was ended"
@@ -296,8 +298,8 @@ class Supervisor:
                 if not ready:
                     ready = True
                     self._announce(version)
-            # One good answer is not health: it may come from another instance of the model than the one that died.
-            if time.monotonic() - failed > UNHEALTHY_AFTER:
+            # After a bad answer one good one is not health: it may come from another instance of the model than the one that died.
+            if silent or time.monotonic() - failed > UNHEALTHY_AFTER:
                 failing_since = None
         return "stopped"
 
@@ -350,6 +352,10 @@ class ProbeError(RuntimeError):
     """The golden photo was not answered as it was published."""
 
 
+class SilenceError(ProbeError):
+    """There was no answer in time, to the golden photo or to any other."""
+
+
 class BusyError(RuntimeError):
     """The golden photo was not answered in time, but other photos were: a long queue, not a dead model."""
 
@@ -374,7 +380,7 @@ class GoldenProber:
                     raise BusyError from None
                 raise
         except TimeoutError as error:
-            raise ProbeError(f"no answer within {PROBE_TIMEOUT:.0f} s") from error
+            raise SilenceError(f"no answer within {PROBE_TIMEOUT:.0f} s") from error
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             raise ProbeError(str(error) or type(error).__name__) from error
 
@@ -387,16 +393,17 @@ class GoldenProber:
         return True
 
     def _embed_golden(self) -> str:
-        import numpy as np  # noqa: PLC0415
-
         version: str = max(json.loads(self._request("GET", f"/v2/models/{MODEL}")[1])["versions"], key=int)
         folder = self.model_folder / version
         golden = json.loads((folder / "manifest.json").read_bytes())["golden"]
         photo = (folder / golden["photos"][0]).read_bytes()
-        expected = np.load(folder / golden["embeddings"], allow_pickle=False)[0]
         headers, body = self._request("POST", f"/v2/models/{MODEL}/versions/{version}/infer", photo)
-        actual = np.frombuffer(body, np.float32, offset=int(headers["Inference-Header-Content-Length"]))
-        if actual.shape != expected.shape or not np.linalg.norm(actual - expected) <= golden["tolerance"]:
+        actual = array("f", body[int(headers["Inference-Header-Content-Length"]) :])
+        # NumPy would cost this process more memory than all the rest: the first row follows a header whose length is given.
+        stored = (folder / golden["embeddings"]).read_bytes()
+        start = 10 + int.from_bytes(stored[8:10], "little")
+        expected = array("f", stored[start : start + 4 * len(actual)])
+        if not math.dist(actual, expected) <= golden["tolerance"]:
             raise ProbeError(f"version {version} no longer embeds its golden photo as it was published")
         return version
 
