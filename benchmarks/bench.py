@@ -5,7 +5,8 @@
 Each peer is installed into an environment of its own and serves the shipped network in two ways: eager, in fp32, as its
 documentation shows; and with npair's own engine and decoder inside. A short search tunes the workers, threads and batches of each.
 Then all run in turn, several rounds, under the same load from wrk: closed loops of 1, 8 and 32 connections. Every answer's status
-and size is checked in the load, and every photo's embedding before it. Prints tables in Markdown; --json keeps all that was measured.
+and size is checked in the load, and every photo's embedding before it. Prints tables in Markdown; --json keeps all that was
+measured.
 
 Needs: Linux, the .venv of `make install`, wrk (Debian: apt install wrk) and, the first time, a package index.
 """
@@ -443,8 +444,8 @@ def report(contestants: list[Contestant], limits: list[float]) -> str:
             lone = min(of_mode, key=lambda c: c.lone)
             ratio, share = npair.median("rate", most) / best.median("rate", most), npair.median("p50", 1) / lone.lone
             lines.append(
-                f"Best peer {words}: {best.peer.name}, of which npair has {ratio:.2f} times the photos/s. npair's p50 at one connection is"
-                f" {share:.2f} of the least with any setting, {lone.lone:.1f} ms of {lone.peer.name}."
+                f"Best peer {words}: {best.peer.name}, of which npair has {ratio:.2f} times the photos/s. npair's p50 at one"
+                f" connection is {share:.2f} of the least with any setting, {lone.lone:.1f} ms of {lone.peer.name}."
             )
     return "\n".join(lines)
 

@@ -23,7 +23,9 @@ import re
 import sys
 import time
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -39,6 +41,7 @@ Photo = str | os.PathLike[str] | bytes | IO[bytes]
 Vectors = npt.NDArray[np.float32]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+IN_FLIGHT = 4  # batches that a stream has under way, so that no instance of the server waits for the next
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Of the model's configuration: the version that they were measured on, and its thresholds.
 THRESHOLD_PARAMETERS = ("thresholds_version", "threshold_far_1_percent", "threshold_far_01_percent")
@@ -132,6 +135,7 @@ class NpairClient:
         batch_size, batch_bytes: the most photos, and the most bytes, of one request; a photo larger than that travels alone.
         Raises: ValueError for a URL or a limit that makes no sense.
         """
+        self._options: dict[str, Any] = {"url": url, "model": model, "version": version, "timeout": timeout, "retries": retries}
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https", "grpc", "grpcs") or not parts.netloc:
             raise ValueError(f"the URL must be like http://host:8000 or grpc://host:8001, got {url!r}")
@@ -163,6 +167,10 @@ class NpairClient:
     def close(self) -> None:
         """Close the connection; calling it again does nothing."""
         self._client.close()
+
+    def copy(self) -> NpairClient:
+        """Another connection to the same model."""
+        return NpairClient(**self._options, batch_size=self.batch_size, batch_bytes=self.batch_bytes)
 
     def ready(self) -> bool:
         """Whether the model embeds: sends a picture of one pixel, once, since readiness URLs stay green when inference is dead."""
@@ -200,7 +208,8 @@ class NpairClient:
         return Embeddings(np.stack([result.vector for result in results if result.vector is not None]), stream.version)
 
     def stream(self, images: Iterable[Photo]) -> EmbeddingStream:
-        """Embed photos as they come, in order, in batches; a refused or unreadable photo becomes a result with a reason."""
+        """Embed photos as they come, in order, several batches at a time; a refused or unreadable photo becomes a result with a
+        reason."""
         return EmbeddingStream(self, images)
 
     def _embed_batch(self, photos: Sequence[bytes], version: str | None, retries: int) -> Embeddings:
@@ -243,7 +252,24 @@ class EmbeddingStream:
         return self._version
 
     def __iter__(self) -> Iterator[Embedded]:
-        batch: list[bytes | str] = []  # a photo's bytes, or why it could not be read
+        pending: deque[Future[list[Embedded]]] = deque()
+        with ThreadPoolExecutor(IN_FLIGHT) as pool:
+            try:
+                for start, batch in self._batches():
+                    if self._version is None:
+                        yield from self._embed(self._client, batch, start)
+                        continue
+                    if len(pending) == IN_FLIGHT:
+                        yield from pending.popleft().result()
+                    pending.append(pool.submit(self._embed_apart, batch, start))
+                while pending:
+                    yield from pending.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _batches(self) -> Iterator[tuple[int, list[bytes | str]]]:
+        """The number of each batch's first photo, and its photos' bytes, or why they could not be read."""
+        batch: list[bytes | str] = []
         size = start = 0
         for photo in self._photos:
             content: bytes | str
@@ -252,28 +278,32 @@ class EmbeddingStream:
             except OSError as error:
                 content = f"cannot be read: {error.strerror or error}"
             if batch and (len(batch) == self._client.batch_size or size + len(content) > self._client.batch_bytes):
-                yield from self._embed(batch, start)
+                yield start, batch
                 start, batch, size = start + len(batch), [], 0
             batch.append(content)
             size += len(content)
         if batch:
-            yield from self._embed(batch, start)
+            yield start, batch
 
-    def _embed(self, batch: Sequence[bytes | str], start: int) -> Iterator[Embedded]:
+    def _embed_apart(self, batch: Sequence[bytes | str], start: int) -> list[Embedded]:
+        """On a connection of its own, since tritonclient's are not safe to share between threads."""
+        with self._client.copy() as client:
+            return self._embed(client, batch, start)
+
+    def _embed(self, client: NpairClient, batch: Sequence[bytes | str], start: int) -> list[Embedded]:
         """The outcomes of one batch: where photos are refused, the rest is sent once more without them."""
         reasons = {index: content for index, content in enumerate(batch) if isinstance(content, str)}
         vectors: dict[int, Vectors] = {}
         while remaining := [index for index in range(len(batch)) if index not in reasons and index not in vectors]:
             try:
                 photos = [batch[index] for index in remaining]
-                answer = self._client._embed_batch(photos, self._version, self._client.retries)  # type: ignore[arg-type]
+                answer = client._embed_batch(photos, self._version, client.retries)  # type: ignore[arg-type]
             except InvalidPhotoError as error:
                 reasons |= {remaining[index]: reason for index, reason in error.reasons.items()}
                 continue
             self._version = answer.version
             vectors = dict(zip(remaining, answer.vectors, strict=True))
-        for index in range(len(batch)):
-            yield Embedded(start + index, vectors.get(index), reasons.get(index))
+        return [Embedded(start + index, vectors.get(index), reasons.get(index)) for index in range(len(batch))]
 
 
 def _read(photo: Photo) -> bytes:
