@@ -142,7 +142,7 @@ def running(**environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[st
     ports = free_ports()
     process = start(**ports, **environment)
     try:
-        lines = lines_until_ready(process)
+        lines = [line for line in lines_until_ready(process) if "this CPU has none of" not in line]
         assert len(lines) == 1, f"one line says that it is ready, and nothing else is said: {lines}"
         yield process, {"http": f"http://127.0.0.1:{ports['HTTP_PORT']}", "grpc": f"grpc://127.0.0.1:{ports['GRPC_PORT']}"}
     finally:
