@@ -17,6 +17,7 @@ import argparse
 import base64
 import contextlib
 import http.client
+import io
 import itertools
 import json
 import os
@@ -35,6 +36,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import serve
+from PIL import Image
 
 from npair.data import read_dataset
 from npair.serving.embedder import UNLIMITED, Embedder
@@ -44,6 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PEERS = Path(__file__).parent / "peers"
 BOUNDARY = "npair-benchmark"
 CONNECTIONS = (1, 8, 32)
+SIZES = ((348, 348), (1024, 1024), (4000, 3000))
 Vectors = npt.NDArray[np.float32]
 
 
@@ -231,15 +234,18 @@ def main() -> None:
     if not shutil.which("wrk"):
         sys.exit("wrk is missing; on Debian: apt install wrk")
     version = next((ROOT / "model_repository/npair").glob("[0-9]*"))
-    val = read_dataset(arguments.photos).val
-    if val is None:
+    dataset = read_dataset(arguments.photos)
+    if dataset.val is None:
         sys.exit(f"{arguments.photos} has no val photos")
-    paths = val.paths
-    photos = [path.read_bytes() for path in paths[:: max(1, len(paths) // 50)]]
-    embedder = Embedder(version, cores=cores())
-    expected = np.stack(embedder.embed_photos(photos, UNLIMITED))  # type: ignore[arg-type]
-    embedder.close()
-    bench = Bench(photos, expected, version, arguments)
+    photos = [path.read_bytes() for path in dataset.val.paths[:: max(1, len(dataset.val) // 50)]]
+
+    def embed(photos: list[bytes]) -> Vectors:
+        embedder = Embedder(version, cores=cores())
+        vectors = np.stack(embedder.embed_photos(photos, UNLIMITED))  # type: ignore[arg-type]
+        embedder.close()
+        return vectors
+
+    bench = Bench(photos, embed(photos), version, arguments)
     npair, peers = ALL[0], [peer for peer in ALL[1:] if peer.name in arguments.peers]
     contestants = [Contestant(npair, "npair", Setting(2, 1))]
     for peer, mode in itertools.product(peers, ("eager", "npair")):
@@ -251,6 +257,20 @@ def main() -> None:
             bench.measure(contestant)
             say(f"round {number + 1}: {contestant.name} {contestant.rates(CONNECTIONS[-1])[-1]:.0f}/s")
     print(report(contestants, limits))
+    print(
+        f"\n`client.py embed` on {len(dataset.train):,} photos, start and end included: {bench.bulk(dataset.train.paths):.0f} photos/s.\n"
+    )
+    eager = [contestant for contestant in contestants if contestant.mode == "eager"]
+    best = max(eager, key=lambda contestant: contestant.median("rate", CONNECTIONS[-1]), default=contestants[0])
+    print(f"| photo | npair, photos/s | {best.name} | ratio |\n| --- | --- | --- | --- |")
+    for width, height in SIZES:
+        larger = [resized(photo, width, height) for photo in photos[::5]]
+        sized = Bench(larger, embed(larger), version, arguments)
+        pair = [Contestant(contestant.peer, contestant.mode, contestant.setting) for contestant in (contestants[0], best)]
+        for contestant in arguments.rounds * pair:
+            sized.measure(contestant, connections=CONNECTIONS[-1:])
+        mine, other = (contestant.median("rate", CONNECTIONS[-1]) for contestant in pair)
+        print(f"| {width} x {height} | {mine:.0f} | {other:.0f} | {mine / other:.1f} |", flush=True)
     if arguments.json:
         rows = [
             {"name": c.name, "setting": asdict(c.setting), **{k: v for k, v in asdict(c).items() if k in KEPT}} for c in contestants
@@ -385,6 +405,21 @@ class Bench:
         assert not counted["failed"], f"{peer.name}: {counted['failed']:.0f} of {counted['requests']} requests failed"
         return Load(connections, counted["requests"] / counted["seconds"], counted["p50"], counted["p99"])
 
+    def bulk(self, paths: Sequence[Path]) -> float:
+        """Photos a second of the client's command line, from a folder into a file."""
+        npair = Contestant(ALL[0], "npair", Setting(2, 1))
+        with tempfile.TemporaryDirectory() as name, self.running(npair, Path(name)) as (process, port):
+            self.first_answer(ALL[0], port, process, time.monotonic())
+            folder = Path(name) / "photos"
+            folder.mkdir()
+            for number, path in enumerate(paths):
+                (folder / f"{number}.jpg").symlink_to(path.resolve())
+            client, out = str(ROOT / "model/api/client.py"), str(Path(name) / "vectors.npz")
+            command = [sys.executable, client, "--url", f"http://127.0.0.1:{port}", "embed", str(folder), "--out", out]
+            began = time.monotonic()
+            subprocess.run(command, check=True, capture_output=True)
+            return len(paths) / (time.monotonic() - began)
+
     def limit(self) -> float:
         """Photos a second, decoded and embedded on all cores with no server: the better of one process and of one for each core."""
         with tempfile.TemporaryDirectory() as name:
@@ -448,6 +483,12 @@ def report(contestants: list[Contestant], limits: list[float]) -> str:
                 f" connection is {share:.2f} of the least with any setting, {lone.lone:.1f} ms of {lone.peer.name}."
             )
     return "\n".join(lines)
+
+
+def resized(photo: bytes, width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.open(io.BytesIO(photo)).convert("RGB").resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    return file.getvalue()
 
 
 def proportional_memory(pid: int) -> float:

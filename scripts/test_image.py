@@ -81,6 +81,8 @@ def test(scratch: Path, stack: contextlib.ExitStack) -> None:
     compose_test(f"cpu-1@{digest}")
     step("start it alone, hardened")
     run("scripts/start-hardened.sh", f"{REPOSITORY}@{digest}", env={"HEALTHY_WITHIN": "15"})
+    step("start the one without torch")
+    run("scripts/start-hardened.sh", f"{REPOSITORY}:no-torch", env={"HEALTHY_WITHIN": "15"})
     step("stop it under load, beside idle connections")
     check_drain(f"{REPOSITORY}@{digest}")
     step("kill its Python stub under compose")
@@ -353,8 +355,12 @@ def check_drain(image: str) -> None:
 
 
 def check_recovery(tag: str) -> None:
-    """Kill the Python stub: inference answers again within 20 s, with nobody's help."""
+    """Kill a Python stub: all inference answers again within 20 s, with nobody's help."""
     port = int(PORTS["HTTP_PORT"])
+
+    def works() -> bool:
+        return all(embed(port) == 200 for _ in range(20))  # while one instance is dead, the other answers its share
+
     compose(tag, "up", "--detach", "model_api")
     try:
         wait_for("the service", lambda: embed(port) == 200)
@@ -365,10 +371,10 @@ def check_recovery(tag: str) -> None:
         assert stub, "no stub runs"
         began = time.monotonic()
         os.kill(int(stub[1]), signal.SIGKILL)
-        wait_for("the end of the old server", lambda: embed(port) != 200)
-        wait_for("the new server", lambda: embed(port) == 200)
+        wait_for("the end of the old server", lambda: not works())
+        wait_for("the new server", works)
         took = time.monotonic() - began
-        print(f"inference answered again {took:.1f} s after its stub was killed")
+        print(f"inference answered again {took:.1f} s after a stub was killed")
         assert took <= 20
     finally:
         compose(tag, "down")
