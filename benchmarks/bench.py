@@ -257,9 +257,8 @@ def main() -> None:
             bench.measure(contestant)
             say(f"round {number + 1}: {contestant.name} {contestant.rates(CONNECTIONS[-1])[-1]:.0f}/s")
     print(report(contestants, limits))
-    print(
-        f"\n`client.py embed` on {len(dataset.train):,} photos, start and end included: {bench.bulk(dataset.train.paths):.0f} photos/s.\n"
-    )
+    train = dataset.train.paths
+    print(f"\n`client.py embed` on {len(train):,} photos, start and end included: {bench.bulk(train):.0f} photos/s.\n")
     eager = [contestant for contestant in contestants if contestant.mode == "eager"]
     best = max(eager, key=lambda contestant: contestant.median("rate", CONNECTIONS[-1]), default=contestants[0])
     print(f"| photo | npair, photos/s | {best.name} | ratio |\n| --- | --- | --- | --- |")
@@ -278,7 +277,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps({"limit": limits, "contestants": rows}, indent=1) + "\n")
 
 
-KEPT = ("loads", "megabytes", "first_answer")
+KEPT = ("mode", "setting", "loads", "megabytes", "first_answer")
 
 
 class Bench:

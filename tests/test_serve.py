@@ -39,6 +39,12 @@ def child_of(process: subprocess.Popen[str]) -> int:
     return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
 
 
+def stubs_of(process: subprocess.Popen[str]) -> list[int]:
+    server = child_of(process)
+    tasks = Path(f"/proc/{server}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
 class TestRefusals:
     @pytest.mark.parametrize("name", PORTS)
     def test_taken_port(self, name: str) -> None:
@@ -190,16 +196,25 @@ class TestEngines:
 
 
 def test_dead_stub_ends_the_server_with_the_reason() -> None:
-    """Readiness URLs stay green after this; only the golden photo tells."""
+    """Readiness URLs stay green after this, and another instance answers most golden photos."""
     with running() as (process, urls):
-        server = child_of(process)
-        stub = int(Path(f"/proc/{server}/task/{server}/children").read_text().split()[0])
-        os.kill(stub, signal.SIGKILL)
+        os.kill(stubs_of(process)[0], signal.SIGKILL)
+        began = time.monotonic()
+        _, output = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "npair: a Python stub of the model died, and what it is given fails; the server was ended" in output
+        assert time.monotonic() - began < 15
+        with NpairClient(urls["http"], retries=0) as client, pytest.raises(UnavailableError):
+            client.embed(b"photo")
+
+
+def test_hanging_stubs_end_the_server_with_the_reason() -> None:
+    with running() as (process, _):
+        for stub in stubs_of(process):
+            os.kill(stub, signal.SIGSTOP)
         _, output = process.communicate(timeout=60)
         assert process.returncode == 1
         assert re.search(r"npair: the golden photo has failed for 10 s \(.*\); the server was ended", output)
-        with NpairClient(urls["http"], retries=0) as client, pytest.raises(UnavailableError):
-            client.embed(b"photo")
 
 
 def test_load_is_not_taken_for_death() -> None:

@@ -2,9 +2,9 @@
 
 The one place that knows Triton's flags: the image, compose, make and the tests all start the server through it. It stays the parent
 of the server, because the server's own word is not enough: after a Python stub died, its readiness URLs stay green and every
-inference that it should do fails. So a golden photo of the version is embedded once a second, over the HTTP port that clients use,
-and where that fails for 10 seconds, again and again, the server is ended and the exit code is 1, for whatever restarts containers
-to act on.
+inference that it is given fails. So a golden photo of the version is embedded once a second, over the HTTP port that clients use.
+Where that fails for 10 seconds, or a stub is dead, the server is ended and the exit code is 1, for whatever restarts containers to
+act on.
 
 SIGTERM and SIGINT are forwarded; the exit code is 0 where no inference was in flight when the server ended.
 
@@ -277,30 +277,32 @@ class Supervisor:
 
     def _watch(self) -> str:
         """Blocks until the server should not go on; returns why."""
-        ready, failing_since, failed, silent = False, None, 0.0, True
+        ready, failing_since, dead_for = False, None, 0
         while not self.stopping.wait(WATCH_INTERVAL if ready else 0.1):
             if self.process.poll() is not None:
                 when = "" if ready else " before the model was ready"
                 return f"the server ended by itself{when} (exit code {self.process.returncode})"
+            dead_for = dead_for + 1 if ready and self._dead_child() else 0
+            if dead_for == 2:  # at once, the server may only not have noticed yet
+                self.process.terminate()  # the model's other instances answer what they have accepted
+                return "a Python stub of the model died, and what it is given fails; the server was ended"
             try:
                 version = self.prober.probe()
             except BusyError:
-                pass
+                failing_since = None
+                continue
             except ProbeError as error:
                 if not ready and not self.prober.model_ready():
                     continue  # still loading
-                failed, silent = time.monotonic(), isinstance(error, SilenceError)
-                failing_since = failing_since or failed
-                if failed - failing_since > UNHEALTHY_AFTER:
+                failing_since = failing_since or time.monotonic()
+                if time.monotonic() - failing_since > UNHEALTHY_AFTER:
+                    self.process.kill()  # it answers nothing, so there is nothing to drain
                     return f"the golden photo has failed for {UNHEALTHY_AFTER:.0f} s ({error}); the server was ended"
                 continue
-            else:
-                if not ready:
-                    ready = True
-                    self._announce(version)
-            # After a bad answer one good one is not health: it may come from another instance of the model than the one that died.
-            if silent or time.monotonic() - failed > UNHEALTHY_AFTER:
-                failing_since = None
+            failing_since = None
+            if not ready:
+                ready = True
+                self._announce(version)
         return "stopped"
 
     def _announce(self, version: str) -> None:
@@ -319,9 +321,18 @@ class Supervisor:
             self.stopping.set()
             self.process.terminate()
 
+    def _dead_child(self) -> bool:
+        """Whether a child of the server is dead, which the server leaves as it is: golden photos alone would not tell, since the
+        other instances answer most of them."""
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+                for child in (task / "children").read_text(encoding="ascii").split():
+                    state = Path(f"/proc/{child}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+                    if state == "Z":
+                        return True
+        return False
+
     def _end(self) -> None:
-        if not self.stopping.is_set():
-            self.process.kill()  # it answers nothing, so there is nothing to drain
         try:
             # Triton itself gives up after the drain time; it needs a moment more to unload.
             self.process.wait(self.options.drain + 5)
@@ -352,10 +363,6 @@ class ProbeError(RuntimeError):
     """The golden photo was not answered as it was published."""
 
 
-class SilenceError(ProbeError):
-    """There was no answer in time, to the golden photo or to any other."""
-
-
 class BusyError(RuntimeError):
     """The golden photo was not answered in time, but other photos were: a long queue, not a dead model."""
 
@@ -380,7 +387,7 @@ class GoldenProber:
                     raise BusyError from None
                 raise
         except TimeoutError as error:
-            raise SilenceError(f"no answer within {PROBE_TIMEOUT:.0f} s") from error
+            raise ProbeError(f"no answer within {PROBE_TIMEOUT:.0f} s") from error
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             raise ProbeError(str(error) or type(error).__name__) from error
 

@@ -23,9 +23,11 @@ from npair.pixels import Pixels
 from npair.serving.embedder import Embedder
 from npair.serving.engine import BATCH, EngineError, cores
 
-os.environ |= {"NNCF_CI": "1", "CI": "true"}  # else nncf and openvino would tell their makers of their use
-import nncf
-import openvino
+# Else both would tell their maker of their use, over the network.
+os.environ["NNCF_CI"] = "1"
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+import nncf  # noqa: E402
+import openvino  # noqa: E402
 
 Manifest = dict[str, Any]
 

@@ -161,3 +161,12 @@ def test_weights_are_never_unpickled(version: Path, tmp_path: Path, monkeypatch:
     torch.export.save(torch.export.export(Weights(), (torch.zeros(2),)), tmp_path / "pickled.pt2")  # with its example inputs
     with pytest.raises(EngineError, match="holds pickled data"):
         engine.load("torch", tmp_path / "pickled.pt2", "fp32", threads=1, cores=1)
+
+
+def test_tells_nobody(version: Path) -> None:
+    """OpenVINO's package for telemetry would send an event at import."""
+    code = "from npair.serving.embedder import Embedder, Path;"
+    code += f"Embedder(Path({str(version)!r}), cores=1, engine='openvino-fp32');"
+    code += "import openvino.tools.ovc as ovc; print(type(ovc.telemetry).__module__)"
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert result.stdout == "openvino.tools.ovc.telemetry_stub\n"
