@@ -41,6 +41,7 @@ from PIL import Image
 from npair.data import read_dataset
 from npair.serving.embedder import UNLIMITED, Embedder
 from npair.serving.engine import cores
+from npair.serving.preprocess import decode
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = Path(__file__).parent / "peers"
@@ -257,6 +258,7 @@ def main() -> None:
             bench.measure(contestant)
             say(f"round {number + 1}: {contestant.name} {contestant.rates(CONNECTIONS[-1])[-1]:.0f}/s")
     print(report(contestants, limits))
+    print("\n" + bench.profile())
     train = dataset.train.paths
     print(f"\n`client.py embed` on {len(train):,} photos, start and end included: {bench.bulk(train):.0f} photos/s.\n")
     eager = [contestant for contestant in contestants if contestant.mode == "eager"]
@@ -404,6 +406,31 @@ class Bench:
         assert not counted["failed"], f"{peer.name}: {counted['failed']:.0f} of {counted['requests']} requests failed"
         return Load(connections, counted["requests"] / counted["seconds"], counted["p50"], counted["p99"])
 
+    def profile(self) -> str:
+        """A table: CPU time of a photo under the heaviest load, by process, and what decoding and the network take alone."""
+        embedder = Embedder(self.version, cores=1)
+        began = time.process_time()
+        pixels = np.stack([decode(photo, embedder.preprocessing, UNLIMITED) for photo in self.photos])
+        decoded = time.process_time()
+        embedder.embed(pixels)
+        embedded = time.process_time()
+        embedder.close()
+        rows = {"decoding": decoded - began, "the network, four photos at a time": embedded - decoded}
+        rows = {f"alone: {name}": seconds / len(self.photos) for name, seconds in rows.items()}
+        npair = Contestant(ALL[0], "npair", Setting(2, 1))
+        with tempfile.TemporaryDirectory() as name, self.running(npair, Path(name)) as (process, port):
+            self.first_answer(ALL[0], port, process, time.monotonic())
+            self.write_bodies(ALL[0], Path(name) / "bodies")
+            self.wrk(ALL[0], port, Path(name) / "bodies", 8, 2)
+            before = cpu_seconds(process.pid)
+            load = self.wrk(ALL[0], port, Path(name) / "bodies", CONNECTIONS[-1], self.arguments.seconds)
+            after = cpu_seconds(process.pid)
+        photos = load.rate * self.arguments.seconds
+        for kind in after:
+            rows[f"served: {kind}"] = (after[kind] - before[kind]) / photos
+        lines = [f"| {name} | {1e3 * seconds:.2f} |" for name, seconds in rows.items()]
+        return "\n".join(["| | CPU milliseconds a photo |", "| --- | --- |", *lines])
+
     def bulk(self, paths: Sequence[Path]) -> float:
         """Photos a second of the client's command line, from a folder into a file."""
         npair = Contestant(ALL[0], "npair", Setting(2, 1))
@@ -482,6 +509,18 @@ def report(contestants: list[Contestant], limits: list[float]) -> str:
                 f" connection is {share:.2f} of the least with any setting, {lone.lone:.1f} ms of {lone.peer.name}."
             )
     return "\n".join(lines)
+
+
+def cpu_seconds(pid: int) -> dict[str, float]:
+    """What a served npair has used so far, by kind of process."""
+    kinds = {"python": "watch (serve.py)", "tritonserver": "Triton", "triton_python_b": "model instances"}
+    used = dict.fromkeys(kinds.values(), 0.0)
+    for process in [pid, *descendants(pid)]:
+        head, _, tail = Path(f"/proc/{process}/stat").read_text().rpartition(")")
+        kind = next((kind for start, kind in kinds.items() if head.partition("(")[2].startswith(start)), None)
+        if kind:
+            used[kind] += sum(map(int, tail.split()[11:13])) / os.sysconf("SC_CLK_TCK")
+    return used
 
 
 def resized(photo: bytes, width: int, height: int) -> bytes:
