@@ -164,7 +164,13 @@ def mlserver_folder(python: Path, port: int, scratch: Path, setting: Setting) ->
     model = {"name": "npair", "implementation": "mlserver_app.Embedding"}
     (scratch / "model-settings.json").write_text(json.dumps(model))
     workers = setting.workers if setting.workers > 1 else 0  # 0: in the server's own process
-    settings = {"http_port": port, "grpc_port": free_port(), "metrics_port": free_port(), "parallel_workers": workers}
+    settings = {
+        "http_port": port,
+        "grpc_port": free_port(),
+        "metrics_port": free_port(),
+        "parallel_workers": workers,
+        "metrics_dir": str(scratch),
+    }
     (scratch / "settings.json").write_text(json.dumps({**settings, "debug": False}))
     return [python.parent / "mlserver", "start", scratch]
 
@@ -191,7 +197,7 @@ ALL = (
         "LitServe",
         "/predict",
         lambda python, port, _scratch, _: [python, PEERS / "litserve_app.py", str(port)],
-        form("content"),
+        form("request"),
         MULTIPART,
         from_json("embedding"),
         tuple(s for s in spreads(1, 8) if s.concurrency == 1),

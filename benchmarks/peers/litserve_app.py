@@ -1,4 +1,4 @@
-"""python litserve_app.py PORT; the photo is the form's file "content"."""
+"""python litserve_app.py PORT; the photo is the form's file "request"."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ class Embedding(litserve.LitAPI):
         self.model = network.load()
 
     def decode_request(self, request: UploadFile):
-        return self.model.decode(request["content"].file.read())
+        return self.model.decode(request.file.read())
 
     def predict(self, pixels):
         return self.model.embed(pixels if BATCH > 1 else [pixels])
