@@ -154,10 +154,10 @@ def plain_backend(_: Path, port: int, scratch: Path, setting: Setting) -> Sequen
         f"instance_group [ {{ count: {setting.workers} kind: KIND_CPU }} ]"
     )
     triton = serve.find_triton(scratch)
-    os.environ |= {name: triton.environment[name] for name in ("PATH", "LD_LIBRARY_PATH")}
     flags = {"model-repository": scratch / "models", "backend-directory": triton.backends, "http-port": port}
     flags |= {"allow-grpc": "false", "allow-metrics": "false", "pinned-memory-pool-byte-size": 0}
-    return [triton.program, *(f"--{flag}={value}" for flag, value in flags.items())]
+    environment = [f"{name}={triton.environment[name]}" for name in ("PATH", "LD_LIBRARY_PATH")]
+    return ["env", *environment, triton.program, *(f"--{flag}={value}" for flag, value in flags.items())]
 
 
 def mlserver_folder(python: Path, port: int, scratch: Path, setting: Setting) -> Sequence[str | Path]:
@@ -170,6 +170,7 @@ def mlserver_folder(python: Path, port: int, scratch: Path, setting: Setting) ->
         "metrics_port": free_port(),
         "parallel_workers": workers,
         "metrics_dir": str(scratch),
+        "environments_dir": str(scratch),
     }
     (scratch / "settings.json").write_text(json.dumps({**settings, "debug": False}))
     return [python.parent / "mlserver", "start", scratch]
@@ -266,7 +267,12 @@ def main() -> None:
     print(report(contestants, limits))
     print("\n" + bench.profile())
     train = dataset.train.paths
-    print(f"\n`client.py embed` on {len(train):,} photos, start and end included: {bench.bulk(train):.0f} photos/s.\n")
+    rates: dict[str, list[float]] = {"http": [], "grpc": []}
+    for scheme in arguments.rounds * list(rates):
+        rates[scheme].append(bench.bulk(scheme, train))
+    bulk = {scheme: statistics.median(of_scheme) for scheme, of_scheme in rates.items()}
+    print(f"\n`client.py embed` on {len(train):,} photos, start and end included: {bulk['http']:.0f} photos/s over HTTP,")
+    print(f"{bulk['grpc']:.0f} over gRPC.\n")
     eager = [contestant for contestant in contestants if contestant.mode == "eager"]
     best = max(eager, key=lambda contestant: contestant.median("rate", CONNECTIONS[-1]), default=contestants[0])
     print(f"| photo | npair, photos/s | {best.name} | ratio |\n| --- | --- | --- | --- |")
@@ -326,19 +332,16 @@ class Bench:
     def running(self, contestant: Contestant, scratch: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
         peer, setting, port = contestant.peer, contestant.setting, free_port()
         python = self.python(peer)
-        ports = {"HTTP_PORT": port, "GRPC_PORT": free_port(), "METRICS_PORT": free_port()}
+        self.grpc_port = free_port()
+        ports = {"HTTP_PORT": port, "GRPC_PORT": self.grpc_port, "METRICS_PORT": free_port()}
         settings = {"MODE": contestant.mode, "VERSION": self.version, "OMP_NUM_THREADS": setting.threads}
         settings |= {name.upper(): value for name, value in asdict(setting).items()}
-        path = f"{PEERS}:{ROOT / 'src'}"
-        before = dict(os.environ)
-        command = peer.command(python, port, scratch, setting)  # may change PATH
-        environment = {**os.environ, **{name: str(value) for name, value in (ports | settings).items()}, "PYTHONPATH": path}
-        environment["PATH"] = f"{python.parent}:{environment['PATH']}"
-        os.environ.clear()
-        os.environ.update(before)
+        paths = {"PYTHONPATH": f"{PEERS}:{ROOT / 'src'}", "PATH": f"{python.parent}:{os.environ['PATH']}"}
+        environment = {**os.environ, **paths, **{name: str(value) for name, value in (ports | settings).items()}}
+        command = peer.command(python, port, scratch, setting)
         with (scratch / "log").open("wb") as log:
             process = subprocess.Popen(
-                command, env=environment, cwd=PEERS, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command, env=environment, cwd=scratch, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         try:
             yield process, port
@@ -437,7 +440,7 @@ class Bench:
         lines = [f"| {name} | {1e3 * seconds:.2f} |" for name, seconds in rows.items()]
         return "\n".join(["| | CPU milliseconds a photo |", "| --- | --- |", *lines])
 
-    def bulk(self, paths: Sequence[Path]) -> float:
+    def bulk(self, scheme: str, paths: Sequence[Path]) -> float:
         """Photos a second of the client's command line, from a folder into a file."""
         npair = Contestant(ALL[0], "npair", Setting(2, 1))
         with tempfile.TemporaryDirectory() as name, self.running(npair, Path(name)) as (process, port):
@@ -447,7 +450,8 @@ class Bench:
             for number, path in enumerate(paths):
                 (folder / f"{number}.jpg").symlink_to(path.resolve())
             client, out = str(ROOT / "model/api/client.py"), str(Path(name) / "vectors.npz")
-            command = [sys.executable, client, "--url", f"http://127.0.0.1:{port}", "embed", str(folder), "--out", out]
+            url = f"{scheme}://127.0.0.1:{port if scheme == 'http' else self.grpc_port}"
+            command = [sys.executable, client, "--url", url, "embed", str(folder), "--out", out]
             began = time.monotonic()
             subprocess.run(command, check=True, capture_output=True)
             return len(paths) / (time.monotonic() - began)
