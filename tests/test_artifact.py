@@ -74,7 +74,7 @@ def test_engines_are_measured(published: Path) -> None:
 
 
 def test_graph_is_the_network(published: Path, trained: Path) -> None:
-    embedder = Embedder(published / "1", cores=1)
+    embedder = Embedder(published / "1", cores=1, engine="torch")
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), dtype=np.uint8)
     for batch in (1, 3, 64):
         expected = embed(load_network(trained), pixels[:batch])

@@ -42,11 +42,10 @@ ENGINES: dict[str, dict[str, Any]] = {
 ALLOWED_DROP = 0.005  # of Recall@1 on val, below the reference's
 CALIBRATION_PHOTOS = 300
 
-# Kernels differ between instruction sets, and so does rounding. These settings make this CPU compute as an older one would.
+# Kernels differ between instruction sets, and so does rounding. These settings make torch compute as on an older CPU.
 INSTRUCTION_SETS: dict[str, dict[str, str]] = {
     "sse4.1": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"},
     "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
-    "native": {},
 }
 # How much farther off than any of them another CPU may be: in fp32 still far from what a wrong weight does, in the others as far as
 # rounding can take it.
@@ -92,7 +91,8 @@ def choose(folder: Path, manifest: Manifest, dataset: Dataset, pixels: Pixels) -
     for coarse ones; without val there is nothing to judge them by.
     Returns: val and its gallery, embedded by the fastest. Raises: EnginesError, VersionError.
     """
-    distances = {name: golden_distances(folder, settings) for name, settings in INSTRUCTION_SETS.items()}
+    distances = {name: golden_distances(folder, settings, "--engine", REFERENCE) for name, settings in INSTRUCTION_SETS.items()}
+    distances["native"] = golden_distances(folder, {})
     embedders: dict[str, Embedder] = {}
     refused: Manifest = manifest["engines_refused"]
     for name in manifest["engines"]:
@@ -141,12 +141,16 @@ def milliseconds(embedders: Mapping[str, Embedder], photos: npt.NDArray[np.uint8
     return {name: round(min(rounds), 3) for name, rounds in times.items()}
 
 
-def golden_distances(folder: Path, environment: dict[str, str]) -> dict[str, float]:
-    """How far each engine that can run is from the reference's golden set, in a new process with these environment variables."""
-    command = [sys.executable, "-m", "npair.cli", "verify", str(folder), "--json"]
+def golden_distances(folder: Path, environment: dict[str, str], *options: str) -> dict[str, float]:
+    """How far the engines that can run here are from the reference's golden set, in a new process with these variables.
+
+    options: of npair verify. Raises: EnginesError where the version fails there.
+    """
+    command = [sys.executable, "-m", "npair.cli", "verify", str(folder), "--json", *options]
     result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise EnginesError(f"the exported version fails its verification with {environment}: {result.stderr.strip()}")
+        why = result.stderr.strip() or f"exit code {result.returncode}"
+        raise EnginesError(f"the exported version fails its verification with {environment}: {why}")
     engines = json.loads(result.stdout)["engines"].items()
     return {name: engine["golden_distance"] for name, engine in engines if "golden_distance" in engine}
 

@@ -48,7 +48,6 @@ def load(library: str, graph: Path, precision: str, threads: int, cores: int) ->
     """
     if INSTRUCTIONS[precision] and not INSTRUCTIONS[precision] & cpu_flags():
         raise EngineError(f"this CPU has none of {', '.join(sorted(INSTRUCTIONS[precision]))}")
-    os.environ["OMP_NUM_THREADS"] = str(cores)  # before the library is imported
     try:
         return {"openvino": _openvino, "torch": _torch}[library](graph, precision, threads, cores)
     except ImportError as error:
@@ -119,9 +118,13 @@ def _torch(graph: Path, precision: str, _threads: int, cores: int) -> Engine:
     network = torch.export.load(graph).module()
 
     def engine(pixels: npt.NDArray[np.uint8], *, alone: bool) -> npt.NDArray[np.float32]:
-        torch.set_num_threads(cores if alone else 1)  # of the thread that calls
-        with torch.inference_mode():
-            embeddings: npt.NDArray[np.float32] = network(torch.from_numpy(pixels)).numpy()
+        before = torch.get_num_threads()  # of the thread that calls, which may have work of its own
+        torch.set_num_threads(cores if alone else 1)
+        try:
+            with torch.inference_mode():
+                embeddings: npt.NDArray[np.float32] = network(torch.from_numpy(pixels)).numpy()
+        finally:
+            torch.set_num_threads(before)
         return embeddings
 
     return engine

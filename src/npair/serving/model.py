@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         instances = sum(group["count"] for group in config["instance_group"])
         self.limits = Limits(max_bytes=_number(config, "max_bytes"), max_pixels=_number(config, "max_pixels"))
+        os.environ["OMP_NUM_THREADS"] = str(cores())  # before a library that reads it is imported
         folder = Path(args["model_repository"]) / args["model_version"]
         self.embedder = Embedder(folder, cores=cores(), instances=instances, engine=_parameter(config, "engine"))
         for name, reason in self.embedder.passed_over.items():
