@@ -304,7 +304,7 @@ class Bench:
         """With the setting that answers most photos a second at the largest number of connections, in a short run of each."""
         trials = [Contestant(peer, mode, setting) for setting in peer.settings]
         for trial in trials:
-            self.measure(trial, connections=(1, CONNECTIONS[-1]), seconds=4)
+            self.measure(trial, connections=(1, CONNECTIONS[-1]), seconds=3)
             say(f"{trial.name}: {trial.setting} {trial.loads[1].rate:.0f}/s, p50 alone {trial.loads[0].p50:.1f} ms")
         best = max(trials, key=lambda trial: trial.loads[1].rate)
         return Contestant(peer, mode, best.setting, min(trial.loads[0].p50 for trial in trials))
