@@ -146,7 +146,8 @@ def from_triton(headers: http.client.HTTPMessage, body: bytes) -> Vectors:
 def plain_backend(_: Path, port: int, scratch: Path, setting: Setting) -> Sequence[str | Path]:
     folder = scratch / "models/npair/1"
     folder.mkdir(parents=True)
-    shutil.copy(PEERS / "python_backend.py", folder / "model.py")
+    path = f"import sys\n\nsys.path += {[str(PEERS), str(ROOT / 'src')]}\n"  # the stub knows no PYTHONPATH
+    (folder / "model.py").write_text(path + (PEERS / "python_backend.py").read_text())
     (folder.parent / "config.pbtxt").write_text(
         'name: "npair" backend: "python" max_batch_size: 64 dynamic_batching { }'
         'input [ { name: "IMAGE" data_type: TYPE_STRING dims: [ 1 ] } ]'
