@@ -452,7 +452,7 @@ class Bench:
                 (folder / f"{number}.jpg").symlink_to(path.resolve())
             client, out = str(ROOT / "model/api/client.py"), str(Path(name) / "vectors.npz")
             url = f"{scheme}://127.0.0.1:{port if scheme == 'http' else self.grpc_port}"
-            command = [sys.executable, client, "--url", url, "embed", str(folder), "--out", out]
+            command = [sys.executable, client, "embed", str(folder), "--out", out, "--url", url]
             began = time.monotonic()
             subprocess.run(command, check=True, capture_output=True)
             return len(paths) / (time.monotonic() - began)
