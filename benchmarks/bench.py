@@ -286,9 +286,7 @@ def main() -> None:
         mine, other = (contestant.median("rate", CONNECTIONS[-1]) for contestant in pair)
         print(f"| {width} x {height} | {mine:.0f} | {other:.0f} | {mine / other:.1f} |", flush=True)
     if arguments.json:
-        rows = [
-            {"name": c.name, "setting": asdict(c.setting), **{k: v for k, v in asdict(c).items() if k in KEPT}} for c in contestants
-        ]
+        rows = [{"name": c.name, **{key: value for key, value in asdict(c).items() if key in KEPT}} for c in contestants]
         arguments.json.write_text(json.dumps({"limit": limits, "contestants": rows}, indent=1) + "\n")
 
 
@@ -552,7 +550,7 @@ def proportional_memory(pid: int) -> float:
 
 def descendants(pid: int) -> list[int]:
     try:
-        children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+        children = serve.children(pid)
     except OSError:
         return []
     return children + [below for child in children for below in descendants(child)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import http.server
-import json
 import os
 import platform
 import re
@@ -21,11 +20,12 @@ import numpy as np
 import pytest
 import serve
 import tritonclient.grpc
-from conftest import PORTS, ROOT, SHIPPED, free_ports, lines_until_ready, running, start
+from conftest import PORTS, ROOT, SHIPPED, free_ports, lines_until_ready, rewrite_manifest, running, start
 from tritonclient.utils import InferenceServerException
 
 from npair.client import NpairClient, UnavailableError
 from npair.drawings import draw, encode
+from npair.serving.embedder import read_manifest
 
 
 def ended(**environment: str) -> tuple[int, str]:
@@ -40,9 +40,7 @@ def child_of(process: subprocess.Popen[str]) -> int:
 
 
 def stubs_of(process: subprocess.Popen[str]) -> list[int]:
-    server = child_of(process)
-    tasks = Path(f"/proc/{server}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    return serve.children(child_of(process))
 
 
 class TestRefusals:
@@ -180,9 +178,9 @@ class TestEngines:
 
     def test_passed_over_and_said(self, model: Path) -> None:
         """The fastest engine cannot be as exact as this manifest asks."""
-        rewrite = json.loads((model / SHIPPED.name / "manifest.json").read_text())
-        rewrite["engines"]["openvino-int8"]["tolerance"] = 0
-        (model / SHIPPED.name / "manifest.json").write_text(json.dumps(rewrite))
+        engines = read_manifest(model / SHIPPED.name)["engines"]
+        engines["openvino-int8"]["tolerance"] = 0
+        rewrite_manifest(model / SHIPPED.name, engines=engines)
         process = start(**(ports := free_ports()), MODEL_REPOSITORY=str(model.parent))
         try:
             said = [line for line in lines_until_ready(process) if "not by openvino-int8" in line]

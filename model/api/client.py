@@ -135,13 +135,12 @@ class NpairClient:
         batch_size, batch_bytes: the most photos, and the most bytes, of one request; a photo larger than that travels alone.
         Raises: ValueError for a URL or a limit that makes no sense.
         """
-        self._options: dict[str, Any] = {"url": url, "model": model, "version": version, "timeout": timeout, "retries": retries}
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https", "grpc", "grpcs") or not parts.netloc:
             raise ValueError(f"the URL must be like http://host:8000 or grpc://host:8001, got {url!r}")
         if batch_size < 1 or batch_bytes < 1 or timeout <= 0 or retries < 0:
             raise ValueError("batch_size, batch_bytes and timeout must be positive, and retries must not be negative")
-        self.model, self.version, self.timeout, self.retries = model, version, timeout, retries
+        self.url, self.model, self.version, self.timeout, self.retries = url, model, version, timeout, retries
         self.batch_size, self.batch_bytes = batch_size, batch_bytes
         self._protocol: Any
         self._extra: dict[str, float] = {}
@@ -170,7 +169,15 @@ class NpairClient:
 
     def copy(self) -> NpairClient:
         """Another connection to the same model."""
-        return NpairClient(**self._options, batch_size=self.batch_size, batch_bytes=self.batch_bytes)
+        return NpairClient(
+            self.url,
+            model=self.model,
+            version=self.version,
+            timeout=self.timeout,
+            retries=self.retries,
+            batch_size=self.batch_size,
+            batch_bytes=self.batch_bytes,
+        )
 
     def ready(self) -> bool:
         """Whether the model embeds: sends a picture of one pixel, once, since readiness URLs stay green when inference is dead."""

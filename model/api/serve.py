@@ -325,11 +325,10 @@ class Supervisor:
         """Whether a child of the server is dead, which the server leaves as it is: golden photos alone would not tell, since the
         other instances answer most of them."""
         with contextlib.suppress(OSError):
-            for task in Path(f"/proc/{self.process.pid}/task").iterdir():
-                for child in (task / "children").read_text(encoding="ascii").split():
-                    state = Path(f"/proc/{child}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
-                    if state == "Z":
-                        return True
+            for child in children(self.process.pid):
+                state = Path(f"/proc/{child}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+                if state == "Z":
+                    return True
         return False
 
     def _end(self) -> None:
@@ -431,6 +430,12 @@ class GoldenProber:
         if response.status != http.client.OK:
             raise ProbeError(f"{path} answered {response.status}: {body[:200].decode(errors='replace')}")
         return response.headers, body
+
+
+def children(pid: int) -> list[int]:
+    """Of all threads of a process. Raises: OSError where it has ended."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text(encoding="ascii").split()]
 
 
 def die_with_parent() -> None:

@@ -21,13 +21,11 @@ from npair.evaluate import Comparison, compare
 from npair.metrics import Vectors
 from npair.pixels import Pixels
 from npair.serving.embedder import Embedder
-from npair.serving.engine import BATCH, EngineError, cores
+from npair.serving.engine import BATCH, EngineError, cores, cpu_info, import_openvino
 
-# Else both would tell their maker of their use, over the network.
-os.environ["NNCF_CI"] = "1"
-sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+openvino = import_openvino()
+os.environ["NNCF_CI"] = "1"  # else it would tell its maker of its use, over the network
 import nncf  # noqa: E402
-import openvino  # noqa: E402
 
 Manifest = dict[str, Any]
 
@@ -91,8 +89,7 @@ def choose(folder: Path, manifest: Manifest, dataset: Dataset, pixels: Pixels) -
     for coarse ones; without val there is nothing to judge them by.
     Returns: val and its gallery, embedded by the fastest. Raises: EnginesError, VersionError.
     """
-    distances = {name: golden_distances(folder, settings, "--engine", REFERENCE) for name, settings in INSTRUCTION_SETS.items()}
-    distances["native"] = golden_distances(folder, {})
+    older = {name: reference_distance(folder, settings) for name, settings in INSTRUCTION_SETS.items()}
     embedders: dict[str, Embedder] = {}
     refused: Manifest = manifest["engines_refused"]
     for name in manifest["engines"]:
@@ -114,20 +111,15 @@ def choose(folder: Path, manifest: Manifest, dataset: Dataset, pixels: Pixels) -
 
     kept: Manifest = {}
     for name in sorted(embedders, key=costs.__getitem__):
-        measured = {isa: distance[name] for isa, distance in distances.items() if name in distance}
+        measured = (older if name == REFERENCE else {}) | {"native": embedders[name].golden_distance}
         entry = {**ENGINES[name], "milliseconds": costs[name], "recall_at_1": recalls.get(name), "golden_distances": measured}
         if reason := refusal(name):
             refused[name] = {**entry, "reason": reason}
         else:
             margin = MARGINS[ENGINES[name]["precision"]]
             kept[name] = {**entry, "tolerance": max(margin * max(measured.values()), SMALLEST_TOLERANCE)}
-    manifest["engines"], manifest["engines_measured_on"] = kept, f"{cores()} cores of {cpu_name()}"
+    manifest["engines"], manifest["engines_measured_on"] = kept, f"{cores()} cores of {cpu_info('model name') or 'an unknown CPU'}"
     return comparisons.get(next(iter(kept)))
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "an unknown CPU")
 
 
 def milliseconds(embedders: Mapping[str, Embedder], photos: npt.NDArray[np.uint8]) -> dict[str, float]:
@@ -141,18 +133,18 @@ def milliseconds(embedders: Mapping[str, Embedder], photos: npt.NDArray[np.uint8
     return {name: round(min(rounds), 3) for name, rounds in times.items()}
 
 
-def golden_distances(folder: Path, environment: dict[str, str], *options: str) -> dict[str, float]:
-    """How far the engines that can run here are from the reference's golden set, in a new process with these variables.
+def reference_distance(folder: Path, environment: dict[str, str]) -> float:
+    """How far the reference engine's golden set is off in a new process with these variables.
 
-    options: of npair verify. Raises: EnginesError where the version fails there.
+    Raises: EnginesError where the version fails there.
     """
-    command = [sys.executable, "-m", "npair.cli", "verify", str(folder), "--json", *options]
+    command = [sys.executable, "-m", "npair.cli", "verify", str(folder), "--json", "--engine", REFERENCE]
     result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     if result.returncode:
         why = result.stderr.strip() or f"exit code {result.returncode}"
         raise EnginesError(f"the exported version fails its verification with {environment}: {why}")
-    engines = json.loads(result.stdout)["engines"].items()
-    return {name: engine["golden_distance"] for name, engine in engines if "golden_distance" in engine}
+    distance: float = json.loads(result.stdout)["engines"][REFERENCE]["golden_distance"]
+    return distance
 
 
 def _compare(embedder: Embedder, dataset: Dataset, pixels: Pixels) -> Comparison:
