@@ -315,6 +315,94 @@ class TestCommandLine:
             assert saved["vectors"].shape == (2, 128)
             assert [Path(name).name for name in saved["names"]] == ["a.png", "c.WEBP"]
 
+    @pytest.fixture
+    def hundred(self, tmp_path: Path) -> Path:
+        """Photos 1.jpg to 100.jpg, named in the order of their lengths, in two folders."""
+        for length in range(1, 101):
+            path = tmp_path / "shop" / ("a" if length < 40 else "b") / f"{length:03}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"x" * length)
+        return tmp_path / "shop"
+
+    def interrupted(self, folder: Path, out: Path) -> subprocess.CompletedProcess[str]:
+        """The server fails from the third batch on."""
+
+        def answer(photos: PHOTOS, _: str) -> tuple[int, str]:
+            return (500, '{"error": "full"}') if len(photos[0]) > 64 else embeddings(photos)
+
+        with serving(answer) as (url, _):
+            return self.run(url, "embed", folder, "--out", out)
+
+    @pytest.mark.parametrize("suffix", ["npz", "jsonl"])
+    def test_goes_on_after_an_interruption(self, hundred: Path, suffix: str) -> None:
+        out, unfinished = hundred.parent / f"out.{suffix}", hundred.parent / f"out.{suffix}.unfinished"
+        first = self.interrupted(hundred, out)
+        assert first.returncode == 3
+        assert f"64 photos are in {unfinished}" in first.stderr
+        assert not out.exists()
+        with unfinished.open("a") as lines:
+            lines.write('{"photo": "cut o')  # as by a full disk
+        with serving(lambda photos, _: embeddings(photos)) as (url, server):
+            second = self.run(url, "embed", hundred, "--out", out)
+        assert second.returncode == 0, second.stderr
+        assert sum(map(len, server.batches)) == 100 - 64
+        assert all("/versions/1/" in path for path in server.paths), "the version of the vectors that are there already"
+        assert not unfinished.exists()
+        if suffix == "npz":
+            with np.load(out) as saved:
+                names, vectors, version = saved["names"].tolist(), saved["vectors"], str(saved["version"])
+            assert vectors.dtype == np.float32
+        else:
+            rows = [json.loads(line) for line in out.read_text().splitlines()]
+            names, vectors, version = (
+                [row["photo"] for row in rows],
+                np.array([row["embedding"] for row in rows]),
+                rows[0]["version"],
+            )
+        assert [Path(name).name for name in names] == [f"{length:03}.jpg" for length in range(1, 101)]
+        assert vectors[:, 0].tolist() == list(range(1, 101))
+        assert version == "1"
+
+    def test_does_not_mix_what_it_goes_on_from(self, hundred: Path) -> None:
+        out = hundred.parent / "out.npz"
+        self.interrupted(hundred, out)
+        unfinished = hundred.parent / "out.npz.unfinished"
+        kept = unfinished.read_bytes()
+        for arguments, reason in (
+            ([hundred / "b"], "is of another command"),
+            ([hundred, "--version", "2"], "has vectors of npair version 1"),
+        ):
+            result = self.run("http://127.0.0.1:9", "embed", *arguments, "--out", out)
+            assert result.returncode == 2
+            assert reason in result.stderr
+        gone = self.run("http://127.0.0.1:9", "embed", hundred, "--out", out)
+        assert gone.returncode == 3
+        assert unfinished.read_bytes() == kept
+        unfinished.write_text("[]\n")
+        assert "is damaged" in self.run("http://127.0.0.1:9", "embed", hundred, "--out", out).stderr
+
+    def test_memory_does_not_grow_with_the_photos(self, tmp_path: Path) -> None:
+        """8,000 photos more, of 20 kB, whose vectors and names alone have 5 MB."""
+        (tmp_path / "photo").write_bytes(b"x" * 20_000)
+
+        def peak(number: int) -> int:
+            folder = tmp_path / str(number)
+            for index in range(number):
+                path = folder / f"{index // 1000}" / f"{index}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.hardlink_to(tmp_path / "photo")
+            code = (
+                "import resource, runpy, sys\ndel sys.argv[0]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+                "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+            )
+            arguments = [ROOT / "model/api/client.py", "embed", folder, "--out", tmp_path / f"{number}.npz", "--url", url]
+            result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+            return int(result.stderr.split()[-1])
+
+        _, reply = embeddings([b"photo"] * 32)  # of a full batch, which all are
+        with serving(lambda *_: (200, reply)) as (url, _):
+            assert peak(8320) - peak(320) < 3000  # kB
+
     def test_rank_refuses_vectors_of_another_version(self, photos: Path, tmp_path: Path) -> None:
         saved = [tmp_path / "one.npz", tmp_path / "two.npz"]
         for version, path in zip("12", saved, strict=True):

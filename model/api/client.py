@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import sys
 import time
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +111,8 @@ class Embedded:
     """One photo's outcome: a vector (float32 [128]), or the reason why there is none."""
 
     index: int
-    vector: Vectors | None
-    reason: str | None
+    vector: Vectors | None = None
+    reason: str | None = None
 
 
 class NpairClient:
@@ -299,18 +300,18 @@ class EmbeddingStream:
 
     def _embed(self, client: NpairClient, batch: Sequence[bytes | str], start: int) -> list[Embedded]:
         """The outcomes of one batch: where photos are refused, the rest is sent once more without them."""
-        reasons = {index: content for index, content in enumerate(batch) if isinstance(content, str)}
-        vectors: dict[int, Vectors] = {}
-        while remaining := [index for index in range(len(batch)) if index not in reasons and index not in vectors]:
+        results = {i: Embedded(start + i, reason=content) for i, content in enumerate(batch) if isinstance(content, str)}
+        while remaining := [i for i in range(len(batch)) if i not in results]:
             try:
-                photos = [batch[index] for index in remaining]
+                photos = [batch[i] for i in remaining]
                 answer = client._embed_batch(photos, self._version, client.retries)  # type: ignore[arg-type]
             except InvalidPhotoError as error:
-                reasons |= {remaining[index]: reason for index, reason in error.reasons.items()}
+                results |= {remaining[i]: Embedded(start + remaining[i], reason=reason) for i, reason in error.reasons.items()}
                 continue
             self._version = answer.version
-            vectors = dict(zip(remaining, answer.vectors, strict=True))
-        return [Embedded(start + index, vectors.get(index), reasons.get(index)) for index in range(len(batch))]
+            for i, vector in zip(remaining, answer.vectors, strict=True):
+                results[i] = Embedded(start + i, vector)
+        return [results[i] for i in range(len(batch))]
 
 
 def _read(photo: Photo) -> bytes:
@@ -389,7 +390,9 @@ def _parser() -> argparse.ArgumentParser:
     photos = f"photo files, or folders that are searched for {', '.join(SUFFIXES)}"
     embed = add("embed", _embed, "embed photos: JSON lines on standard output, or a file")
     embed.add_argument("photos", nargs="+", type=Path, help=photos)
-    embed.add_argument("--out", type=Path, help="write here instead: vectors.npz or vectors.jsonl")
+    embed.add_argument(
+        "--out", type=Path, help="write vectors.npz or vectors.jsonl instead; after an interruption, the same command goes on"
+    )
     compare = add("compare", _compare, "tell whether two photos show the same product")
     compare.add_argument("a", type=Path)
     compare.add_argument("b", type=Path)
@@ -409,29 +412,104 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _embed(client: NpairClient, options: argparse.Namespace) -> int:
-    if options.out is not None and options.out.suffix not in (".npz", ".jsonl"):
-        raise ValueError(f"--out must end in .npz or .jsonl, got {options.out}")
-    names, vectors, version, left_out = _embed_files(client, options.photos)
-    if not names:
-        return EXIT_PHOTOS
-    if options.out is None:
-        _write_lines(sys.stdout, names, vectors, client.model, version)
-        return EXIT_PHOTOS if left_out else EXIT_OK
-    unfinished = options.out.with_name(options.out.name + ".unfinished")
+    if options.out is not None:
+        return _embed_into(options.out, client, options)
+    files = _Files(client, options.photos)
+    for name, vector, version in files:
+        print(_line(name, vector, client.model, version))
+    return EXIT_PHOTOS if files.left_out else EXIT_OK
+
+
+def _embed_into(out: Path, client: NpairClient, options: argparse.Namespace) -> int:
+    """Vectors go into a file beside ``out`` as they come, from which a run that was interrupted goes on, and of which ``out`` is
+    made in the end. Memory does not grow with the number of photos."""
+    if out.suffix not in (".npz", ".jsonl"):
+        raise ValueError(f"--out must end in .npz or .jsonl, got {out}")
+    unfinished = out.with_name(out.name + ".unfinished")
+    done = _resume(unfinished, client)
+    if strange := done.difference(map(str, _files(options.photos))) if done else None:
+        raise ValueError(f"{unfinished} is of another command: it has {min(strange)}; repeat that one, or delete the file")
+    files, version, embedded = _Files(client, options.photos, done), client.version, len(done)
     try:
-        if options.out.suffix == ".npz":
-            with unfinished.open("wb") as file:
-                np.savez(file, names=np.array(names), vectors=vectors, model=np.array(client.model), version=np.array(version))
+        with unfinished.open("a", encoding="utf-8") as lines:
+            for name, vector, version in files:
+                print(_line(name, vector, client.model, version), file=lines, flush=True)
+                embedded += 1
+        if embedded and out.suffix == ".npz":
+            _save_npz(unfinished, out)
+    except (NpairError, OSError, KeyboardInterrupt):
+        if embedded:
+            print(f"{embedded} photos are in {unfinished}, and the same command goes on after them", file=sys.stderr)
+        raise
+    finally:
+        if not embedded:
+            unfinished.unlink(missing_ok=True)
+    if embedded:
+        if out.suffix == ".npz":
+            unfinished.unlink()
         else:
-            with unfinished.open("w", encoding="utf-8") as lines:
-                _write_lines(lines, names, vectors, client.model, version)
-        unfinished.replace(options.out)
+            unfinished.replace(out)
+        summary = {"out": str(out), "embedded": embedded, "left_out": files.left_out, "model": client.model, "version": version}
+        text = f"{embedded} photos embedded by {client.model} version {version} in {out}, {files.left_out} left out"
+        print(json.dumps(summary) if options.json else text)
+    return EXIT_PHOTOS if files.left_out else EXIT_OK
+
+
+def _resume(unfinished: Path, client: NpairClient) -> set[str]:
+    """The names of the photos that the file has already; the client is pinned to the version that embedded them.
+
+    A last line that was cut off is removed. Raises: ValueError where the file is damaged, or of another model or version.
+    """
+    done: set[str] = set()
+    if not unfinished.exists():
+        return done
+    with unfinished.open("r+b") as lines:
+        for line in iter(lines.readline, b""):
+            if not line.endswith(b"\n"):
+                lines.truncate(lines.tell() - len(line))
+                break
+            try:
+                row = json.loads(line)
+                made_by, name = (row["model"], row["version"]), row["photo"]
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(f"{unfinished} is damaged; delete it to begin again") from error
+            if made_by != (client.model, client.version or made_by[1]):
+                raise ValueError(f"{unfinished} has vectors of {made_by[0]} version {made_by[1]}; delete it to begin again")
+            client.version = made_by[1]
+            done.add(name)
+    return done
+
+
+def _save_npz(lines: Path, out: Path) -> None:
+    """names [n], vectors float32 [n, D], model and version, as np.savez would write them, but from lines that need not fit into
+    memory."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        with lines.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+    count, longest = 0, 1
+    for row in rows():
+        count, longest = count + 1, max(longest, len(row["photo"]))
+    columns = {
+        "names": ("photo", np.dtype((np.str_, longest)), (count,)),
+        "vectors": ("embedding", np.dtype("<f4"), (count, len(row["embedding"]))),
+    }
+    unfinished = out.with_name(out.name + ".partial")
+    try:
+        with zipfile.ZipFile(unfinished, "w") as archive:
+            for name, (key, dtype, shape) in columns.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+                    for row in rows():
+                        file.write(np.array(row[key], dtype).tobytes())
+            for key in ("model", "version"):
+                with archive.open(f"{key}.npy", "w") as file:
+                    np.lib.format.write_array(file, np.array(row[key]), allow_pickle=False)  # type: ignore[no-untyped-call]
+        unfinished.replace(out)
     finally:
         unfinished.unlink(missing_ok=True)
-    done = {"out": str(options.out), "embedded": len(names), "left_out": left_out, "model": client.model, "version": version}
-    text = f"{len(names)} photos embedded by {client.model} version {version} in {options.out}, {left_out} left out"
-    print(json.dumps(done) if options.json else text)
-    return EXIT_PHOTOS if left_out else EXIT_OK
 
 
 def _compare(client: NpairClient, options: argparse.Namespace) -> int:
@@ -460,7 +538,6 @@ def _rank(client: NpairClient, options: argparse.Namespace) -> int:
         raise ValueError(f"-k must be at least 1, got {options.k}")
     names: list[str] = []
     blocks: list[Vectors] = []
-    left_out = 0
     # Saved vectors first: they pin the version that has to embed the rest.
     for path in [path for path in options.candidates if path.suffix == ".npz"]:
         saved_names, saved_vectors, saved_version = _load(path, client.model)
@@ -471,10 +548,13 @@ def _rank(client: NpairClient, options: argparse.Namespace) -> int:
         blocks.append(saved_vectors)
     query = client.embed(options.query)
     client.version = query.version
+    left_out = 0
     if photos := [path for path in options.candidates if path.suffix != ".npz"]:
-        new_names, new_vectors, _, left_out = _embed_files(client, photos)
-        names += new_names
-        blocks.append(new_vectors)
+        files = _Files(client, photos)
+        for name, vector, _ in files:
+            names.append(name)
+            blocks.append(vector[np.newaxis])
+        left_out = files.left_out
     if not names:
         return EXIT_PHOTOS
     cosines = np.concatenate(blocks) @ query.vectors[0]
@@ -495,48 +575,59 @@ def _ready(client: NpairClient, options: argparse.Namespace) -> int:
     return EXIT_OK if ready else EXIT_SERVER
 
 
-def _embed_files(client: NpairClient, paths: Sequence[Path]) -> tuple[list[str], Vectors, str, int]:
-    """Names, vectors and version of the files that could be embedded, and how many could not: those are named on stderr."""
-    files = list(_files(paths))
-    if not files:
-        raise ValueError(f"no photos in {', '.join(map(str, paths))}")
-    names, vectors = [], []
-    stream = client.stream(files)
-    for result in _progress(stream, len(files)):
-        if result.vector is None:
-            print(f"{files[result.index]}: {result.reason}", file=sys.stderr)
-        else:
-            names.append(str(files[result.index]))
-            vectors.append(result.vector)
-    left_out = len(files) - len(names)
-    if left_out:
-        print(f"{left_out} of {len(files)} photos left out", file=sys.stderr)
-    return names, np.stack(vectors) if vectors else np.empty((0, 0), np.float32), stream.version if vectors else "", left_out
+class _Files:
+    """Embeds files and iterates, in order, over name, vector and version of those that have one; the others are named on standard
+    error and counted in ``left_out``. done: names that are passed over."""
+
+    def __init__(self, client: NpairClient, paths: Sequence[Path], done: Collection[str] = ()) -> None:
+        self._client, self._paths, self._done = client, paths, done
+        self.left_out = 0
+
+    def __iter__(self) -> Iterator[tuple[str, Vectors, str]]:
+        names, photos = itertools.tee(name for name in map(str, _files(self._paths)) if name not in self._done)
+        stream, total = self._client.stream(photos), len(self._done)
+        for name, result in zip(names, self._progress(stream), strict=True):
+            total += 1
+            if result.vector is None:
+                self.left_out += 1
+                print(f"{name}: {result.reason}", file=sys.stderr)
+            else:
+                yield name, result.vector, stream.version
+        if not total:
+            raise ValueError(f"no photos in {', '.join(map(str, self._paths))}")
+        if self.left_out:
+            print(f"{self.left_out} of {total} photos left out", file=sys.stderr)
+
+    def _progress(self, results: Iterable[Embedded]) -> Iterable[Embedded]:
+        """With a progress bar, where tqdm is installed and somebody watches."""
+        if not sys.stderr.isatty():
+            return results
+        try:
+            from tqdm import tqdm  # noqa: PLC0415
+        except ImportError:
+            return results
+        total = sum(1 for _ in _files(self._paths))
+        bar: Iterable[Embedded] = tqdm(results, total=total, initial=len(self._done), unit="photo")
+        return bar
 
 
 def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    """The paths, and of folders the photos in them and below, in the order of their names."""
     for path in paths:
-        if path.is_dir():
-            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        else:
+        if not path.is_dir():
             yield path
+            continue
+        with os.scandir(path) as entries:
+            names = sorted(
+                entry.name
+                for entry in entries
+                if entry.is_dir(follow_symlinks=False) or (entry.name.lower().endswith(SUFFIXES) and entry.is_file())
+            )
+        yield from _files(path / name for name in names)
 
 
-def _progress(results: Iterable[Embedded], total: int) -> Iterable[Embedded]:
-    """With a progress bar, where tqdm is installed and somebody watches."""
-    if not sys.stderr.isatty():
-        return results
-    try:
-        from tqdm import tqdm  # noqa: PLC0415
-    except ImportError:
-        return results
-    bar: Iterable[Embedded] = tqdm(results, total=total, unit="photo")
-    return bar
-
-
-def _write_lines(file: IO[str], names: Sequence[str], vectors: Vectors, model: str, version: str) -> None:
-    for name, vector in zip(names, vectors, strict=True):
-        print(json.dumps({"photo": name, "model": model, "version": version, "embedding": vector.tolist()}), file=file)
+def _line(name: str, vector: Vectors, model: str, version: str) -> str:
+    return json.dumps({"photo": name, "model": model, "version": version, "embedding": vector.tolist()})
 
 
 def _load(path: Path, model: str) -> tuple[list[str], Vectors, str]:
