@@ -395,8 +395,9 @@ class TestCommandLine:
                 "import resource, runpy, sys\ndel sys.argv[0]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
                 "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
             )
-            arguments = [ROOT / "model/api/client.py", "embed", folder, "--out", tmp_path / f"{number}.npz", "--url", url]
-            result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+            client, out = ROOT / "model/api/client.py", tmp_path / f"{number}.npz"
+            command: list[str | Path] = [sys.executable, "-c", code, client, "embed", folder, "--out", out, "--url", url]
+            result = subprocess.run(command, capture_output=True, text=True, check=True)
             return int(result.stderr.split()[-1])
 
         _, reply = embeddings([b"photo"] * 32)  # of a full batch, which all are

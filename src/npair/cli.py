@@ -1,4 +1,4 @@
-"""The command line: npair data | train | evaluate | publish | verify."""
+"""The command line: npair data | train | evaluate | publish | verify | tune."""
 
 from __future__ import annotations
 
@@ -96,10 +96,35 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("folder", type=Path, help=f"for example {REPOSITORY}/1")
     verify.add_argument("--engine", help="the only one to check (all that can run here)")
     verify.add_argument("--json", action="store_true", help="print JSON")
+
+    tune = add(_tune, "search the serving settings that are best on this machine, and write them to config.pbtxt")
+    _add_source(tune)
+    tune.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR", help="the model's folder (%(default)s)")
+    tune.add_argument("--p99-ms", type=_positive, default=100.0, help="what the slowest hundredth may take (%(default)g)")
+    tune.add_argument("--seconds", type=_positive, default=2.0, help="of each load (%(default)g)")
+    tune.add_argument(
+        "--instances", type=int, nargs="+", metavar="N", help="to try (the divisors of the number of cores, and one more)"
+    )
+    tune.add_argument("--batch", type=int, nargs="+", default=[0, 4, 8, 16, 32], metavar="N", help="to try; 0: any (%(default)s)")
+    tune.add_argument("--delay", type=int, nargs="+", default=[0, 500, 2000], metavar="US", help="to try (%(default)s)")
+    tune.add_argument("--picture", type=Path, metavar="FILE", help="also draw throughput and latency (.svg, .png)")
     return parser
 
 
+def _positive(text: str) -> float:
+    """Raises: ValueError."""
+    number = float(text)
+    if not number > 0:
+        raise ValueError
+    return number
+
+
 def _add_data(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="folder for decoded photos (in the user's cache)")
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         type=Path,
@@ -107,7 +132,6 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="a folder per class, a table (.csv, .tsv: path, label and maybe coarse, split), or a folder with train.txt",
     )
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="folder for decoded photos (in the user's cache)")
 
 
 def _add_splits(parser: argparse.ArgumentParser) -> None:
@@ -256,6 +280,43 @@ def _verify(arguments: argparse.Namespace) -> int:
     for name, checked in engines.items():
         off = "golden set off by {golden_distance:.2g} (tolerance {tolerance:.2g})" if "tolerance" in checked else "{cannot_run}"
         print(f"{name}: {off.format(**checked)}")
+    return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from npair.data import read_dataset
+    from npair.serving.engine import cores
+    from npair.tune import best_point, draw, frontier, read_setting, table, tune, with_setting
+
+    instances = arguments.instances or [n for n in range(1, cores() + 2) if cores() % n == 0 or n > cores()]
+    if min(instances) < 1 or min(arguments.batch + arguments.delay) < 0:
+        raise ValueError("--instances must be positive, --batch and --delay must not be negative")
+    photos = [path for split in read_dataset(arguments.data).splits.values() for path in split.paths]
+    sent = [path.read_bytes() for path in photos[:: -(-len(photos) // 200)]]
+    axes = {"instances": instances, "batch": arguments.batch, "delay": arguments.delay}
+    points, chosen = tune(
+        arguments.repository,
+        sent,
+        p99=arguments.p99_ms,
+        seconds=arguments.seconds,
+        axes=axes,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(table(frontier(points)))
+    if arguments.picture:
+        draw(points, chosen, arguments.p99_ms, arguments.picture)
+    config = arguments.repository / "config.pbtxt"
+    present = read_setting(config.read_text(encoding="utf-8"))
+    best = best_point([point for point in points if point.setting == chosen], arguments.p99_ms)
+    assert best
+    print(f"\nbest: {chosen}: {best.load.rate:.0f} photos/s with a p99 of {best.load.p99:.0f} ms")
+    if chosen == present:
+        print(f"{config} has this setting already")
+    else:
+        unfinished = config.with_name("config.pbtxt.unfinished")
+        unfinished.write_text(with_setting(config.read_text(encoding="utf-8"), chosen), encoding="utf-8")
+        unfinished.replace(config)
+        print(f"written to {config}, in place of {present}; servers that start from now on use it")
     return 0
 
 

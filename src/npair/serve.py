@@ -1,0 +1,1 @@
+../../model/api/serve.py
