@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import costs
 import numpy as np
 import numpy.typing as npt
 import serve
@@ -41,7 +42,6 @@ from PIL import Image
 from npair.data import read_dataset
 from npair.serving.embedder import UNLIMITED, Embedder
 from npair.serving.engine import cores
-from npair.serving.preprocess import decode
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = Path(__file__).parent / "peers"
@@ -239,6 +239,7 @@ def main() -> None:
     parser.add_argument("--environments", type=Path, default=ROOT / ".venv/peers", help="folder for the peers' (%(default)s)")
     parser.add_argument("--peers", nargs="+", choices=[peer.name for peer in ALL[1:]], default=[peer.name for peer in ALL[1:]])
     parser.add_argument("--json", type=Path, help="file for all measurements")
+    parser.add_argument("--pictures", type=Path, help="folder for pictures")
     arguments = parser.parse_args()
     if not shutil.which("wrk"):
         sys.exit("wrk is missing; on Debian: apt install wrk")
@@ -266,14 +267,8 @@ def main() -> None:
             bench.measure(contestant)
             say(f"round {number + 1}: {contestant.name} {contestant.rates(CONNECTIONS[-1])[-1]:.0f}/s")
     print(report(contestants, limits))
-    print("\n" + bench.profile())
-    train = dataset.train.paths
-    rates: dict[str, list[float]] = {"http": [], "grpc": []}
-    for scheme in arguments.rounds * list(rates):
-        rates[scheme].append(bench.bulk(scheme, train))
-    bulk = {scheme: statistics.median(of_scheme) for scheme, of_scheme in rates.items()}
-    print(f"\n`client.py embed` on {len(train):,} photos, start and end included: {bulk['http']:.0f} photos/s over HTTP,")
-    print(f"{bulk['grpc']:.0f} over gRPC.\n")
+    if arguments.pictures:
+        draw(contestants, limits, arguments.pictures / "throughput.svg")
     eager = [contestant for contestant in contestants if contestant.mode == "eager"]
     best = max(eager, key=lambda contestant: contestant.median("rate", CONNECTIONS[-1]), default=contestants[0])
     print(f"| photo | npair, photos/s | {best.name} | ratio |\n| --- | --- | --- | --- |")
@@ -285,6 +280,8 @@ def main() -> None:
             sized.measure(contestant, connections=CONNECTIONS[-1:])
         mine, other = (contestant.median("rate", CONNECTIONS[-1]) for contestant in pair)
         print(f"| {width} x {height} | {mine:.0f} | {other:.0f} | {mine / other:.1f} |", flush=True)
+    print()
+    costs.report(dataset, arguments.rounds, arguments.seconds, arguments.pictures)
     if arguments.json:
         rows = [{"name": c.name, **{key: value for key, value in asdict(c).items() if key in KEPT}} for c in contestants]
         arguments.json.write_text(json.dumps({"limit": limits, "contestants": rows}, indent=1) + "\n")
@@ -330,7 +327,7 @@ class Bench:
     @contextlib.contextmanager
     def running(self, contestant: Contestant, scratch: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
         peer, setting, port = contestant.peer, contestant.setting, free_port()
-        python = self.python(peer)
+        python = python_of(peer.environment, self.arguments.environments) if peer.environment else Path(sys.executable)
         self.grpc_port = free_port()
         ports = {"HTTP_PORT": port, "GRPC_PORT": self.grpc_port, "METRICS_PORT": free_port()}
         settings = {"MODE": contestant.mode, "VERSION": self.version, "OMP_NUM_THREADS": setting.threads}
@@ -353,27 +350,6 @@ class Bench:
                     os.killpg(process.pid, number)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(10)
-
-    def python(self, peer: Peer) -> Path:
-        """Of the peer's environment, which is made the first time; what the network needs comes from npair's own."""
-        if not peer.environment:
-            return Path(sys.executable)
-        folder: Path = self.arguments.environments / peer.environment
-        python = folder / "bin/python"
-        if not (folder / "complete").exists():
-            say(f"installing {peer.name}")
-            lines = dict(line.split(": ") for line in (PEERS / "requirements.txt").read_text().splitlines() if ": " in line)
-            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *lines[peer.environment].split()], check=True)
-            own, site = (
-                subprocess.run(
-                    [p, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True, capture_output=True, text=True
-                )
-                for p in (sys.executable, python)
-            )
-            (Path(site.stdout.strip()) / "npair.pth").write_text(own.stdout)
-            (folder / "complete").touch()
-        return python
 
     def first_answer(self, peer: Peer, port: int, process: subprocess.Popen[bytes], began: float) -> float:
         """Seconds until the first photo is answered."""
@@ -413,47 +389,6 @@ class Bench:
         counted: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
         assert not counted["failed"], f"{peer.name}: {counted['failed']:.0f} of {counted['requests']} requests failed"
         return Load(connections, counted["requests"] / counted["seconds"], counted["p50"], counted["p99"])
-
-    def profile(self) -> str:
-        """A table: CPU time of a photo under the heaviest load, by process, and what decoding and the network take alone."""
-        embedder = Embedder(self.version, cores=1)
-        began = time.process_time()
-        pixels = np.stack([decode(photo, embedder.preprocessing, UNLIMITED) for photo in self.photos])
-        decoded = time.process_time()
-        embedder.embed(pixels)
-        embedded = time.process_time()
-        embedder.close()
-        rows = {"decoding": decoded - began, "the network, four photos at a time": embedded - decoded}
-        rows = {f"alone: {name}": seconds / len(self.photos) for name, seconds in rows.items()}
-        npair = Contestant(ALL[0], "npair", Setting(2, 1))
-        with tempfile.TemporaryDirectory() as name, self.running(npair, Path(name)) as (process, port):
-            self.first_answer(ALL[0], port, process, time.monotonic())
-            self.write_bodies(ALL[0], Path(name) / "bodies")
-            self.wrk(ALL[0], port, Path(name) / "bodies", 8, 2)
-            before = cpu_seconds(process.pid)
-            load = self.wrk(ALL[0], port, Path(name) / "bodies", CONNECTIONS[-1], self.arguments.seconds)
-            after = cpu_seconds(process.pid)
-        photos = load.rate * self.arguments.seconds
-        for kind in after:
-            rows[f"served: {kind}"] = (after[kind] - before[kind]) / photos
-        lines = [f"| {name} | {1e3 * seconds:.2f} |" for name, seconds in rows.items()]
-        return "\n".join(["| | CPU milliseconds a photo |", "| --- | --- |", *lines])
-
-    def bulk(self, scheme: str, paths: Sequence[Path]) -> float:
-        """Photos a second of the client's command line, from a folder into a file."""
-        npair = Contestant(ALL[0], "npair", Setting(2, 1))
-        with tempfile.TemporaryDirectory() as name, self.running(npair, Path(name)) as (process, port):
-            self.first_answer(ALL[0], port, process, time.monotonic())
-            folder = Path(name) / "photos"
-            folder.mkdir()
-            for number, path in enumerate(paths):
-                (folder / f"{number}.jpg").symlink_to(path.resolve())
-            client, out = str(ROOT / "model/api/client.py"), str(Path(name) / "vectors.npz")
-            url = f"{scheme}://127.0.0.1:{port if scheme == 'http' else self.grpc_port}"
-            command = [sys.executable, client, "embed", str(folder), "--out", out, "--url", url]
-            began = time.monotonic()
-            subprocess.run(command, check=True, capture_output=True)
-            return len(paths) / (time.monotonic() - began)
 
     def limit(self) -> float:
         """Photos a second, decoded and embedded on all cores with no server: the better of one process and of one for each core."""
@@ -512,24 +447,53 @@ def report(contestants: list[Contestant], limits: list[float]) -> str:
         if of_mode:
             best = max(of_mode, key=lambda c: c.median("rate", most))
             lone = min(of_mode, key=lambda c: c.lone)
-            ratio, share = npair.median("rate", most) / best.median("rate", most), npair.median("p50", 1) / lone.lone
+            ratio, alone = npair.median("rate", most) / best.median("rate", most), npair.median("p50", 1)
             lines.append(
-                f"Best peer {words}: {best.peer.name}, of which npair has {ratio:.2f} times the photos/s. npair's p50 at one"
-                f" connection is {share:.2f} of the least with any setting, {lone.lone:.1f} ms of {lone.peer.name}."
+                f"Best peer {words}: {best.peer.name}, of which npair has {ratio:.2f} times the photos/s, and"
+                f" {alone / best.median('p50', 1):.2f} of the p50 at one connection; {alone / lone.lone:.2f} of the least with any"
+                f" setting, {lone.lone:.1f} ms of {lone.peer.name}."
             )
     return "\n".join(lines)
 
 
-def cpu_seconds(pid: int) -> dict[str, float]:
-    """What a served npair has used so far, by kind of process."""
-    kinds = {"python": "watch (serve.py)", "tritonserver": "Triton", "triton_python_b": "model instances"}
-    used = dict.fromkeys(kinds.values(), 0.0)
-    for process in [pid, *descendants(pid)]:
-        head, _, tail = Path(f"/proc/{process}/stat").read_text().rpartition(")")
-        kind = next((kind for start, kind in kinds.items() if head.partition("(")[2].startswith(start)), None)
-        if kind:
-            used[kind] += sum(map(int, tail.split()[11:13])) / os.sysconf("SC_CLK_TCK")
-    return used
+def draw(contestants: list[Contestant], limits: list[float], path: Path) -> None:
+    """Bars of photos a second, from the least to the most of the rounds."""
+    pyplot = costs.pyplot()
+    most = CONNECTIONS[-1]
+    ordered = sorted(contestants, key=lambda c: c.median("rate", most))
+    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(ordered) + 1), layout="constrained")
+    colours = ["C0" if c.name == "npair" else "C1" if c.mode == "npair" else "0.6" for c in ordered]
+    middle = [c.median("rate", most) for c in ordered]
+    around = [
+        [m - min(c.rates(most)) for m, c in zip(middle, ordered, strict=True)],
+        [max(c.rates(most)) - m for m, c in zip(middle, ordered, strict=True)],
+    ]
+    axes.barh([c.name for c in ordered], middle, xerr=around, color=colours, ecolor="0.3", capsize=3)
+    axes.axvline(statistics.median(limits), color="C3", linestyle=":", label="without a server")
+    axes.set_xlabel(f"photos a second at {most} connections")
+    axes.legend(loc="lower right")
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def python_of(name: str, parent: Path) -> Path:
+    """Of an environment in requirements.txt, which is made the first time; what the network needs comes from npair's own."""
+    folder = parent / name
+    python = folder / "bin/python"
+    if not (folder / "complete").exists():
+        say(f"installing {name}")
+        lines = dict(line.split(": ") for line in (PEERS / "requirements.txt").read_text().splitlines() if ": " in line)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *lines[name].split()], check=True)
+        own, site = (
+            subprocess.run(
+                [p, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True, capture_output=True, text=True
+            )
+            for p in (sys.executable, python)
+        )
+        (Path(site.stdout.strip()) / "npair.pth").write_text(own.stdout)
+        (folder / "complete").touch()
+    return python
 
 
 def resized(photo: bytes, width: int, height: int) -> bytes:
@@ -541,19 +505,11 @@ def resized(photo: bytes, width: int, height: int) -> bytes:
 def proportional_memory(pid: int) -> float:
     """MB of a process and all below it, what they share divided among those who share it."""
     total = 0
-    for process in [pid, *descendants(pid)]:
+    for process in [pid, *costs.descendants(pid)]:
         with contextlib.suppress(OSError):
             text = Path(f"/proc/{process}/smaps_rollup").read_text()
             total += next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
     return total / 1024
-
-
-def descendants(pid: int) -> list[int]:
-    try:
-        children = serve.children(pid)
-    except OSError:
-        return []
-    return children + [below for child in children for below in descendants(child)]
 
 
 def free_port() -> int:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
@@ -57,6 +58,14 @@ class Point:
     setting: Setting
     connections: int
     load: Load
+
+
+class Server(NamedTuple):
+    """Its URLs, and the process that started it."""
+
+    http: str
+    grpc: str
+    pid: int
 
 
 def read_setting(config: str) -> Setting:
@@ -195,10 +204,10 @@ def draw(points: Sequence[Point], chosen: Setting, p99: float, path: Path) -> No
 
 def _points(models: Path, setting: Setting, photos: Sequence[bytes], p99: float, seconds: float) -> Iterator[Point]:
     """With more and more connections, until answers take too long."""
-    with _serving(models) as url:
-        closed(url, photos, CONNECTIONS[-1], min(1.0, seconds))  # warm-up
+    with serving(models) as server:
+        closed(server.http, photos, CONNECTIONS[-1], min(1.0, seconds))  # warm-up
         for connections in CONNECTIONS:
-            load = closed(url, photos, connections, seconds)
+            load = closed(server.http, photos, connections, seconds)
             yield Point(setting, connections, load)
             if load.p99 > p99:
                 return
@@ -214,7 +223,7 @@ def _medians(runs: Iterable[Iterable[Point]]) -> Iterator[Point]:
 
 
 @contextlib.contextmanager
-def _serving(models: Path) -> Iterator[str]:
+def serving(models: Path) -> Iterator[Server]:
     """A server of this model repository, from when it embeds. Raises: TuneError with what it said where it ends instead."""
     ports = {}
     for name in ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT"):
@@ -231,7 +240,7 @@ def _serving(models: Path) -> Iterator[str]:
                         log.seek(0)
                         raise TuneError(f"the server does not start: {log.read().strip()}")
                     time.sleep(0.1)
-            yield url
+            yield Server(url, f"grpc://127.0.0.1:{ports['GRPC_PORT']}", process.pid)
         finally:
             process.terminate()
             process.wait()

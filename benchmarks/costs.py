@@ -1,0 +1,285 @@
+"""What npair's own server costs: by connections, cores, protocol and photos in a request, at random times, and where the time goes.
+
+    PYTHONPATH=model/api .venv/bin/python benchmarks/costs.py --photos data/grocery
+
+`make bench` runs this after npair's peers. Prints tables in Markdown, of medians. NVIDIA's perf_analyzer, the outside check, is
+fetched the first time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import csv
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import serve
+
+from npair.data import Dataset, read_dataset
+from npair.evaluate import compare, embed_served
+from npair.load import Load, closed, paced
+from npair.pixels import default_cache, load
+from npair.serving.embedder import UNLIMITED, Embedder
+from npair.serving.engine import cores
+from npair.serving.preprocess import decode
+from npair.tune import CONNECTIONS, Server, serving
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = ROOT / "model_repository"
+VERSION = next((MODELS / "npair").glob("[0-9]*"))
+PERF_ANALYZER = "tritonclient==2.50.0"  # the last wheel that has it
+MANY = 32  # connections
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, default=Path("data/grocery"), help="a data set with val photos (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--seconds", type=int, default=4, help="of each load (%(default)s)")
+    parser.add_argument("--pictures", type=Path, help="folder for a picture")
+    arguments = parser.parse_args()
+    report(read_dataset(arguments.photos), arguments.rounds, arguments.seconds, arguments.pictures)
+
+
+def report(dataset: Dataset, rounds: int, seconds: int, pictures: Path | None) -> None:
+    """Prints a section after the other."""
+    assert dataset.val is not None
+    photos = [path.read_bytes() for path in dataset.val.paths[:: max(1, len(dataset.val) // 50)]]
+    for section in (
+        recall(dataset),
+        by_connections(photos, rounds, seconds, pictures),
+        at_half(photos, rounds, seconds),
+        by_cores(photos, rounds, seconds),
+        outside_check(photos, rounds, seconds),
+        profile(photos, seconds),
+        bulk(dataset.train.paths, rounds),
+    ):
+        print(section, end="\n\n", flush=True)
+
+
+def recall(dataset: Dataset) -> str:
+    """Of val photos with the train photos as gallery, as the server embeds them, and as the fp32 reference does."""
+    with serving(MODELS) as server:
+        served = embed_served(dataset, "val", server.http)
+    reference = Embedder(VERSION, cores=cores(), engine="torch")
+    found, pixels, _ = load(dataset, reference.preprocessing, default_cache())
+    by_torch = compare("torch", found, "val", lambda photos: reference.embed(pixels.array[pixels.of(photos)]))
+    reference.close()
+    rows = [
+        [compared.embedded_by, *(f"{recall:.4f}" for recall in compared.recall_at_1().values())] for compared in (served, by_torch)
+    ]
+    return table(["", "Recall@1 on val", "of coarse labels"], rows)
+
+
+def by_connections(photos: Sequence[bytes], rounds: int, seconds: int, pictures: Path | None) -> str:
+    loads: dict[int, list[Load]] = {connections: [] for connections in CONNECTIONS}
+    with warm(photos) as server:
+        for connections in rounds * CONNECTIONS:
+            loads[connections].append(closed(server.http, photos, connections, seconds))
+    medians = {
+        connections: [median(getattr(one, name) for one in of) for name in ("rate", "p50", "p99")]
+        for connections, of in loads.items()
+    }
+    if pictures:
+        draw(medians, pictures / "connections.svg")
+    return table(
+        ["connections", "photos/s", "p50 ms", "p99 ms"],
+        [[c, f"{r:.0f}", f"{p50:.1f}", f"{p99:.1f}"] for c, (r, p50, p99) in medians.items()],
+    )
+
+
+def draw(medians: dict[int, list[float]], path: Path) -> None:
+    figure, left = pyplot().subplots(figsize=(8, 4), layout="constrained")
+    rates, p50, p99 = zip(*medians.values(), strict=True)
+    left.plot(list(medians), rates, "o-", color="C0")
+    left.set(xscale="log", xlabel="connections", ylim=(0, None))
+    left.set_ylabel("photos/s", color="C0")
+    left.set_xticks(list(medians), list(map(str, medians)))
+    right = left.twinx()
+    right.plot(list(medians), p50, "s--", color="C1", label="p50")
+    right.plot(list(medians), p99, "^:", color="C1", label="p99")
+    right.set(yscale="log")
+    right.set_ylabel("latency, ms", color="C1")
+    right.legend(loc="upper left")
+    figure.savefig(path)
+
+
+def pyplot() -> Any:
+    import matplotlib  # noqa: PLC0415  # slow to import, and only for pictures
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "npair"  # the same picture from the same numbers
+    from matplotlib import pyplot  # noqa: PLC0415
+
+    return pyplot
+
+
+def at_half(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
+    """How long answers take where photos come at random times, half as many as the server could answer."""
+    rows = []
+    with warm(photos) as server:
+        for _ in range(rounds):
+            alone, most = closed(server.http, photos, 1, seconds), closed(server.http, photos, MANY, seconds)
+            half = paced(server.http, photos, most.rate / 2, 2 * seconds)
+            rows.append((most.rate, half.rate, alone.p50, half.p50, half.p99, half.p99 / alone.p50))
+    most_rate, rate, alone_p50, p50, p99, ratio = map(median, zip(*rows, strict=True))
+    return (
+        f"{rate:.0f} photos/s at random times, half of the {most_rate:.0f} that {MANY} connections get: p50 {p50:.1f} ms,\n"
+        f"p99 {p99:.1f} ms, which is {ratio:.1f} times the p50 of a photo alone, {alone_p50:.1f} ms."
+    )
+
+
+def by_cores(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
+    """The server on its first cores alone; the load comes from all."""
+    all_cpus = sorted(os.sched_getaffinity(0))
+    numbers = [number for number in (1, 2, 4, 8, 16, 32) if number <= len(all_cpus)]
+    loads: dict[int, list[tuple[Load, Load]]] = {number: [] for number in numbers}
+    for number in rounds * numbers:
+        os.sched_setaffinity(0, all_cpus[:number])  # the server inherits it
+        try:
+            with warm(photos) as server:
+                os.sched_setaffinity(0, all_cpus)
+                loads[number].append((closed(server.http, photos, 1, seconds), closed(server.http, photos, MANY, seconds)))
+        finally:
+            os.sched_setaffinity(0, all_cpus)
+    rows = [
+        [number, f"{median(many.rate for _, many in of):.0f}", f"{median(one.p50 for one, _ in of):.1f}"]
+        for number, of in loads.items()
+    ]
+    return table(["CPUs", f"photos/s, {MANY} connections", "p50 ms alone"], rows)
+
+
+def outside_check(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
+    """What perf_analyzer measures, over both protocols, with more photos in a request and as many less requests at once."""
+    kinds = [(protocol, batch) for batch in (1, 8, 32) for protocol in ("http", "grpc")]
+    rates: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
+    with tempfile.TemporaryDirectory() as name, warm(photos) as server:
+        scratch = Path(name)
+        program, environment = perf_analyzer(scratch)
+        encoded = [base64.b64encode(len(photo).to_bytes(4, "little") + photo).decode() for photo in photos]
+        data = {"data": [{"IMAGE": {"content": {"b64": photo}, "shape": [1]}} for photo in encoded]}
+        (scratch / "photos.json").write_text(json.dumps(data))
+        for protocol, batch in rounds * kinds:
+            url = (server.http if protocol == "http" else server.grpc).partition("//")[2]
+            command = [program, "-m", "npair", "-i", protocol, "-u", url, "-b", str(batch), "-f", str(scratch / "out.csv")]
+            command += ["--input-data", str(scratch / "photos.json"), "--concurrency-range", str(max(2, MANY // batch))]
+            command += ["--measurement-interval", str(1000 * seconds), "--max-trials", "3", "--stability-percentage", "999"]
+            done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(f"perf_analyzer failed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+            with (scratch / "out.csv").open() as file:
+                rates[protocol, batch].append(float(next(csv.DictReader(file))["Inferences/Second"]))
+    rows = []
+    for batch in (1, 8, 32):
+        http, grpc = (median(rates[protocol, batch]) for protocol in ("http", "grpc"))
+        rows.append([batch, max(2, MANY // batch), f"{http:.0f}", f"{grpc:.0f}", f"{grpc / http:.2f}"])
+    return "perf_analyzer:\n\n" + table(["photos in a request", "requests at once", "HTTP, photos/s", "gRPC", "gRPC / HTTP"], rows)
+
+
+def perf_analyzer(scratch: Path) -> tuple[str, dict[str, str]]:
+    """The program, out of its wheel, and the environment in which it finds its libraries, which the wheel of the server has."""
+    fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--platform", "manylinux1_x86_64"]
+    subprocess.run([*fetch, "--only-binary=:all:", "--dest", scratch, PERF_ANALYZER], check=True)
+    with zipfile.ZipFile(next(scratch.glob("tritonclient-*.whl"))) as wheel:
+        program = Path(wheel.extract(next(name for name in wheel.namelist() if name.endswith("bin/perf_analyzer")), scratch))
+    program.chmod(0o755)
+    libraries = Path(sysconfig.get_path("purelib")) / "nvidia_pytriton.libs"
+    for name, pattern in (("libb64.so.0d", "libb64-*"), ("libcudart.so.12", "libcudart-*")):
+        (scratch / name).symlink_to(next(libraries.glob(pattern)))
+    return str(program), {**os.environ, "LD_LIBRARY_PATH": str(scratch)}
+
+
+def profile(photos: Sequence[bytes], seconds: int) -> str:
+    """CPU time of a photo under load, by process, and what decoding and the network take alone."""
+    embedder = Embedder(VERSION, cores=1)
+    alone: dict[str, list[float]] = {"alone: decoding": [], "alone: the network, four photos at a time": []}
+    for _ in range(5):
+        began = time.process_time()
+        pixels = np.stack([decode(photo, embedder.preprocessing, UNLIMITED) for photo in photos])
+        decoded = time.process_time()
+        embedder.embed(pixels)
+        for of_kind, spent in zip(alone.values(), (decoded - began, time.process_time() - decoded), strict=True):
+            of_kind.append(spent / len(photos))
+    embedder.close()
+    rows = {name: min(times) for name, times in alone.items()}
+    with warm(photos) as server:
+        before = cpu_seconds(server.pid)
+        began = time.monotonic()
+        load = closed(server.http, photos, MANY, seconds)
+        answered = load.rate * (time.monotonic() - began)
+        after = cpu_seconds(server.pid)
+    rows |= {f"served: {kind}": (after[kind] - before[kind]) / answered for kind in after}
+    return table(["", "CPU milliseconds a photo"], [[name, f"{1e3 * spent:.2f}"] for name, spent in rows.items()])
+
+
+def bulk(paths: Sequence[Path], rounds: int) -> str:
+    """Photos a second of the client's command line, from a folder into a file, beside those of the load alone."""
+    photos = [path.read_bytes() for path in paths[:: max(1, len(paths) // 50)]]
+    rates: dict[str, list[float]] = {"the load": [], "http": [], "grpc": []}
+    with tempfile.TemporaryDirectory() as name, warm(photos) as server:
+        folder = Path(name) / "photos"
+        folder.mkdir()
+        for number, path in enumerate(paths):
+            (folder / f"{number}.jpg").symlink_to(path.resolve())
+        for _ in range(rounds):
+            rates["the load"].append(closed(server.http, photos, MANY, 6).rate)
+            for scheme, url in (("http", server.http), ("grpc", server.grpc)):
+                client, out = ROOT / "model/api/client.py", Path(name) / "vectors.npz"
+                began = time.monotonic()
+                subprocess.run(
+                    [sys.executable, client, "embed", folder, "--out", out, "--url", url], check=True, capture_output=True
+                )
+                rates[scheme].append(len(paths) / (time.monotonic() - began))
+    load = median(rates.pop("the load"))
+    rows = [[scheme, f"{median(of):.0f}", f"{median(of) / load:.2f}"] for scheme, of in rates.items()]
+    head = [f"client.py embed, {len(paths):,} photos, start and end included", "photos/s", f"of the load's at {MANY} connections"]
+    return table(head, rows)
+
+
+@contextlib.contextmanager
+def warm(photos: Sequence[bytes]) -> Iterator[Server]:
+    with serving(MODELS) as server:
+        closed(server.http, photos, MANY, 2)
+        yield server
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def cpu_seconds(pid: int) -> dict[str, float]:
+    """What a served npair has used so far, by kind of process."""
+    kinds = {"python": "watch (serve.py)", "tritonserver": "Triton", "triton_python_b": "model instances"}
+    used = dict.fromkeys(kinds.values(), 0.0)
+    for process in [pid, *descendants(pid)]:
+        head, _, tail = Path(f"/proc/{process}/stat").read_text().rpartition(")")
+        kind = next((kind for start, kind in kinds.items() if head.partition("(")[2].startswith(start)), None)
+        if kind:
+            used[kind] += sum(map(int, tail.split()[11:13])) / os.sysconf("SC_CLK_TCK")
+    return used
+
+
+def descendants(pid: int) -> list[int]:
+    try:
+        children = serve.children(pid)
+    except OSError:
+        return []
+    return children + [below for child in children for below in descendants(child)]
+
+
+if __name__ == "__main__":
+    main()
