@@ -1,4 +1,4 @@
-"""Why OpenVINO and Pillow: what else could compute the shipped network and decode its photos, side by side on one core.
+"""Why OpenVINO and simplejpeg: what else could compute the shipped network and decode its photos, side by side on one core.
 
     PYTHONPATH=model/api .venv/bin/python benchmarks/alternatives.py --photos data/grocery
 
@@ -12,6 +12,7 @@ Needs: Linux, the .venv of `make install`, g++ for torch.compile and, the first 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import operator
 import os
@@ -95,6 +96,11 @@ def decoders_of(preprocessing: Preprocessing) -> dict[str, tuple[Decoder, Sequen
     size, resample = (preprocessing.size, preprocessing.size), Image.Resampling[preprocessing.resample]
     eighths = partial(full, min_height=preprocessing.size, min_width=preprocessing.size, min_factor=1)
 
+    def pillow(photo: bytes) -> Pixels:
+        image = Image.open(io.BytesIO(photo))
+        image.draft(None, size)
+        return np.asarray(ImageOps.fit(image.convert("RGB"), size, resample))
+
     def fit(pixels: Pixels) -> Pixels:
         return np.asarray(ImageOps.fit(Image.fromarray(pixels), size, resample))
 
@@ -108,11 +114,14 @@ def decoders_of(preprocessing: Preprocessing) -> dict[str, tuple[Decoder, Sequen
         return resize(cv2.imdecode(np.frombuffer(photo, np.uint8), cv2.IMREAD_COLOR_RGB), cv2.INTER_AREA)
 
     return {
+        "Pillow": (pillow, ["pillow"]),
         "simplejpeg, then Pillow": (lambda photo: fit(full(photo)), ["simplejpeg", "pillow"]),
-        "simplejpeg by eighths, then Pillow": (lambda photo: fit(eighths(photo)), ["simplejpeg", "pillow"]),
         "OpenCV, area": (imdecode, [opencv]),
         "simplejpeg by eighths, then OpenCV": (lambda photo: resize(eighths(photo), cv2.INTER_LINEAR), ["simplejpeg", opencv]),
-        "npair: Pillow": (partial(decode, preprocessing=preprocessing, limits=UNLIMITED), ["pillow"]),
+        "npair: simplejpeg by eighths, then Pillow": (
+            partial(decode, preprocessing=preprocessing, limits=UNLIMITED),
+            ["simplejpeg", "pillow"],
+        ),
     }
 
 

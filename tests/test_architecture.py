@@ -55,7 +55,7 @@ ALLOWED = {
     "serving/model": SERVING | {"triton_python_backend_utils"},
     "serving/embedder": SERVING,
     "serving/engine": {"numpy", "openvino", "torch"},
-    "serving/preprocess": {"numpy", "PIL"},
+    "serving/preprocess": {"numpy", "PIL", "simplejpeg"},
 }
 
 

@@ -31,7 +31,7 @@ from npair.serving.preprocess import Preprocessing
 
 SCHEMA = 3
 CODE = ("model.py", "embedder.py", "engine.py", "preprocess.py")
-LIBRARIES = ("torch", "openvino", "numpy", "pillow")
+LIBRARIES = ("torch", "openvino", "numpy", "pillow", "simplejpeg")
 MAX_BATCH = 64
 
 

@@ -179,7 +179,13 @@ def _decoded(
     sources: Mapping[str, Path], preprocessing: Preprocessing, cache: Path
 ) -> tuple[npt.NDArray[np.uint8], dict[str, str]]:
     """Pixels [m, size, size, 3], a row for each digest in ``sources``, and why some digests have none."""
-    decoder = [Path(preprocess.__file__).read_text(encoding="utf-8"), version("pillow"), asdict(preprocessing), asdict(LIMITS)]
+    decoder = [
+        Path(preprocess.__file__).read_text(encoding="utf-8"),
+        version("pillow"),
+        version("simplejpeg"),
+        asdict(preprocessing),
+        asdict(LIMITS),
+    ]
     key = hashlib.sha256(json.dumps([list(sources), decoder]).encode()).hexdigest()
     shape = (len(sources), preprocessing.size, preprocessing.size, 3)
     found = _read_cache(cache / f"{key}.npy", shape)
