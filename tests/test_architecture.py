@@ -66,7 +66,8 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            modules = ["npair.serving" if node.level else str(node.module)]
+            module = "npair.serving" if node.level else str(node.module)
+            modules = [f"npair.{alias.name}" for alias in node.names] if module == "npair" else [module]
         else:
             continue
         for module in modules:

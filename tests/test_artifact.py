@@ -20,7 +20,7 @@ from npair.drawings import write_dataset
 from npair.engines import ENGINES
 from npair.network import embed, load_network
 from npair.run import RunError
-from npair.serving.embedder import Embedder
+from npair.serving.embedder import Embedder, VersionError
 from npair.train import train
 
 
@@ -90,6 +90,18 @@ def test_next_number_whatever_lies_around(repository: Path, trained: Path, datas
     (repository / "7").mkdir()
     (repository / "staging-of-a-crash").mkdir()
     assert publish(trained, dataset, repository) == repository / "8"
+
+
+def test_a_version_is_published_anew(published: Path, repository: Path, dataset: Path) -> None:
+    shutil.copytree(published / "1", repository / "1")
+    again = publish(repository / "1", dataset, repository)
+    old, new = (json.loads((folder / "manifest.json").read_text()) for folder in (repository / "1", again))
+    assert new["training"] == old["training"]
+    before, after = (np.load(folder / "golden/embeddings.npy") for folder in (repository / "1", again))
+    np.testing.assert_allclose(after, before, atol=1e-6)
+    (again / "network.pt2").write_bytes(b"changed")
+    with pytest.raises(VersionError, match=r"network\.pt2 has changed"):
+        publish(again, dataset, repository)
 
 
 def test_failure_leaves_nothing(repository: Path, trained: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,10 +23,11 @@ import npair.serving
 from npair.data import read_dataset
 from npair.drawings import draw, encode
 from npair.engines import ENGINES, REFERENCE, UNMEASURED, choose, write_graphs
-from npair.network import EMBEDDING_DIM, EmbeddingNetwork, embed, load_network
+from npair.network import EMBEDDING_DIM, EmbeddingNetwork, build_network, embed, load_network
 from npair.pixels import default_cache, load, load_pixels
 from npair.run import TrainConfig, git_commit, read_run
-from npair.serving.embedder import Embedder
+from npair.serving.embedder import Embedder, read_manifest, verify_files
+from npair.serving.engine import EngineError, refuse_pickles
 from npair.serving.preprocess import Preprocessing
 
 SCHEMA = 3
@@ -42,6 +43,7 @@ class PublishError(RuntimeError):
 def publish(run: Path, data: Path, repository: Path, cache: Path | None = None) -> Path:
     """Write the next version of ``repository`` (the model's folder, with its config.pbtxt) from a run's averaged network.
 
+    run: its folder, or that of an earlier version, whose network is then published anew with the present serving code.
     The version is staged beside the others, verified, scored on ``data``'s val split by the code that will serve it, and renamed
     into place as the last act: it is there whole or not at all. Without a val split, it has no metrics and no thresholds.
     cache: the folder for decoded photos, by default in the user's cache folder.
@@ -50,7 +52,7 @@ def publish(run: Path, data: Path, repository: Path, cache: Path | None = None) 
     if not (repository / "config.pbtxt").is_file():
         raise PublishError(f"{repository} is not a model's folder: it has no config.pbtxt")
     training = read_run(run)
-    network = load_network(run)
+    network = restore(run) if (run / "manifest.json").exists() else load_network(run)
     config = TrainConfig(**training["train"])
     preprocessing = config.preprocessing()
     dataset = read_dataset(data, split_by=config.split_by, val_share=config.val_share, seed=config.seed)
@@ -109,6 +111,19 @@ def publish(run: Path, data: Path, repository: Path, cache: Path | None = None) 
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return target
+
+
+def restore(version: Path) -> EmbeddingNetwork:
+    """The network of a version's folder. Raises: PublishError, RunError, VersionError where it is not as it was published."""
+    verify_files(version, read_manifest(version))
+    graph = version / ENGINES[REFERENCE]["graph"]
+    try:
+        refuse_pickles(graph)
+    except EngineError as error:
+        raise PublishError(str(error)) from error
+    network = build_network(read_run(version)["network"])
+    network.load_state_dict(torch.export.load(graph).state_dict)
+    return network.eval()
 
 
 def client_parameters(folder: Path) -> dict[str, str]:

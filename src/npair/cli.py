@@ -88,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--picture", type=Path, metavar="FILE", help="also draw a few queries with their nearest photos")
 
     publish = add(_publish, "write a run's network as the next version of the model")
-    publish.add_argument("--run", type=Path, required=True, metavar="DIR")
+    publish.add_argument(
+        "--run", type=Path, required=True, metavar="DIR", help="a run; or a version, to publish its network anew with this code"
+    )
     _add_data(publish)
     publish.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR", help="the model's folder (%(default)s)")
 

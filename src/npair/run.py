@@ -62,10 +62,13 @@ class TrainConfig:
 def read_run(run: Path) -> dict[str, Any]:
     """A run's config.json: ``train`` (arguments of TrainConfig), ``network`` (a network.Description), ``git_commit``, ``data``.
 
+    run: its folder, or that of a version that was published from one, whose manifest holds the same.
     Raises: RunError where there is none.
     """
     try:
-        started: dict[str, Any] = json.loads((run / "config.json").read_text())
+        version = run / "manifest.json"
+        started: dict[str, Any] = json.loads((version if version.exists() else run / "config.json").read_text())
+        started = started.get("training", started)
         TrainConfig(**started["train"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{run} is not a run of this npair: {error}") from error

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import random
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from conftest import LIMITS, PREPROCESSING
-from PIL import Image
+from PIL import Image, ImageOps
 
 from npair.drawings import draw, encode
-from npair.serving.preprocess import Limits, PhotoError, decode
+from npair.serving.preprocess import Limits, PhotoError, Preprocessing, decode
 
 PHOTO = draw(0, 0, 200)
+SHARP = Preprocessing(size=208, resample="BILINEAR", background=255)
+LARGE = Limits(max_bytes=10_000_000, max_pixels=10_000_000)
 
 
 def decoded(photo: bytes) -> npt.NDArray[np.uint8]:
     return decode(photo, PREPROCESSING, LIMITS)
+
+
+def by_pillow(photo: bytes) -> npt.NDArray[np.uint8]:
+    """The central square of all pixels, scaled to what SHARP asks for."""
+    image = ImageOps.fit(Image.open(io.BytesIO(photo)).convert("RGB"), (208, 208), Image.Resampling.BILINEAR)
+    return np.asarray(ImageOps.exif_transpose(image))
 
 
 def test_central_square_scaled() -> None:
@@ -63,11 +73,36 @@ def test_damaged_exif_does_not_spoil_the_photo() -> None:
     np.testing.assert_array_equal(decoded(plain), decoded(spoiled))
 
 
-def test_reduced_decoding_of_large_jpegs_changes_little() -> None:
-    large = PHOTO.resize((1600, 1600), Image.Resampling.BICUBIC)
-    limits = Limits(max_bytes=10_000_000, max_pixels=10_000_000)
-    reduced, full = (decode(encode(large, kind), PREPROCESSING, limits) for kind in ("JPEG", "PNG"))
-    assert np.abs(reduced.astype(int) - full).mean() < 2
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("size", [(1, 1), (100, 300), (208, 208), (237, 348), (348, 348), (1100, 900), (1500, 300)])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": "4:4:4"}], ids=str)
+def test_jpegs_are_scaled_as_by_pillow(size: tuple[int, int], mode: str, options: dict[str, Any]) -> None:
+    photo = encode(draw(0, 0).convert(mode).resize(size), "JPEG", quality=90, **options)
+    difference = decode(photo, SHARP, LARGE).astype(int) - by_pillow(photo)
+    assert np.abs(difference).mean() < 2
+    assert abs(difference.mean()) < 0.5
+
+
+def test_orientation_counts_after_scaled_decoding() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = encode(PHOTO.resize((800, 600)), "JPEG", quality=90, exif=exif)
+    assert np.abs(decode(photo, SHARP, LARGE).astype(int) - by_pillow(photo)).mean() < 2
+
+
+def test_what_browsers_show_is_taken() -> None:
+    """Zeros between two segments, over which libjpeg warns, and bytes after the end of the picture."""
+    photo = encode(PHOTO, "JPEG", quality=90)
+    quantisation = photo.index(b"\xff\xdb")
+    for odd in (photo[:quantisation] + b"\0\0" + photo[quantisation:], photo + b"more"):
+        assert np.abs(decode(odd, SHARP, LARGE).astype(int) - by_pillow(photo)).mean() < 2
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.2, 0.5, 0.9, 0.99])
+def test_truncated_jpegs_are_refused(keep: float) -> None:
+    photo = encode(PHOTO, "JPEG", quality=90)
+    with pytest.raises(PhotoError, match="truncated"):
+        decoded(photo[: int(keep * len(photo))])
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
