@@ -26,6 +26,7 @@ from npair.serving.engine import BATCH, EngineError, cores, cpu_info, import_ope
 openvino = import_openvino()
 os.environ["NNCF_CI"] = "1"  # else it would tell its maker of its use, over the network
 import nncf  # noqa: E402
+from nncf.quantization.range_estimator import RangeEstimatorParametersSet  # noqa: E402
 
 Manifest = dict[str, Any]
 
@@ -75,7 +76,19 @@ def write_graphs(folder: Path, photos: npt.NDArray[np.uint8]) -> dict[str, str]:
         return {name: reason for name in ENGINES if name != REFERENCE}
     try:
         data = nncf.Dataset(list(chosen[:, None]))
-        quantised = nncf.quantize(model, data, preset=nncf.QuantizationPreset.MIXED, subset_size=len(chosen))
+        # Ranges by histogram and biases corrected layer by layer take half a minute, and come far closer to the reference than
+        # NNCF's defaults.
+        quantised = nncf.quantize(
+            model,
+            data,
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(chosen),
+            fast_bias_correction=False,
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                activations_range_estimator_params=RangeEstimatorParametersSet.HISTOGRAM,
+                overflow_fix=nncf.OverflowFix.DISABLE,  # for CPUs without VNNI, which int8 is not used on
+            ),
+        )
         openvino.save_model(quantised, folder / ENGINES["openvino-int8"]["graph"], compress_to_fp16=False)
     except Exception as error:
         failed["openvino-int8"] = f"NNCF cannot quantise the graph: {error}"
