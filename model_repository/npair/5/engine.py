@@ -48,7 +48,6 @@ def load(library: str, graph: Path, precision: str, threads: int, cores: int) ->
     """
     if INSTRUCTIONS[precision] and not INSTRUCTIONS[precision] & cpu_flags():
         raise EngineError(f"this CPU has none of {', '.join(sorted(INSTRUCTIONS[precision]))}")
-    os.environ["OMP_NUM_THREADS"] = str(cores)  # before the library is imported
     try:
         return {"openvino": _openvino, "torch": _torch}[library](graph, precision, threads, cores)
     except ImportError as error:
@@ -57,10 +56,15 @@ def load(library: str, graph: Path, precision: str, threads: int, cores: int) ->
         raise EngineError(f"{library} cannot run {graph.name} on this CPU: {str(error).splitlines()[-1]}") from error
 
 
+def cpu_info(key: str) -> str:
+    """What /proc/cpuinfo says of the first CPU under this key, empty where it says nothing."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+
+
 def cpu_flags() -> frozenset[str]:
     """The CPU's instruction sets, named as in /proc/cpuinfo."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").split()[2:])
+    return frozenset(cpu_info("flags").split())
 
 
 def cores() -> int:
@@ -79,11 +83,16 @@ def cores() -> int:
     return count
 
 
-def _openvino(graph: Path, precision: str, threads: int, cores: int) -> Engine:
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # else the import would tell its maker over the network
+def import_openvino() -> Any:
+    """The module, which would tell its maker of its import over the network if it found its package for that."""
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     import openvino  # noqa: PLC0415  # imported where a version uses it
 
-    core = openvino.Core()
+    return openvino
+
+
+def _openvino(graph: Path, precision: str, threads: int, cores: int) -> Engine:
+    core = import_openvino().Core()
 
     def compiled(batch: int, alone: bool) -> Any:
         model = core.read_model(graph)
@@ -119,9 +128,13 @@ def _torch(graph: Path, precision: str, _threads: int, cores: int) -> Engine:
     network = torch.export.load(graph).module()
 
     def engine(pixels: npt.NDArray[np.uint8], *, alone: bool) -> npt.NDArray[np.float32]:
-        torch.set_num_threads(cores if alone else 1)  # of the thread that calls
-        with torch.inference_mode():
-            embeddings: npt.NDArray[np.float32] = network(torch.from_numpy(pixels)).numpy()
+        before = torch.get_num_threads()  # of the thread that calls, which may have work of its own
+        torch.set_num_threads(cores if alone else 1)
+        try:
+            with torch.inference_mode():
+                embeddings: npt.NDArray[np.float32] = network(torch.from_numpy(pixels)).numpy()
+        finally:
+            torch.set_num_threads(before)
         return embeddings
 
     return engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         instances = sum(group["count"] for group in config["instance_group"])
         self.limits = Limits(max_bytes=_number(config, "max_bytes"), max_pixels=_number(config, "max_pixels"))
+        available = cores()
+        os.environ["OMP_NUM_THREADS"] = str(available)  # before a library that reads it is imported
         folder = Path(args["model_repository"]) / args["model_version"]
-        self.embedder = Embedder(folder, cores=cores(), instances=instances, engine=_parameter(config, "engine"))
+        self.embedder = Embedder(folder, cores=available, instances=instances, engine=_parameter(config, "engine"))
         for name, reason in self.embedder.passed_over.items():
             pb_utils.Logger.log_warn(f"version {folder.name} is served by {self.embedder.engine}, not by {name}: {reason}")
 

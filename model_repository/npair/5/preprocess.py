@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -71,10 +72,9 @@ def decode(photo: bytes, preprocessing: Preprocessing, limits: Limits) -> npt.ND
         raise PhotoError(f"the photo has {width}x{height} pixels, more than the limit of {limits.max_pixels}; scale it down")
     size = (preprocessing.size, preprocessing.size)
     try:
-        # A JPEG far larger than needed is decoded at 1/2, 1/4 or 1/8 of its size, never below the size asked for.
-        image.draft(None, size)
-        image.load()
-        image = ImageOps.fit(_to_rgb(image, preprocessing.background), size, Image.Resampling[preprocessing.resample])
+        rgb = _jpeg_to_rgb(image, photo, size) or _to_rgb(image, preprocessing.background)
+        rgb.info = image.info
+        image = ImageOps.fit(rgb, size, Image.Resampling[preprocessing.resample])
     except Exception as error:  # hostile files make Pillow raise far more than OSError
         raise PhotoError(f"the {image.format or 'image'} data is truncated or damaged ({error})") from error
     with contextlib.suppress(Exception):  # unreadable EXIF data does not spoil the pixels: browsers show such photos unrotated too
@@ -82,8 +82,20 @@ def decode(photo: bytes, preprocessing: Preprocessing, limits: Limits) -> npt.ND
     return np.array(image)
 
 
+def _jpeg_to_rgb(image: Image.Image, photo: bytes, size: tuple[int, int]) -> Image.Image | None:
+    """A sound JPEG, decoded at so few eighths of its width and height that both are not below ``size``; None for all else, and
+    Pillow, which knows only halves, says what is wrong with it."""
+    if not photo.startswith(SIGNATURES[0]) or image.mode not in ("L", "RGB"):
+        return None
+    try:
+        return Image.fromarray(simplejpeg.decode_jpeg(photo, "RGB", min_width=size[0], min_height=size[1]))
+    except ValueError:
+        image.draft(None, size)
+        return None
+
+
 def _to_rgb(image: Image.Image, background: int) -> Image.Image:
-    """Any mode that Pillow reads from FORMATS, as 8-bit RGB; ``info`` keeps the metadata."""
+    """Any mode that Pillow reads from FORMATS, as 8-bit RGB."""
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255 instead of scaling
         rgb = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     elif image.has_transparency_data:
@@ -91,6 +103,5 @@ def _to_rgb(image: Image.Image, background: int) -> Image.Image:
         rgb = Image.new("RGB", image.size, (background, background, background))
         rgb.paste(rgba, mask=rgba.getchannel("A"))
     else:
-        return image.convert("RGB")
-    rgb.info = image.info
+        rgb = image.convert("RGB")
     return rgb
