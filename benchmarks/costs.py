@@ -31,10 +31,11 @@ import serve
 from npair.data import Dataset, read_dataset
 from npair.evaluate import compare, embed_served
 from npair.load import Load, closed, paced
+from npair.network import build_network, multiply_adds
 from npair.pixels import default_cache, load
-from npair.serving.embedder import UNLIMITED, Embedder
-from npair.serving.engine import cores
-from npair.serving.preprocess import decode
+from npair.serving.embedder import UNLIMITED, Embedder, read_manifest
+from npair.serving.engine import BATCH, cores, import_openvino
+from npair.serving.preprocess import Preprocessing, decode
 from npair.tune import CONNECTIONS, Server, serving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,16 +59,14 @@ def report(dataset: Dataset, rounds: int, seconds: int, pictures: Path | None) -
     """Prints a section after the other."""
     assert dataset.val is not None
     photos = [path.read_bytes() for path in dataset.val.paths[:: max(1, len(dataset.val) // 50)]]
-    for section in (
-        recall(dataset),
-        by_connections(photos, rounds, seconds, pictures),
-        at_half(photos, rounds, seconds),
-        by_cores(photos, rounds, seconds),
-        outside_check(photos, rounds, seconds),
-        profile(photos, seconds),
-        bulk(dataset.train.paths, rounds),
-    ):
-        print(section, end="\n\n", flush=True)
+    print(recall(dataset), end="\n\n", flush=True)
+    print(by_connections(photos, rounds, seconds, pictures), end="\n\n", flush=True)
+    print(at_half(photos, rounds, seconds), end="\n\n", flush=True)
+    print(by_cores(photos, rounds, seconds), end="\n\n", flush=True)
+    print(outside_check(photos, rounds, seconds), end="\n\n", flush=True)
+    print(profile(photos, seconds), end="\n\n", flush=True)
+    print(layers(photos), end="\n\n", flush=True)
+    print(bulk(dataset.train.paths, rounds), flush=True)
 
 
 def recall(dataset: Dataset) -> str:
@@ -223,6 +222,37 @@ def profile(photos: Sequence[bytes], seconds: int) -> str:
         after = cpu_seconds(server.pid)
     rows |= {f"served: {kind}": (after[kind] - before[kind]) / answered for kind in after}
     return table(["", "CPU milliseconds a photo"], [[name, f"{1e3 * spent:.2f}"] for name, spent in rows.items()])
+
+
+def layers(photos: Sequence[bytes]) -> str:
+    """Where the int8 network's time goes on one core, by kind of layer, as OpenVINO counts it."""
+    openvino = import_openvino()
+    manifest = read_manifest(VERSION)
+    model = openvino.Core().read_model(VERSION / manifest["engines"]["openvino-int8"]["graph"])
+    model.reshape([BATCH, *list(model.input().partial_shape)[1:]])
+    options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32", "PERF_COUNT": True}
+    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    preprocessing = Preprocessing(**manifest["preprocessing"])
+    pixels = np.stack([decode(photo, preprocessing, UNLIMITED) for photo in photos[:BATCH]])
+    runs: dict[str, list[float]] = {}
+    for _ in range(20):
+        request.infer([pixels])
+        spent: dict[str, float] = {}
+        for layer in request.profiling_info:
+            kind = f"{layer.node_type}, {layer.exec_type}"
+            spent[kind] = spent.get(kind, 0.0) + layer.real_time.total_seconds() / BATCH
+        for kind, of_kind in spent.items():
+            runs.setdefault(kind, []).append(1e3 * of_kind)
+    costs = sorted(((min(of_kind), kind) for kind, of_kind in runs.items()), reverse=True)
+    total = sum(cost for cost, _ in costs)
+    rows: list[list[object]] = [[kind, f"{cost:.2f}", f"{cost / total:.0%}"] for cost, kind in costs if cost > 0.01 * total]
+    rows.append(["all", f"{total:.2f}", f"{network_multiply_adds(manifest) / total / 1e6:.0f} G multiply-adds a second"])
+    return table(["kind of layer, kernel", "milliseconds a photo", "share"], rows)
+
+
+def network_multiply_adds(manifest: dict[str, Any]) -> int:
+    training = manifest["training"]
+    return multiply_adds(build_network(training["network"]), training["train"]["size"])
 
 
 def bulk(paths: Sequence[Path], rounds: int) -> str:

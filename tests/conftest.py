@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from npair.repository import open_repository
 
-from npair.artifact import publish
 from npair.data import Dataset
 from npair.drawings import draw, encode, write_dataset
+from npair.pixels import default_cache
+from npair.publish import publish
 from npair.run import TrainConfig
 from npair.serving.preprocess import Limits, Preprocessing
 from npair.train import train
@@ -90,13 +92,27 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+def publish_into(repository: Path, run: Path, data: Path, **accepted: str) -> Path:
+    """The folder of the next version."""
+    return repository / str(publish(run, data, open_repository(repository), cache=default_cache(), **accepted))
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A model's folder without a version."""
+    folder = tmp_path / "models" / "npair"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "model_repository/npair/config.pbtxt", folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def published(dataset: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository (the model's folder) with version 1; to be read, not changed."""
     repository = tmp_path_factory.mktemp("models") / "npair"
     repository.mkdir()
     shutil.copy(ROOT / "model_repository/npair/config.pbtxt", repository)
-    publish(trained, dataset, repository)
+    publish_into(repository, trained, dataset)
     return repository
 
 

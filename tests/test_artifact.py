@@ -11,25 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHIPPED, TINY
+from conftest import ROOT, SHIPPED, TINY, publish_into
+from npair.repository import open_repository
 from test_network import ARCHITECTURES, checkpoint
 
 from npair import artifact
-from npair.artifact import PublishError, client_parameters, publish
-from npair.drawings import write_dataset
 from npair.engines import ENGINES
 from npair.network import embed, load_network
-from npair.run import RunError
-from npair.serving.embedder import Embedder, VersionError
+from npair.release import check_pins
+from npair.serving.embedder import Embedder
 from npair.train import train
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    folder = tmp_path / "models" / "npair"
-    folder.mkdir(parents=True)
-    shutil.copy(ROOT / "model_repository/npair/config.pbtxt", folder)
-    return folder
 
 
 def test_version_is_complete(published: Path) -> None:
@@ -86,68 +77,14 @@ def test_code_is_the_serving_code(published: Path) -> None:
         assert (published / "1" / name).read_bytes() == (ROOT / "src/npair/serving" / name).read_bytes()
 
 
-def test_next_number_whatever_lies_around(repository: Path, trained: Path, dataset: Path) -> None:
-    (repository / "7").mkdir()
-    (repository / "staging-of-a-crash").mkdir()
-    assert publish(trained, dataset, repository) == repository / "8"
-
-
-def test_a_version_is_published_anew(published: Path, repository: Path, dataset: Path) -> None:
-    shutil.copytree(published / "1", repository / "1")
-    again = publish(repository / "1", dataset, repository)
-    old, new = (json.loads((folder / "manifest.json").read_text()) for folder in (repository / "1", again))
-    assert new["training"] == old["training"]
-    before, after = (np.load(folder / "golden/embeddings.npy") for folder in (repository / "1", again))
-    np.testing.assert_allclose(after, before, atol=1e-6)
-    (again / "network.pt2").write_bytes(b"changed")
-    with pytest.raises(VersionError, match=r"network\.pt2 has changed"):
-        publish(again, dataset, repository)
-
-
-def test_failure_leaves_nothing(repository: Path, trained: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(artifact, "write_golden", full)
-    with pytest.raises(OSError, match="No space left"):
-        publish(trained, dataset, repository)
-    assert [path.name for path in repository.iterdir()] == ["config.pbtxt"]
-
-
-def test_refuses_other_data(repository: Path, trained: Path, tmp_path: Path) -> None:
-    write_dataset(tmp_path / "other", products=3, train=2, val=1)
-    with pytest.raises(PublishError, match="was not trained on"):
-        publish(trained, tmp_path / "other", repository)
-
-
-def test_refuses_what_is_no_model_folder(trained: Path, dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(PublishError, match=r"no config\.pbtxt"):
-        publish(trained, dataset, tmp_path)
-
-
-def test_refuses_what_is_no_run(repository: Path, dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="is not a run"):
-        publish(tmp_path, dataset, repository)
-
-
 def test_a_pretrained_network_is_served_without_transformers(repository: Path, dataset: Path, tmp_path: Path) -> None:
     name = checkpoint(tmp_path / "convnextv2", ARCHITECTURES["convnextv2"])
     assert train(dataset, tmp_path / "run", dataclasses.replace(TINY, network=name, epochs=1, evaluations=0))
     shutil.rmtree(name)  # the run and the version hold all that is needed
-    folder = publish(tmp_path / "run", dataset, repository)
+    folder = publish_into(repository, tmp_path / "run", dataset)
     code = "import sys; sys.modules['transformers'] = None; from npair.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", code, "verify", folder], check=True, capture_output=True, text=True)
     assert re.search(r"\d+ files as published\n(.*\n)*torch: golden set off by", result.stdout)
-
-
-def test_client_parameters_are_the_manifest_s(version: Path) -> None:
-    manifest = json.loads((version / "manifest.json").read_text())
-    assert set(client_parameters(version)) == {"manifest_sha256"}, "its thresholds are unknown"
-    manifest["thresholds"] = {"far_1_percent": 0.66284, "far_01_percent": None}
-    (version / "manifest.json").write_text(json.dumps(manifest))
-    parameters = client_parameters(version)
-    assert parameters.pop("manifest_sha256") == hashlib.sha256((version / "manifest.json").read_bytes()).hexdigest()
-    assert parameters == {"thresholds_version": "1", "threshold_far_1_percent": "0.6628"}
 
 
 def test_shipped_version() -> None:
@@ -159,8 +96,7 @@ def test_shipped_version() -> None:
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 24_000_000
     config = (SHIPPED.parent / "config.pbtxt").read_text()
     assert f"versions: [ {SHIPPED.name} ]" in config
-    parameters = dict(re.findall(r'parameters { key: "(\w+)" value: { string_value: "([^"]+)" } }', config))
-    assert client_parameters(SHIPPED).items() <= parameters.items()
+    assert check_pins(open_repository(SHIPPED.parent)) == [int(SHIPPED.name)]
     scores = manifest["metrics"]["val"]
     for kind in ("fine", "coarse"):
         assert f"{scores[kind]['recall_at_1']['value']:.3f}" in (ROOT / "README.md").read_text()

@@ -31,6 +31,7 @@ from npair.client import (
     ServerFaultError,
     Thresholds,
     UnavailableError,
+    VersionGoneError,
 )
 from npair.serving.preprocess import Limits, Preprocessing, decode
 
@@ -171,6 +172,54 @@ class TestBatches:
         with serving(answer) as (url, _), NpairClient(url, batch_size=1) as client:
             assert client.embed([b"a", b"b", b"c"]).version == "3"
         assert answered == ["3", "3", "3"]
+
+
+def changing(after: int) -> Callable[[PHOTOS, str], tuple[int, str]]:
+    """A server of version 1, which is gone after so many batches, when it serves version 2."""
+    left = iter(range(after))
+
+    def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
+        if path.endswith("/models/npair"):
+            return 200, '{"name": "npair", "versions": ["2"]}'
+        if path.endswith("/config"):
+            told = {"manifest_version": "2", "manifest_sha256": "abc"}
+            return 200, json.dumps({"parameters": {key: {"string_value": value} for key, value in told.items()}})
+        old = next(left, None) is not None
+        if "/versions/1/" in path and not old:
+            return 400, '{"error": "Request for unknown model: \'npair\' version 1 is not found"}'
+        return embeddings(photos, "1" if old else "2")
+
+    return answer
+
+
+class TestVersionGone:
+    def test_a_call_starts_over_whole(self) -> None:
+        with serving(changing(after=2)) as (url, server), NpairClient(url, batch_size=1) as client:
+            vectors, version = client.embed([b"x" * n for n in range(1, 6)])
+        assert version == "2"
+        assert vectors[:, 0].tolist() == [1, 2, 3, 4, 5]
+        assert len(server.batches) >= 2 + 5
+
+    def test_a_pinned_call_does_not(self) -> None:
+        gone = pytest.raises(VersionGoneError, match="version 1 of model npair is not served any more, but 2 is")
+        with serving(changing(after=0)) as (url, _), NpairClient(url, version="1") as client, gone:
+            client.embed([b"a"])
+
+    def test_files_are_embedded_anew(self, tmp_path: Path) -> None:
+        for number in range(100):
+            (tmp_path / f"{number:03}.jpg").write_bytes(b"x" * (number + 1))
+        out = tmp_path / "out.npz"
+        with serving(changing(after=2)) as (url, _):
+            result = subprocess.run(
+                [sys.executable, ROOT / "model/api/client.py", "embed", tmp_path, "--out", out, "--url", url],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+        assert "all photos are embedded anew" in result.stderr
+        with np.load(out) as saved:
+            assert (str(saved["version"]), str(saved["manifest_sha256"])) == ("2", "abc")
+            assert saved["vectors"][:, 0].tolist() == list(range(1, 101))
 
 
 class TestErrors:
@@ -412,9 +461,13 @@ class TestCommandLine:
         with serving(lambda photos, path: embeddings(photos, "2" if "/versions/2/" in path else "9")) as (url, _):
             mixed = self.run(url, "rank", photos / "a.png", *saved)
             pinned = self.run(url, "rank", photos / "a.png", saved[1], "--json")
+        with serving(changing(after=0)) as (url, _):
+            other = self.run(url, "rank", photos / "a.png", saved[1])
         assert mixed.returncode == 2
         assert "holds vectors of version 2, not 1" in mixed.stderr
         assert json.loads(pinned.stdout)["version"] == "2"
+        assert other.returncode == 2
+        assert "holds vectors of another version 2 than is served" in other.stderr
 
     def test_server_failures(self, photos: Path) -> None:
         with serving(lambda *_: (500, '{"error": "stub is not healthy"}')) as (url, _):

@@ -9,6 +9,7 @@ Exceptions, all of them NpairError::
     ├── InvalidPhotoError    photos that the server refused: .reasons says why, by index
     ├── InvalidRequestError  the server does not understand the call: wrong model, version or server
     ├── UnavailableError     nobody answers, or the model is not served; may pass (the client has retried)
+    │   └── VersionGoneError the model is served, but no longer in the version that the call is pinned to
     ├── RequestTimeoutError  no answer in time; the server may still be working on it
     └── ServerFaultError     the server failed, or answered what this client does not understand
 """
@@ -74,6 +75,10 @@ class InvalidRequestError(NpairError):
 
 class UnavailableError(NpairError):
     """Nobody answers, or the model is not served."""
+
+
+class VersionGoneError(UnavailableError):
+    """The model is served, but no longer in the version that the call is pinned to."""
 
 
 class RequestTimeoutError(NpairError):
@@ -193,22 +198,41 @@ class NpairClient:
 
         They hold for embeddings of their ``version`` alone. Raises: NpairErrors.
         """
+        parameters = self._parameters()
+        version, *cosines = map(parameters.get, THRESHOLD_PARAMETERS)
+        return Thresholds(version, *(float(cosine) if cosine else None for cosine in cosines)) if version else None
+
+    def manifest_sha256(self, version: str) -> str | None:
+        """The hash of a served version's manifest, which tells it from another version of that number elsewhere; None where its
+        configuration does not say. Raises: NpairErrors."""
+        parameters = self._parameters()
+        kept = parameters.get(f"manifest_sha256_{version}")  # a lower version beside the one that was promoted
+        return kept or (parameters.get("manifest_sha256") if parameters.get("manifest_version") == version else None)
+
+    def _parameters(self) -> dict[str, str]:
+        """Of the model's configuration, as it was when a version was promoted."""
         grpc = self._protocol is tritonclient.grpc
         with _mapped_errors(self.model):
             answer = self._client.get_model_config(self.model, **({"as_json": True, **self._extra} if grpc else {}))
         parameters = (answer["config"] if grpc else answer).get("parameters", {})
-        version, *cosines = (parameters.get(key, {}).get("string_value") for key in THRESHOLD_PARAMETERS)
-        return Thresholds(version, *(float(cosine) if cosine else None for cosine in cosines)) if version else None
+        return {key: value.get("string_value", "") for key, value in parameters.items()}
 
     def embed(self, images: Photo | Iterable[Photo]) -> Embeddings:
         """Embed one photo or many: paths, encoded bytes or open binary files.
 
+        All by one version: where another takes its place meanwhile, and none is pinned, the call starts over, once.
         Raises: InvalidPhotoError that names every photo that was refused, other NpairErrors, OSError for a file that cannot be
         read, ValueError for no photo at all.
         """
         one = isinstance(images, str | os.PathLike | bytes) or hasattr(images, "read")
-        stream = self.stream(map(_read, [images] if one else images))  # type: ignore[arg-type]
-        results = list(stream)
+        photos: list[Photo] = [images] if one else list(images)  # type: ignore[list-item, arg-type]
+        photos = [_read(photo) if hasattr(photo, "read") else photo for photo in photos]  # a file is read once only
+        try:
+            results = list(stream := self.stream(map(_read, photos)))
+        except VersionGoneError:
+            if self.version is not None:
+                raise
+            results = list(stream := self.stream(map(_read, photos)))
         if not results:
             raise ValueError("no photo to embed")
         if reasons := {result.index: result.reason for result in results if result.reason is not None}:
@@ -230,8 +254,11 @@ class NpairClient:
                 with _mapped_errors(self.model):
                     answer = self._client.infer(self.model, [tensor], model_version=version or "", **self._extra)
                 break
-            except UnavailableError:
-                if attempt == retries:
+            except (UnavailableError, InvalidRequestError) as error:
+                if version and (served := self._served()) and version not in served:
+                    message = f"version {version} of model {self.model} is not served any more, but {', '.join(served)} is"
+                    raise VersionGoneError(message) from error
+                if attempt == retries or isinstance(error, InvalidRequestError):
                     raise
                 time.sleep(0.2 * 2**attempt)
         head = answer.get_response(**({"as_json": True} if self._protocol is tritonclient.grpc else {}))
@@ -239,6 +266,15 @@ class NpairClient:
         if vectors is None or vectors.shape[:1] != (len(photos),) or vectors.ndim != 2:
             raise ServerFaultError(f"expected {len(photos)} embeddings, got {None if vectors is None else vectors.shape}")
         return Embeddings(vectors, str(head["model_version"]))
+
+    def _served(self) -> list[str]:
+        """The versions of the model that are served; none where that cannot be told."""
+        as_json = {"as_json": True, **self._extra} if self._protocol is tritonclient.grpc else {}
+        try:
+            with _mapped_errors(self.model):
+                return list(map(str, self._client.get_model_metadata(self.model, **as_json).get("versions", [])))
+        except NpairError:
+            return []
 
 
 class EmbeddingStream:
@@ -416,7 +452,7 @@ def _embed(client: NpairClient, options: argparse.Namespace) -> int:
         return _embed_into(options.out, client, options)
     files = _Files(client, options.photos)
     for name, vector, version in files:
-        print(_line(name, vector, client.model, version))
+        print(_line(name, vector, client.model, version, files.manifest_sha256))
     return EXIT_PHOTOS if files.left_out else EXIT_OK
 
 
@@ -433,10 +469,17 @@ def _embed_into(out: Path, client: NpairClient, options: argparse.Namespace) -> 
     try:
         with unfinished.open("a", encoding="utf-8") as lines:
             for name, vector, version in files:
-                print(_line(name, vector, client.model, version), file=lines, flush=True)
+                print(_line(name, vector, client.model, version, files.manifest_sha256), file=lines, flush=True)
                 embedded += 1
         if embedded and out.suffix == ".npz":
             _save_npz(unfinished, out)
+    except VersionGoneError as error:
+        if options.version or not embedded:
+            raise
+        print(f"{error}: all photos are embedded anew", file=sys.stderr)
+        unfinished.unlink()
+        client.version = options.version = client._served()[-1]  # once: pinned, it is not left again
+        return _embed_into(out, client, options)
     except (NpairError, OSError, KeyboardInterrupt):
         if embedded:
             print(f"{embedded} photos are in {unfinished}, and the same command goes on after them", file=sys.stderr)
@@ -470,19 +513,23 @@ def _resume(unfinished: Path, client: NpairClient) -> set[str]:
                 break
             try:
                 row = json.loads(line)
-                made_by, name = (row["model"], row["version"]), row["photo"]
+                made_by, name = (row["model"], row["version"], row["manifest_sha256"]), row["photo"]
             except (ValueError, LookupError, TypeError) as error:
                 raise ValueError(f"{unfinished} is damaged; delete it to begin again") from error
-            if made_by != (client.model, client.version or made_by[1]):
+            if not done:
+                expected = (client.model, client.version or made_by[1], made_by[2])
+                client.version = made_by[1]
+            if made_by != expected:
                 raise ValueError(f"{unfinished} has vectors of {made_by[0]} version {made_by[1]}; delete it to begin again")
-            client.version = made_by[1]
             done.add(name)
+    if done and made_by[1] in client._served() and made_by[2] != client.manifest_sha256(made_by[1]):
+        raise ValueError(f"{unfinished} has vectors of another version {made_by[1]} than is served; delete it to begin again")
     return done
 
 
 def _save_npz(lines: Path, out: Path) -> None:
-    """names [n], vectors float32 [n, D], model and version, as np.savez would write them, but from lines that need not fit into
-    memory."""
+    """names [n], vectors float32 [n, D], model, version and manifest_sha256, as np.savez would write them, but from
+    lines that need not fit into memory."""
 
     def rows() -> Iterator[dict[str, Any]]:
         with lines.open(encoding="utf-8") as file:
@@ -504,9 +551,9 @@ def _save_npz(lines: Path, out: Path) -> None:
                     np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
                     for row in rows():
                         file.write(np.array(row[key], dtype).tobytes())
-            for key in ("model", "version"):
+            for key in ("model", "version", "manifest_sha256"):
                 with archive.open(f"{key}.npy", "w") as file:
-                    np.lib.format.write_array(file, np.array(row[key]), allow_pickle=False)  # type: ignore[no-untyped-call]
+                    np.lib.format.write_array(file, np.array(row[key] or ""), allow_pickle=False)  # type: ignore[no-untyped-call]
         unfinished.replace(out)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -540,9 +587,11 @@ def _rank(client: NpairClient, options: argparse.Namespace) -> int:
     blocks: list[Vectors] = []
     # Saved vectors first: they pin the version that has to embed the rest.
     for path in [path for path in options.candidates if path.suffix == ".npz"]:
-        saved_names, saved_vectors, saved_version = _load(path, client.model)
+        saved_names, saved_vectors, saved_version, saved_hash = _load(path, client.model)
         if client.version not in (None, saved_version):
             raise ValueError(f"{path} holds vectors of version {saved_version}, not {client.version}; embed its photos again")
+        if saved_version in client._served() and saved_hash != (client.manifest_sha256(saved_version) or ""):
+            raise ValueError(f"{path} holds vectors of another version {saved_version} than is served; embed its photos again")
         client.version = saved_version
         names += saved_names
         blocks.append(saved_vectors)
@@ -577,17 +626,20 @@ def _ready(client: NpairClient, options: argparse.Namespace) -> int:
 
 class _Files:
     """Embeds files and iterates, in order, over name, vector and version of those that have one; the others are named on standard
-    error and counted in ``left_out``. done: names that are passed over."""
+    error and counted in ``left_out``. done: names that are passed over. manifest_sha256: the version's, from the first one on."""
 
     def __init__(self, client: NpairClient, paths: Sequence[Path], done: Collection[str] = ()) -> None:
         self._client, self._paths, self._done = client, paths, done
         self.left_out = 0
+        self.manifest_sha256: str | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Vectors, str]]:
         names, photos = itertools.tee(name for name in map(str, _files(self._paths)) if name not in self._done)
         stream, total = self._client.stream(photos), len(self._done)
         for name, result in zip(names, self._progress(stream), strict=True):
             total += 1
+            if total == len(self._done) + self.left_out + 1 and result.vector is not None:
+                self.manifest_sha256 = self._client.manifest_sha256(stream.version)
             if result.vector is None:
                 self.left_out += 1
                 print(f"{name}: {result.reason}", file=sys.stderr)
@@ -626,17 +678,18 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
         yield from _files(path / name for name in names)
 
 
-def _line(name: str, vector: Vectors, model: str, version: str) -> str:
-    return json.dumps({"photo": name, "model": model, "version": version, "embedding": vector.tolist()})
+def _line(name: str, vector: Vectors, model: str, version: str, manifest_sha256: str | None) -> str:
+    made_by = {"model": model, "version": version, "manifest_sha256": manifest_sha256}
+    return json.dumps({"photo": name, **made_by, "embedding": vector.tolist()})
 
 
-def _load(path: Path, model: str) -> tuple[list[str], Vectors, str]:
+def _load(path: Path, model: str) -> tuple[list[str], Vectors, str, str]:
     """What ``embed --out`` has saved. Raises: OSError, or ValueError for another file or another model's vectors."""
     try:
         with np.load(path, allow_pickle=False) as saved:
             if str(saved["model"]) != model:
                 raise ValueError(f"made by model {saved['model']}, not {model}")
-            return saved["names"].tolist(), saved["vectors"], str(saved["version"])
+            return saved["names"].tolist(), saved["vectors"], str(saved["version"]), str(saved["manifest_sha256"])
     except (KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} holds no vectors of this model: {error}") from error
 

@@ -43,12 +43,14 @@ MODEL = "npair"
 IMAGE_SERVER = Path("/opt/tritonserver")
 CONTROL_APIS = "model-repository,shared-memory,trace,logging"
 CONTROL_HEADER = "npair-control-secret"
+FALLBACK = "fallback.json"  # beside config.pbtxt: the configuration of the version that was served before
 
 # What CUDA builds of the server call an error on every machine without a GPU.
 NOISE = "CudaDriverHelper has not been initialized"
 
 WATCH_INTERVAL = 1.0  # seconds between two golden photos
 PROBE_TIMEOUT = 5.0  # seconds for one golden photo
+LOAD_TIMEOUT = 120.0  # seconds for loading another version than the pinned one
 UNHEALTHY_AFTER = 10.0  # seconds of failing golden photos after which the server is ended
 
 # The wheel's Python backend was built for numpy 1, which Python 3.13 has no build of.
@@ -153,7 +155,7 @@ def find_triton(scratch: Path) -> Triton:
 
     Raises: ServeError where there is none.
     """
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # a published version gains no files
+    environment = dict(os.environ)
     if (IMAGE_SERVER / "bin/tritonserver").is_file():
         return Triton(IMAGE_SERVER / "bin/tritonserver", IMAGE_SERVER / "backends", environment)
     package = importlib.util.find_spec("pytriton")
@@ -190,28 +192,26 @@ def libpython_folder(python: str) -> list[str]:
     return []
 
 
-def control_secret() -> str:
-    """The secret for control APIs: NPAIR_CONTROL_SECRET, or the content of NPAIR_CONTROL_SECRET_FILE, else one that nobody knows.
-
-    Triton takes it as a flag only, so users of this machine can read it in the process list.
-    """
+def given_secret() -> str:
+    """The secret for control APIs: NPAIR_CONTROL_SECRET, or the content of NPAIR_CONTROL_SECRET_FILE; empty where there is none."""
     file = os.environ.get("NPAIR_CONTROL_SECRET_FILE")
     try:
-        secret = Path(file).read_text(encoding="utf-8").strip() if file else os.environ.get("NPAIR_CONTROL_SECRET", "")
+        return Path(file).read_text(encoding="utf-8").strip() if file else os.environ.get("NPAIR_CONTROL_SECRET", "")
     except OSError as error:
         raise ServeError(f"NPAIR_CONTROL_SECRET_FILE cannot be read: {error}") from error
-    return secret or secrets.token_urlsafe(32)
 
 
-def command(options: argparse.Namespace, triton: Triton) -> list[str]:
-    """Triton's command line. Flags that only some releases have are given where the server's help names them."""
+def command(options: argparse.Namespace, triton: Triton, secret: str) -> list[str]:
+    """Triton's command line. Flags that only some releases have are given where the server's help names them.
+
+    secret: for control APIs. Triton takes it as a flag only, so users of this machine can read it in the process list.
+    """
     described = subprocess.run(
         [triton.program, "--help"], env=triton.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     known = set(re.findall(r"^\s*(--[a-z0-9-]+)", described.stdout, re.MULTILINE))
     if "--model-repository" not in known:
         raise ServeError(f"{triton.program} does not run: {described.stdout.strip()[-500:]}")
-    secret = control_secret()
     flags = {
         "--model-repository": options.model_repository,
         "--backend-directory": triton.backends,
@@ -220,6 +220,8 @@ def command(options: argparse.Namespace, triton: Triton) -> list[str]:
         # Versions are loaded when they are asked for, never because a file appeared.
         "--model-control-mode": "explicit",
         "--load-model": MODEL,
+        # Where it is refused, another version may be served.
+        "--exit-on-error": "false",
         # Otherwise one refused load makes the whole server "not ready", although the old version answers.
         "--strict-readiness": "false",
         "--http-address": options.host,
@@ -244,6 +246,7 @@ class Supervisor:
     def __init__(self, options: argparse.Namespace, triton: Triton, prober: GoldenProber) -> None:
         self.options = options
         self.prober = prober
+        self.secret = given_secret() or secrets.token_urlsafe(32)
         self.began = time.monotonic()
         self.stopping = threading.Event()
         self.in_flight: int | None = None  # model versions with inferences in flight, as the server counted last while it stopped
@@ -251,7 +254,7 @@ class Supervisor:
             signal.signal(number, self._stop)
         # A session of its own: Ctrl-C reaches this process alone, which forwards it once.
         self.process = subprocess.Popen(
-            command(options, triton),
+            command(options, triton, self.secret),
             env=triton.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -292,8 +295,12 @@ class Supervisor:
                 failing_since = None
                 continue
             except ProbeError as error:
-                if not ready and not self.prober.model_ready():
-                    continue  # still loading
+                if not ready and not self.prober.green(f"/v2/models/{MODEL}/ready"):
+                    # The server is alive as from when loading has ended.
+                    if self.prober.green("/v2/health/live") and (problem := self._fall_back()):
+                        self.process.terminate()
+                        return problem
+                    continue
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - failing_since > UNHEALTHY_AFTER:
                     self.process.kill()  # it answers nothing, so there is nothing to drain
@@ -304,6 +311,21 @@ class Supervisor:
                 ready = True
                 self._announce(version)
         return "stopped"
+
+    def _fall_back(self) -> str:
+        """Has the version loaded that was served before the one that was just refused. Returns: why that fails, empty where not."""
+        path = self.options.model_repository / MODEL / FALLBACK
+        refused = "the version that config.pbtxt pins was refused, for the reasons above"
+        try:
+            config = path.read_text(encoding="utf-8")
+            version = json.loads(config)["version_policy"]["specific"]["versions"][-1]
+            self.prober.load(config, self.secret)
+        except FileNotFoundError:
+            return f"{refused}, and no other was served before"
+        except (OSError, http.client.HTTPException, ProbeError, ValueError, LookupError) as error:
+            return f"{refused}, and so was the one that was served before, by {path}: {error}"
+        say(f"WARNING: {refused}; version {version}, which was served before, is served instead, until another is promoted")
+        return ""
 
     def _announce(self, version: str) -> None:
         options, host = self.options, f"[{self.options.host}]" if ":" in self.options.host else self.options.host
@@ -390,20 +412,26 @@ class GoldenProber:
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             raise ProbeError(str(error) or type(error).__name__) from error
 
-    def model_ready(self) -> bool:
+    def green(self, path: str) -> bool:
         """What the server says of itself: enough to tell that loading has ended, not that it answers."""
         try:
-            self._request("GET", f"/v2/models/{MODEL}/ready")
+            self._request("GET", path)
         except (OSError, http.client.HTTPException, ProbeError):
             return False
         return True
+
+    def load(self, config: str, secret: str) -> None:
+        """Load the model with this configuration, in JSON, in place of config.pbtxt. Raises: ProbeError, OSError, HTTPException."""
+        body = json.dumps({"parameters": {"config": config}}).encode()
+        self._request("POST", f"/v2/repository/models/{MODEL}/load", body, {CONTROL_HEADER: secret}, LOAD_TIMEOUT)
 
     def _embed_golden(self) -> str:
         version: str = max(json.loads(self._request("GET", f"/v2/models/{MODEL}")[1])["versions"], key=int)
         folder = self.model_folder / version
         golden = json.loads((folder / "manifest.json").read_bytes())["golden"]
         photo = (folder / golden["photos"][0]).read_bytes()
-        headers, body = self._request("POST", f"/v2/models/{MODEL}/versions/{version}/infer", photo)
+        raw = {"Inference-Header-Content-Length": "0"}  # makes the body one raw photo instead of JSON
+        headers, body = self._request("POST", f"/v2/models/{MODEL}/versions/{version}/infer", photo, raw)
         actual = array("f", body[int(headers["Inference-Header-Content-Length"]) :])
         # NumPy would cost this process more memory than all the rest: the first row follows a header whose length is given.
         stored = (folder / golden["embeddings"]).read_bytes()
@@ -418,18 +446,24 @@ class GoldenProber:
         statistics = json.loads(self._request("GET", f"/v2/models/{MODEL}/stats")[1])["model_stats"]
         return sum(entry["inference_stats"]["success"]["count"] for entry in statistics)
 
-    def _request(self, method: str, path: str, photo: bytes | None = None) -> tuple[http.client.HTTPMessage, bytes]:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=PROBE_TIMEOUT)
+    def _request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        timeout: float = PROBE_TIMEOUT,
+    ) -> tuple[http.client.HTTPMessage, bytes]:
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
         try:
-            # The header makes the body one raw photo instead of JSON.
-            connection.request(method, path, photo, {} if photo is None else {"Inference-Header-Content-Length": "0"})
+            connection.request(method, path, body, headers or {})
             response = connection.getresponse()
-            body = response.read()
+            answer = response.read()
         finally:
             connection.close()
         if response.status != http.client.OK:
-            raise ProbeError(f"{path} answered {response.status}: {body[:200].decode(errors='replace')}")
-        return response.headers, body
+            raise ProbeError(f"{path} answered {response.status}: {answer[:200].decode(errors='replace')}")
+        return response.headers, answer
 
 
 def children(pid: int) -> list[int]:

@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import shutil
 import sys
-import tempfile
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,13 +19,13 @@ from PIL import Image
 from torch.export import Dim
 
 import npair.serving
-from npair.data import read_dataset
+from npair.data import Dataset, read_dataset
 from npair.drawings import draw, encode
-from npair.engines import ENGINES, REFERENCE, UNMEASURED, choose, write_graphs
+from npair.engines import ENGINES, REFERENCE, UNMEASURED, Manifest, choose, write_graphs
 from npair.network import EMBEDDING_DIM, EmbeddingNetwork, build_network, embed, load_network
-from npair.pixels import default_cache, load, load_pixels
+from npair.pixels import load, load_pixels
 from npair.run import TrainConfig, git_commit, read_run
-from npair.serving.embedder import Embedder, read_manifest, verify_files
+from npair.serving.embedder import read_manifest, verify_files
 from npair.serving.engine import EngineError, refuse_pickles
 from npair.serving.preprocess import Preprocessing
 
@@ -40,77 +39,56 @@ class PublishError(RuntimeError):
     """A network that must not be published; nothing was written."""
 
 
-def publish(run: Path, data: Path, repository: Path, cache: Path | None = None) -> Path:
-    """Write the next version of ``repository`` (the model's folder, with its config.pbtxt) from a run's averaged network.
+def write_version(folder: Path, run: Path, data: Path, cache: Path, *, model: str, version: int) -> tuple[Dataset, Manifest]:
+    """Write a version into an empty folder: a run's averaged network, scored on val of ``data`` by the code that will serve it.
 
     run: its folder, or that of an earlier version, whose network is then published anew with the present serving code.
-    The version is staged beside the others, verified, scored on ``data``'s val split by the code that will serve it, and renamed
-    into place as the last act: it is there whole or not at all. Without a val split, it has no metrics and no thresholds.
-    cache: the folder for decoded photos, by default in the user's cache folder.
-    Returns: the version's folder. Raises: PublishError, RunError, DataError, EnginesError, VersionError.
+    Without a val split, it has no metrics and no thresholds.
+    Returns: the data set without what its findings left out, and the manifest.
+    Raises: PublishError, RunError, DataError, EnginesError, VersionError.
     """
-    if not (repository / "config.pbtxt").is_file():
-        raise PublishError(f"{repository} is not a model's folder: it has no config.pbtxt")
     training = read_run(run)
     network = restore(run) if (run / "manifest.json").exists() else load_network(run)
     config = TrainConfig(**training["train"])
     preprocessing = config.preprocessing()
     dataset = read_dataset(data, split_by=config.split_by, val_share=config.val_share, seed=config.seed)
-    dataset, pixels, _ = load(dataset, preprocessing, cache or default_cache())
+    dataset, pixels, _ = load(dataset, preprocessing, cache)
     if dataset.fingerprint() != training["data"]["fingerprint"]:
         raise PublishError(f"{run} was not trained on {data}")
-    version = max((int(folder.name) for folder in repository.iterdir() if folder.name.isdecimal()), default=0) + 1
-
-    # Not "2.partial": Triton takes every name that begins with a digit for a version.
-    staging = Path(tempfile.mkdtemp(prefix="staging-", dir=repository))
-    try:
-        staging.chmod(0o755)
-        for name in CODE:
-            shutil.copyfile(Path(npair.serving.__path__[0]) / name, staging / name)
-        export(network, preprocessing.size, staging / ENGINES[REFERENCE]["graph"])
-        with contextlib.redirect_stdout(sys.stderr):  # progress bars
-            failed = write_graphs(staging, pixels.array[pixels.of(dataset.train)])
-        manifest: dict[str, Any] = {
-            "schema": SCHEMA,
-            "model": repository.name,
-            "version": version,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "git_commit": git_commit(),
-            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
-            "engines": {name: {**engine, "tolerance": UNMEASURED} for name, engine in ENGINES.items() if name not in failed},
-            "engines_refused": {name: {**ENGINES[name], "reason": reason} for name, reason in failed.items()},
-            "preprocessing": asdict(preprocessing),
-            "embedding": {"dimension": EMBEDDING_DIM},
-            "training": training,
-            "golden": write_golden(staging, network, preprocessing),
-            "files": {},
-        }
-        write_manifest(staging, manifest)
-        compared = choose(staging, manifest, dataset, pixels)
-        # For those who see only answers, and not which engine gave them.
-        manifest["golden"]["tolerance"] = max(engine["tolerance"] for engine in manifest["engines"].values())
-        if compared:
-            evaluation = compared.evaluate()
-            manifest["metrics"] = {"val": evaluation.as_dict()}
-            manifest["thresholds"] = evaluation.thresholds()
-        used = {engine["graph"] for engine in manifest["engines"].values()}
-        for graph in {engine["graph"] for engine in ENGINES.values()} - used:
-            for path in staging.glob(f"{Path(graph).stem}.*"):
-                path.unlink()
-        manifest["files"] = {
-            str(path.relative_to(staging)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(staging.rglob("*"))
-            if path.is_file() and path.name != "manifest.json"
-        }
-        write_manifest(staging, manifest)
-        for name in manifest["engines"]:
-            Embedder(staging, cores=1, engine=name)  # what was written is what was measured
-        target = repository / str(version)
-        staging.rename(target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return target
+    for name in CODE:
+        shutil.copyfile(Path(npair.serving.__path__[0]) / name, folder / name)
+    export(network, preprocessing.size, folder / ENGINES[REFERENCE]["graph"])
+    with contextlib.redirect_stdout(sys.stderr):  # progress bars
+        failed = write_graphs(folder, pixels.array[pixels.of(dataset.train)])
+    manifest: Manifest = {
+        "schema": SCHEMA,
+        "model": model,
+        "version": version,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "engines": {name: {**engine, "tolerance": UNMEASURED} for name, engine in ENGINES.items() if name not in failed},
+        "engines_refused": {name: {**ENGINES[name], "reason": reason} for name, reason in failed.items()},
+        "preprocessing": asdict(preprocessing),
+        "embedding": {"dimension": EMBEDDING_DIM},
+        "training": training,
+        "golden": write_golden(folder, network, preprocessing),
+        "files": {},
+    }
+    write_manifest(folder, manifest)
+    compared = choose(folder, manifest, dataset, pixels)
+    # For those who see only answers, and not which engine gave them.
+    manifest["golden"]["tolerance"] = max(engine["tolerance"] for engine in manifest["engines"].values())
+    if compared:
+        evaluation = compared.evaluate()
+        manifest["metrics"] = {"val": evaluation.as_dict()}
+        manifest["thresholds"] = evaluation.thresholds()
+    used = {engine["graph"] for engine in manifest["engines"].values()}
+    for graph in {engine["graph"] for engine in ENGINES.values()} - used:
+        for path in folder.glob(f"{Path(graph).stem}.*"):
+            path.unlink()
+    write_manifest(folder, manifest)
+    return dataset, manifest
 
 
 def restore(version: Path) -> EmbeddingNetwork:
@@ -124,17 +102,6 @@ def restore(version: Path) -> EmbeddingNetwork:
     network = build_network(read_run(version)["network"])
     network.load_state_dict(torch.export.load(graph).state_dict)
     return network.eval()
-
-
-def client_parameters(folder: Path) -> dict[str, str]:
-    """What clients must know of a version, as parameters of config.pbtxt: its manifest's hash and the thresholds it has."""
-    text = (folder / "manifest.json").read_bytes()
-    manifest = json.loads(text)
-    parameters = {"manifest_sha256": hashlib.sha256(text).hexdigest()}
-    if thresholds := {name: cosine for name, cosine in manifest.get("thresholds", {}).items() if cosine is not None}:
-        parameters["thresholds_version"] = str(manifest["version"])
-        parameters |= {f"threshold_{name}": f"{cosine:.4f}" for name, cosine in thresholds.items()}
-    return parameters
 
 
 def export(network: EmbeddingNetwork, size: int, path: Path) -> None:
@@ -168,5 +135,11 @@ def write_golden(folder: Path, network: EmbeddingNetwork, preprocessing: Preproc
     return {"photos": [str(path.relative_to(folder)) for path in paths], "embeddings": "golden/embeddings.npy"}
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """With the hashes of all other files."""
+    manifest["files"] = {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

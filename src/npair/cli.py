@@ -1,4 +1,4 @@
-"""The command line: npair data | train | evaluate | publish | verify | tune."""
+"""The command line: npair data | train | evaluate | publish | verify | promote | rollback | versions | retire | tune."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from npair.serving.preprocess import Preprocessing
 if TYPE_CHECKING:
     from npair.data import Dataset
     from npair.pixels import Findings, Pixels
+    from npair.release import Server
 
-REPOSITORY = Path("model_repository/npair")
+REPOSITORY = "model_repository/npair"
 
 # A command imports its libraries itself: --help is quick, and scoring a server needs no torch.
 # ruff: noqa: PLC0415
@@ -92,16 +93,34 @@ def _parser() -> argparse.ArgumentParser:
         "--run", type=Path, required=True, metavar="DIR", help="a run; or a version, to publish its network anew with this code"
     )
     _add_data(publish)
-    publish.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR", help="the model's folder (%(default)s)")
+    _add_repository(publish)
+    publish.add_argument(
+        "--accept-recall-drop", default="", metavar="REASON", help="publish although it finds less than the pinned version"
+    )
+    publish.add_argument("--accept-cost", default="", metavar="REASON", help="publish although it is slower or larger than that")
 
-    verify = add(_verify, "check the hashes of a version folder and embed its golden set")
-    verify.add_argument("folder", type=Path, help=f"for example {REPOSITORY}/1")
-    verify.add_argument("--engine", help="the only one to check (all that can run here)")
+    verify = add(_verify, "check versions, and with --url what a server makes of them: hashes, golden sets, config.pbtxt")
+    verify.add_argument("versions", nargs="*", metavar="N", help="a version's number or folder (config.pbtxt, and all versions)")
+    verify.add_argument("--engine", default="", help="the only one to check (all that can run here)")
     verify.add_argument("--json", action="store_true", help="print JSON")
+    _add_repository(verify)
+    verify.add_argument("--url", nargs="+", default=[], help="running servers: http://")
+
+    promote = add(_promote, "have a version served, once it is verified; whatever goes wrong, what was served before goes on")
+    promote.add_argument("version", type=int, metavar="N")
+    promote.add_argument("--keep", type=int, metavar="M", help="serve this lower version, too, to requests that name it")
+    rollback = add(_rollback, "have the version served that was served before")
+    versions = add(_versions, "list the versions with what is known of them")
+    versions.add_argument("--json", action="store_true", help="print JSON")
+    retire = add(_retire, "remove a version that is not served")
+    retire.add_argument("version", type=int, metavar="N")
+    for release in (promote, rollback, versions, retire):
+        _add_repository(release)
+        _add_servers(release)
 
     tune = add(_tune, "search the serving settings that are best on this machine, and write them to config.pbtxt")
     _add_source(tune)
-    tune.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR", help="the model's folder (%(default)s)")
+    tune.add_argument("--repository", type=Path, default=Path(REPOSITORY), metavar="DIR", help="the model's folder (%(default)s)")
     tune.add_argument("--p99-ms", type=_positive, default=100.0, help="what the slowest hundredth may take (%(default)g)")
     tune.add_argument("--seconds", type=_positive, default=2.0, help="of each load (%(default)g)")
     tune.add_argument(
@@ -134,6 +153,24 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="a folder per class, a table (.csv, .tsv: path, label and maybe coarse, split), or a folder with train.txt",
     )
+
+
+def _add_repository(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--repository", default=REPOSITORY, metavar="WHERE", help="the model's folder, or s3:// or gs:// (%(default)s)"
+    )
+
+
+def _add_servers(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--url",
+        nargs="+",
+        default=[os.environ.get("NPAIR_URL", DEFAULT_URL)],
+        help=f"the running servers, which want NPAIR_CONTROL_SECRET or NPAIR_CONTROL_SECRET_FILE (NPAIR_URL; {DEFAULT_URL})",
+    )
+    where.add_argument("--offline", dest="url", action="store_const", const=[], help="none runs")
+    parser.add_argument("--timeout", type=_positive, default=120.0, help="seconds for each call to a server (%(default)g)")
 
 
 def _add_splits(parser: argparse.ArgumentParser) -> None:
@@ -250,39 +287,106 @@ def _load(arguments: argparse.Namespace, preprocessing: Preprocessing) -> tuple[
 
 
 def _publish(arguments: argparse.Namespace) -> int:
-    from npair.artifact import client_parameters, publish
     from npair.metrics import Evaluation
+    from npair.pixels import default_cache
+    from npair.publish import publish
+    from npair.repository import open_repository
 
-    folder = publish(arguments.run, arguments.data, arguments.repository, arguments.cache)
-    manifest = json.loads((folder / "manifest.json").read_bytes())
+    repository = open_repository(arguments.repository)
+    number = publish(
+        arguments.run,
+        arguments.data,
+        repository,
+        cache=arguments.cache or default_cache(),
+        accept_recall_drop=arguments.accept_recall_drop,
+        accept_cost=arguments.accept_cost,
+    )
+    manifest = json.loads(repository.read(f"{number}/manifest.json"))
     if scores := manifest.get("metrics", {}).get("val"):
         print("val", *Evaluation.from_dict(scores).lines(), sep="\n")
-    print(f"published {folder}; to serve it, name it in config.pbtxt's version_policy, with these parameters:")
-    for key, value in client_parameters(folder).items():
-        print(f'parameters {{ key: "{key}" value: {{ string_value: "{value}" }} }}')
+    for what, pair in manifest.get("compared_with", {}).get("recall_at_1", {}).items():
+        print(f"Recall@1 {what}: {pair[1]:.3f}; version {manifest['compared_with']['version']} has {pair[0]:.3f}")
+    print(f"published version {number} in {repository.location}; to serve it: npair promote {number}")
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from npair.serving.embedder import Embedder, read_manifest
-    from npair.serving.engine import EngineError, cores
+    from npair.release import Server, check_pins, check_server, verify
+    from npair.repository import open_repository
 
-    manifest = read_manifest(arguments.folder)
-    engines: dict[str, dict[str, float | str]] = {}
-    for name in [arguments.engine] if arguments.engine else manifest["engines"]:
-        try:
-            embedder = Embedder(arguments.folder, cores=cores(), engine=name)
-            engines[name] = {"golden_distance": embedder.golden_distance, "tolerance": manifest["engines"][name]["tolerance"]}
-        except EngineError as error:
-            engines[name] = {"cannot_run": str(error)}
+    checked: dict[str, dict[str, dict[str, float | str]]] = {}
+    served: dict[str, dict[int, float]] = {}
+    numbers = [int(version) for version in arguments.versions if version.isdecimal()]
+    for path in arguments.versions:
+        if not path.isdecimal():
+            checked[path] = verify(Path(path), arguments.engine)
+    if numbers or not checked:
+        repository = open_repository(arguments.repository)
+        if not numbers:
+            check_pins(repository)
+            numbers = [number for number, complete in repository.versions().items() if complete]
+        for number in numbers:
+            with repository.version(number) as folder:
+                checked[str(number)] = verify(folder, arguments.engine)
+        served = {url: check_server(repository, Server(url, repository.name)) for url in arguments.url}
     if arguments.json:
-        print(json.dumps({"files": len(manifest["files"]), "engines": engines}))
+        print(json.dumps({"versions": checked, "servers": served}))
         return 0
-    print(f"{arguments.folder}: {len(manifest['files'])} files as published")
-    for name, checked in engines.items():
-        off = "golden set off by {golden_distance:.2g} (tolerance {tolerance:.2g})" if "tolerance" in checked else "{cannot_run}"
-        print(f"{name}: {off.format(**checked)}")
+    for version, engines in checked.items():
+        print(f"version {version}: files as published")
+        for name, engine in engines.items():
+            off = "golden set off by {golden_distance:.2g} (tolerance {tolerance:.2g})" if "tolerance" in engine else "{cannot_run}"
+            print(f"  {name}: {off.format(**engine)}")
+    for url, distances in served.items():
+        print(f"{url}: serves what is pinned", *(f"version {n}: golden set off by {d:.2g}" for n, d in distances.items()), sep=", ")
     return 0
+
+
+def _promote(arguments: argparse.Namespace) -> int:
+    from npair.release import promote
+    from npair.repository import open_repository
+
+    promote(open_repository(arguments.repository), arguments.version, _servers(arguments), keep=arguments.keep)
+    print(f"version {arguments.version} is {_where(arguments)}")
+    return 0
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    from npair.release import rollback
+    from npair.repository import open_repository
+
+    print(f"version {rollback(open_repository(arguments.repository), _servers(arguments))} is {_where(arguments)} again")
+    return 0
+
+
+def _versions(arguments: argparse.Namespace) -> int:
+    from npair.release import as_dicts, table, versions
+    from npair.repository import open_repository
+
+    lines = versions(open_repository(arguments.repository), _servers(arguments))
+    print(json.dumps(as_dicts(lines)) if arguments.json else table(lines))
+    return 0
+
+
+def _retire(arguments: argparse.Namespace) -> int:
+    from npair.release import retire
+    from npair.repository import open_repository
+
+    retire(open_repository(arguments.repository), arguments.version, _servers(arguments))
+    print(f"version {arguments.version} is removed")
+    return 0
+
+
+def _servers(arguments: argparse.Namespace) -> list[Server]:
+    from npair.release import Server
+    from npair.serve import given_secret
+
+    name = arguments.repository.rstrip("/").rpartition("/")[2]
+    return [Server(url, name, secret=given_secret(), timeout=arguments.timeout) for url in arguments.url]
+
+
+def _where(arguments: argparse.Namespace) -> str:
+    return f"served by {', '.join(arguments.url)}" if arguments.url else "what servers that start from now on serve"
 
 
 def _tune(arguments: argparse.Namespace) -> int:

@@ -110,6 +110,8 @@ def choose(folder: Path, manifest: Manifest, dataset: Dataset, pixels: Pixels) -
             embedders[name] = Embedder(folder, cores=cores(), engine=name)
         except (EngineError, ArithmeticError) as error:
             refused[name] = {**ENGINES[name], "reason": str(error)}
+    if not (off := embedders[REFERENCE].golden_distance) <= SMALLEST_TOLERANCE:
+        raise EnginesError(f"the exported graph is not the network: its golden embeddings are off by {off:.2g}")
     costs = milliseconds(embedders, pixels.array[pixels.of(dataset.train)][: 8 * BATCH * cores()])
     comparisons = {name: _compare(embedder, dataset, pixels) for name, embedder in embedders.items()} if dataset.val else {}
     recalls = {name: compared.recall_at_1() for name, compared in comparisons.items()}
@@ -156,7 +158,7 @@ def reference_distance(folder: Path, environment: dict[str, str]) -> float:
     if result.returncode:
         why = result.stderr.strip() or f"exit code {result.returncode}"
         raise EnginesError(f"the exported version fails its verification with {environment}: {why}")
-    distance: float = json.loads(result.stdout)["engines"][REFERENCE]["golden_distance"]
+    distance: float = json.loads(result.stdout)["versions"][str(folder)][REFERENCE]["golden_distance"]
     return distance
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -18,11 +17,9 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
-
 from npair import serve
 from npair.client import NpairClient
+from npair.config import parse, with_lines
 from npair.load import Load, closed
 from npair.serving.engine import cores
 
@@ -69,11 +66,8 @@ class Server(NamedTuple):
 
 
 def read_setting(config: str) -> Setting:
-    """Of a config.pbtxt. Raises: TuneError where it is not one, or has no batching."""
-    try:
-        parsed = text_format.Parse(config, model_config_pb2.ModelConfig())
-    except text_format.ParseError as error:
-        raise TuneError(f"config.pbtxt cannot be read: {error}") from error
+    """Of a config.pbtxt. Raises: ConfigError where it is not one, TuneError where it has no batching."""
+    parsed = parse(config)
     if not parsed.HasField("dynamic_batching"):
         raise TuneError("config.pbtxt has no dynamic_batching { }, so there is nothing to tune")
     batching = parsed.dynamic_batching
@@ -85,21 +79,14 @@ def read_setting(config: str) -> Setting:
 
 
 def with_setting(config: str, setting: Setting) -> str:
-    """The config.pbtxt, else unchanged. Raises: TuneError where its two lines for this are not found."""
+    """The config.pbtxt, else unchanged. Raises: ConfigError where its two lines for this are not found."""
     batching = f"preferred_batch_size: [ {setting.batch} ] " if setting.batch else ""
     batching += f"max_queue_delay_microseconds: {setting.delay} " if setting.delay else ""
     lines = {
         "instance_group": f"instance_group [ {{ count: {setting.instances} kind: KIND_CPU }} ]",
         "dynamic_batching": f"dynamic_batching {{ {batching}}}",
     }
-    for field, line in lines.items():
-        config = re.sub(rf"^{field}\b.*$", line, config, flags=re.MULTILINE)
-    try:
-        if read_setting(config) == setting:
-            return config
-    except TuneError:
-        pass
-    raise TuneError("config.pbtxt must have instance_group [ ... ] and dynamic_batching { ... } on one line each")
+    return with_lines(config, lines)
 
 
 def tune(
@@ -117,7 +104,7 @@ def tune(
     Setting's fields. The search goes along one axis after the other; then the best two and the present setting are measured anew.
     Returns: all loads (their medians, where there were several), and the best setting, which is the present one unless another is
     clearly better.
-    Raises: TuneError where no setting keeps p99, or the server does not start; LoadError, OSError.
+    Raises: TuneError where no setting keeps p99, or the server does not start; ConfigError, LoadError, OSError.
     """
     config = (repository / "config.pbtxt").read_text(encoding="utf-8")
     present = read_setting(config)

@@ -1,0 +1,81 @@
+"""config.pbtxt, the contract with Triton: read by Triton's own schema, changed line by line, so that comments stay."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+from google.protobuf import json_format, text_format
+from tritonclient.grpc import model_config_pb2
+
+
+class ConfigError(RuntimeError):
+    """A config.pbtxt that cannot be read or changed; the message says what to do."""
+
+
+def parse(config: str) -> model_config_pb2.ModelConfig:
+    """Raises: ConfigError where it is not what Triton's schema says."""
+    try:
+        return text_format.Parse(config, model_config_pb2.ModelConfig())
+    except text_format.ParseError as error:
+        raise ConfigError(f"config.pbtxt cannot be read: {error}") from error
+
+
+def pinned(config: str) -> list[int]:
+    """The versions that are served, ascending. Raises: ConfigError where they are not named one by one."""
+    versions = sorted(parse(config).version_policy.specific.versions)
+    if not versions:
+        raise ConfigError("config.pbtxt must name the versions that are served: version_policy: { specific: { versions: [ 1 ] } }")
+    return versions
+
+
+def parameters(config: str) -> dict[str, str]:
+    return {key: value.string_value for key, value in parse(config).parameters.items()}
+
+
+def with_lines(config: str, lines: Mapping[str, str]) -> str:
+    """The config.pbtxt with another line for each of these fields, else unchanged.
+
+    Raises: ConfigError where a field does not stand on one line of its own.
+    """
+    changed, expected = config, parse(config)
+    for field, line in lines.items():
+        changed = re.sub(rf"^{field}\b.*$", line, changed, flags=re.MULTILINE)
+        expected.ClearField(field)
+        expected.MergeFrom(parse(line))
+    return _checked(changed, expected, ", ".join(lines))
+
+
+def with_release(config: str, versions: Sequence[int], values: Mapping[str, str | None]) -> str:
+    """The config.pbtxt that serves these versions and has these parameters, else unchanged; None removes a parameter.
+
+    Raises: ConfigError where the version policy or one of the parameters does not stand on one line of its own.
+    """
+    policy = f"version_policy: {{ specific: {{ versions: [ {', '.join(map(str, sorted(versions)))} ] }} }}"
+    changed = with_lines(config, {"version_policy": policy})
+    expected = parse(changed)
+    for key, value in values.items():
+        expected.parameters.pop(key, None)
+        line = ""
+        if value is not None:
+            expected.parameters[key].string_value = value
+            line = f"parameters {{ key: {json.dumps(key)} value: {{ string_value: {json.dumps(value)} }} }}\n"
+        changed, found = re.subn(rf'^parameters\W+key: "{key}".*\n', line.replace("\\", r"\\"), changed, flags=re.MULTILINE)
+        if not found and line:
+            changed = changed.removesuffix("\n") + "\n" + line
+    return _checked(changed, expected, "version_policy and parameters")
+
+
+def as_json(config: str) -> str:
+    """For Triton's load call, which takes a configuration in place of the file's."""
+    return json.dumps(json_format.MessageToDict(parse(config), preserving_proto_field_name=True), indent=1) + "\n"
+
+
+def _checked(config: str, expected: model_config_pb2.ModelConfig, what: str) -> str:
+    try:
+        if parse(config) == expected:
+            return config
+    except ConfigError:
+        pass
+    raise ConfigError(f"config.pbtxt must have each of its fields on one line of its own, and each once: {what}")

@@ -1,0 +1,114 @@
+"""A trained network as the next version of a model: checked against the version that is pinned, and there whole or not at all."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npair.artifact import LIBRARIES, PublishError, write_manifest, write_version
+from npair.config import pinned
+from npair.data import Dataset, Photos, read_photo
+from npair.evaluate import compare
+from npair.metrics import Vectors
+from npair.release import published_code, verify
+from npair.repository import Repository
+from npair.serving.embedder import UNLIMITED, Embedder
+from npair.serving.engine import cores
+
+RECALL_DROP = 0.01  # of Recall@1 on val, below the pinned version's, for fine labels or for coarse ones
+COST_RISE = 1.5  # times the pinned version's milliseconds a photo, or bytes
+TIMED_PHOTOS = 64
+PINS = Path(__file__).parents[2] / "model/api"
+
+
+def publish(
+    run: Path, data: Path, repository: Repository, *, cache: Path, accept_recall_drop: str = "", accept_cost: str = ""
+) -> int:
+    """Write the next version from a run's averaged network, or from an earlier version's.
+
+    accept_recall_drop, accept_cost: why a version may be published that finds less than the pinned one, or that is slower or
+    larger, by more than is tolerated; the manifest keeps it.
+    Returns: its number. Raises: PublishError, ReleaseError, RepositoryError, RunError, DataError, EnginesError, VersionError; then
+    there is no such version.
+    """
+    check_libraries()
+    with repository.new_version() as (number, folder):
+        dataset, manifest = write_version(folder, run, data, cache, model=repository.name, version=number)
+        others = repository.versions()
+        pins = [pin for pin in pinned(repository.read("config.pbtxt").decode()) if others.get(pin)]
+        if pins:
+            with repository.version(pins[-1]) as served:
+                manifest["compared_with"] = compared = compare_with(served, folder, dataset)
+            reasons = {"recall": accept_recall_drop, "cost": accept_cost}
+            for what, problem in refusals(compared).items():
+                if not reasons[what]:
+                    flag = {"recall": "--accept-recall-drop", "cost": "--accept-cost"}[what]
+                    raise PublishError(f"{problem}; nothing was published ({flag} REASON publishes it all the same)")
+                compared[f"accepted_{what}"] = {"problem": problem, "reason": reasons[what]}
+            write_manifest(folder, manifest)
+        verify(folder)
+    return number
+
+
+def check_libraries() -> None:
+    """Raises: PublishError where libraries are not those that serve, with which golden sets must be measured."""
+    for name in LIBRARIES:
+        pins = [re.search(rf"^{name}==([^\s;+]+)", file.read_text(), re.MULTILINE) for file in PINS.glob("requirements*.txt")]
+        for pin in filter(None, pins):
+            if pin[1] != (here := installed(name).partition("+")[0]):
+                raise PublishError(f"{name} is {here} here and {pin[1]} where versions are served; run: make install")
+
+
+def compare_with(served: Path, folder: Path, dataset: Dataset) -> dict[str, Any]:
+    """What both versions find in val, what a photo costs each on this machine, from its bytes on, and how large they are.
+
+    Returns: ``version``, the served one's; and ``recall_at_1`` (where there is val), ``milliseconds`` and ``bytes`` of both, as
+    [served, new].
+    """
+    with published_code(served) as code:
+        embedders = [code.Embedder(served, cores=cores()), Embedder(folder, cores=cores())]
+    photos = [read_photo(path) for path in dataset.train.paths[:TIMED_PHOTOS]]
+    recalls = [compare("", dataset, "val", embedding(each)).recall_at_1() for each in embedders] if dataset.val else []
+    times: list[list[float]] = [[], []]
+    for _ in range(5):
+        for of_version, embedder in zip(times, embedders, strict=True):
+            began = time.perf_counter()
+            embedder.embed_photos(photos, UNLIMITED)
+            of_version.append(1e3 * (time.perf_counter() - began) / len(photos))
+    for embedder in embedders:
+        embedder.close()
+    return {
+        "version": embedders[0].manifest["version"],
+        "recall_at_1": {kind: [recall[kind] for recall in recalls] for kind in (recalls[0] if recalls else ())},
+        "milliseconds": [round(min(of_version), 3) for of_version in times],
+        "bytes": [sum(path.stat().st_size for path in each.rglob("*") if path.is_file()) for each in (served, folder)],
+    }
+
+
+def embedding(embedder: Any) -> Callable[[Photos], Vectors]:
+    """By a version's own decoder, from the files on."""
+
+    def embed(photos: Photos) -> Vectors:
+        parts = [photos.paths[start : start + TIMED_PHOTOS] for start in range(0, len(photos), TIMED_PHOTOS)]
+        return np.concatenate([np.stack(embedder.embed_photos(list(map(read_photo, part)), UNLIMITED)) for part in parts])
+
+    return embed
+
+
+def refusals(compared: dict[str, Any]) -> dict[str, str]:
+    """Why the new version is not to be published, by what would have to be accepted."""
+    problems = {}
+    for kind, (old, new) in compared["recall_at_1"].items():
+        if old - new > RECALL_DROP:
+            problems["recall"] = f"Recall@1 on val, of {kind} labels, is {new:.3f}; version {compared['version']} has {old:.3f}"
+    for what, unit in (("milliseconds", "ms a photo"), ("bytes", "bytes")):
+        old, new = compared[what]
+        if new > COST_RISE * old:
+            problems["cost"] = f"it takes {new:,} {unit}; version {compared['version']} takes {old:,}"
+    return problems

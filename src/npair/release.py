@@ -1,0 +1,408 @@
+"""What becomes of a published version: verified, promoted, rolled back, retired. No step leaves a server without one to serve.
+
+A promotion changes one file, config.pbtxt, in one step, once the version is verified, and puts it back where a server does not
+answer the version's golden set. What was served before stands in its parameter ``served_before``, for the way back, and whole in
+fallback.json, which serve.py loads where a server starts and the pinned version is broken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import importlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from npair.client import NpairClient, NpairError
+from npair.config import as_json, parameters, pinned, with_release
+from npair.repository import Repository
+from npair.serving.engine import EngineError, cores
+
+CONTROL_HEADER = "npair-control-secret"  # as in serve.py
+SCHEMA: dict[str, type | tuple[type, ...]] = {
+    **{"schema": int, "model": str, "version": int, "created": str, "libraries": dict, "engines": dict, "engines_refused": dict},
+    **{"preprocessing": dict, "embedding": dict, "training": dict, "golden": dict, "files": dict, "git_commit": (str, type(None))},
+}
+REMEMBERED = 10  # versions served before
+FALLBACK = "fallback.json"
+THRESHOLDS = ("thresholds_version", "threshold_far_1_percent", "threshold_far_01_percent")
+
+
+class ReleaseError(RuntimeError):
+    """A release that was refused, and why; what was served before goes on being served."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A line of ``npair versions``.
+
+    status: serving, where a server says so; ready; staged, while it is being published or was not to the end; broken.
+    recall_at_1: on val, of fine labels. size: in bytes.
+    """
+
+    name: str
+    status: str
+    pinned: bool
+    recall_at_1: float | None = None
+    created: str | None = None
+    git_commit: str | None = None
+    size: int | None = None
+    reason: str | None = None
+
+
+class Server:
+    """A running server, by its HTTP URL. Every call ends within ``timeout`` seconds: a bad load can hang Triton's."""
+
+    def __init__(self, url: str, model: str, *, secret: str = "", timeout: float = 120.0) -> None:
+        """Raises: ValueError for a URL that is not http:// or https://."""
+        self.parts = urlsplit(url)
+        if self.parts.scheme not in ("http", "https") or not self.parts.netloc:
+            raise ValueError(f"releasing goes over HTTP: the URL must be like http://host:8000, got {url!r}")
+        self.url, self.model, self.secret, self.timeout = url, model, secret, timeout
+
+    def load(self) -> None:
+        """Have it serve what config.pbtxt says. Raises: ReleaseError with the server's reason."""
+        if not self.secret:
+            raise ReleaseError(
+                "the secret is missing that lets a server load: start it with NPAIR_CONTROL_SECRET (or NPAIR_CONTROL_SECRET_FILE),"
+                " and set that here, too"
+            )
+        status, answer = self._request("POST", f"/v2/repository/models/{self.model}/load", self.timeout)
+        if status != http.client.OK:
+            raise ReleaseError(f"{self.url} refused to load: {json.loads(answer or '{}').get('error') or f'status {status}'}")
+
+    def serving(self) -> list[int]:
+        """The versions that it says it serves. Raises: ReleaseError where it does not answer."""
+        status, answer = self._request("GET", f"/v2/models/{self.model}", 10)
+        return sorted(int(version) for version in json.loads(answer).get("versions", [])) if status == http.client.OK else []
+
+    def manifest_sha256(self) -> str | None:
+        """Of the highest version, as its configuration tells clients. Raises: ReleaseError where it does not answer."""
+        status, answer = self._request("GET", f"/v2/models/{self.model}/config", 10)
+        if status != http.client.OK:
+            return None
+        found: str | None = json.loads(answer)["parameters"].get("manifest_sha256", {}).get("string_value")
+        return found
+
+    def check(self, folder: Path) -> float:
+        """The largest Euclidean distance between what it answers for a version's golden set and what was published.
+
+        Raises: ReleaseError where it does not answer within the timeout, or the distance is beyond the tolerance.
+        """
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        golden, number = manifest["golden"], manifest["version"]
+        expected, deadline = np.load(folder / golden["embeddings"], allow_pickle=False), time.monotonic() + self.timeout
+        with NpairClient(self.url, model=self.model, version=str(number), timeout=min(30.0, self.timeout), retries=0) as client:
+            while True:
+                try:
+                    vectors = client.embed([folder / photo for photo in golden["photos"]]).vectors
+                    break
+                except NpairError as error:
+                    if time.monotonic() > deadline:
+                        raise ReleaseError(f"{self.url} does not answer the golden set of version {number}: {error}") from error
+                    time.sleep(0.1)
+        distance = float(np.linalg.norm(vectors - expected, axis=1).max()) if vectors.shape == expected.shape else np.inf
+        if not distance <= golden["tolerance"]:
+            raise ReleaseError(f"{self.url} answers the golden set of version {number} wrong: off by {distance:.2g}")
+        return distance
+
+    def _request(self, method: str, path: str, timeout: float) -> tuple[int, str]:
+        kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(self.parts.netloc, timeout=timeout)
+        try:
+            headers = {CONTROL_HEADER: self.secret} if self.secret else {}
+            connection.request(method, self.parts.path.rstrip("/") + path, headers=headers)
+            response = connection.getresponse()
+            return response.status, response.read().decode(errors="replace")
+        except (OSError, http.client.HTTPException) as error:
+            raise ReleaseError(f"{self.url} does not answer {path}: {error or type(error).__name__}") from error
+        finally:
+            connection.close()
+
+
+def verify(folder: Path, engine: str = "") -> dict[str, dict[str, float | str]]:
+    """Everything that can be known of a version without a server: the manifest's schema, the files' hashes, and, through the
+    version's own code, the golden set by each of its engines.
+
+    engine: the only one to try.
+    Returns: by engine, ``golden_distance`` and ``tolerance``, or ``cannot_run`` with the reason on this machine.
+    Raises: ReleaseError that says what is wrong.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
+        wrong = [key for key, kind in SCHEMA.items() if not isinstance(manifest.get(key), kind)]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ReleaseError(f"{folder}: manifest.json cannot be read: {error}") from error
+    if wrong:
+        raise ReleaseError(f"{folder}: manifest.json lacks {', '.join(wrong)}, or has them of another type")
+    check_files(folder, manifest)
+    engines: dict[str, dict[str, float | str]] = {}
+    for name in [engine] if engine else manifest["engines"]:
+        try:
+            with published_code(folder) as embedder:
+                loaded = embedder.Embedder(folder, cores=cores(), engine=name)
+                loaded.close()
+                engines[name] = {"golden_distance": loaded.golden_distance, "tolerance": manifest["engines"][name]["tolerance"]}
+        except Exception as error:  # whatever published code raises; its classes are not this code's
+            if type(error).__name__ != EngineError.__name__:
+                raise ReleaseError(f"{folder}: {error}") from error
+            engines[name] = {"cannot_run": str(error)}
+    return engines
+
+
+def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raises: ReleaseError where a file is missing, changed or not the manifest's, or ``model.py`` is no Python."""
+    for name, expected in manifest["files"].items():
+        try:
+            content = (folder / name).read_bytes()
+        except OSError as error:
+            raise ReleaseError(f"{folder}: {name} cannot be read: {error.strerror}") from error
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise ReleaseError(f"{folder}: {name} has changed since it was published")
+    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.parent.name != "__pycache__"}
+    if strange := present - set(manifest["files"]) - {"manifest.json"}:
+        raise ReleaseError(f"{folder}: {', '.join(sorted(strange))} was not published; delete it")
+    try:
+        compile((folder / "model.py").read_bytes(), "model.py", "exec")  # to run it takes a server
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ReleaseError(f"{folder}: model.py cannot be run: {error}") from error
+
+
+@contextlib.contextmanager
+def published_code(folder: Path) -> Iterator[types.ModuleType]:
+    """The version's own embedder.py, from its source and not from byte code that lies there, and with no trace in this process."""
+    package = types.ModuleType("npair_published")
+    package.__path__ = [str(folder)]
+    before, sys.pycache_prefix = sys.pycache_prefix, tempfile.mkdtemp(prefix="npair-verify-")
+    sys.modules[package.__name__] = package
+    try:
+        yield importlib.import_module(f"{package.__name__}.embedder")
+    finally:
+        shutil.rmtree(sys.pycache_prefix, ignore_errors=True)
+        sys.pycache_prefix = before
+        for name in [name for name in sys.modules if name.partition(".")[0] == package.__name__]:
+            del sys.modules[name]
+
+
+def client_parameters(folder: Path) -> dict[str, str | None]:
+    """What clients must know of a version, as parameters of config.pbtxt: its number, its manifest's hash, and its thresholds, of
+    which those that it has not are None."""
+    text = (folder / "manifest.json").read_bytes()
+    manifest = json.loads(text)
+    thresholds = {name: cosine for name, cosine in manifest.get("thresholds", {}).items() if cosine is not None}
+    version = {"thresholds_version": str(manifest["version"])} if thresholds else {}
+    values = version | {f"threshold_{name}": f"{cosine:.4f}" for name, cosine in thresholds.items()}
+    of_manifest = {"manifest_version": str(manifest["version"]), "manifest_sha256": hashlib.sha256(text).hexdigest()}
+    return of_manifest | {key: values.get(key) for key in THRESHOLDS}
+
+
+def promote(repository: Repository, number: int, servers: Sequence[Server], *, keep: int | None = None) -> None:
+    """Serve a version, and for a while another beside it, so that an index can be rebuilt.
+
+    keep: a lower one, which stays for requests that name it; requests that name none go to the highest.
+    Raises: ReleaseError where it must not be served or a server does not serve it; then all is as it was. RepositoryError,
+    ConfigError.
+    """
+    if keep is not None and keep >= number:
+        raise ReleaseError(f"--keep must be a version below {number}: requests that name none go to the highest")
+    with repository.exclusive():
+        before = _served_before(repository)
+        present = pinned(_config(repository))[-1]
+        history = [*(version for version in before if version != number), *([present] if present != number else [])]
+        _serve(repository, number, servers, keep=keep, history=history[-REMEMBERED:])
+
+
+def rollback(repository: Repository, servers: Sequence[Server]) -> int:
+    """Serve the version that was served before, and no other. Returns: it. Raises: as promote."""
+    with repository.exclusive():
+        history = _served_before(repository)
+        if not history:
+            raise ReleaseError("nothing was served before that is still there; promote the version that you want")
+        _serve(repository, history[-1], servers, keep=None, history=history[:-1])
+        return history[-1]
+
+
+def retire(repository: Repository, number: int, servers: Sequence[Server]) -> None:
+    """Remove a version that is not served. Raises: ReleaseError where it is, or is not there; RepositoryError."""
+    with repository.exclusive():
+        if number not in repository.versions():
+            raise ReleaseError(f"there is no version {number} in {repository.location}")
+        if number in pinned(_config(repository)):
+            raise ReleaseError(f"version {number} is the one that config.pbtxt pins; promote another first")
+        for server in servers:
+            if number in server.serving():
+                raise ReleaseError(f"version {number} is still served by {server.url}")
+        _write_fallback(repository, [version for version in _served_before(repository) if version != number])
+        repository.remove(number)
+
+
+def versions(repository: Repository, servers: Sequence[Server]) -> list[Version]:
+    """All that is in the repository, ascending. Hashes are checked; golden sets are what ``verify`` embeds."""
+    serving: set[int] = set()
+    for server in servers:
+        with contextlib.suppress(ReleaseError):
+            serving |= set(server.serving())
+    pins = pinned(_config(repository))
+    lines = []
+    for number, complete in repository.versions().items():
+        if not complete:
+            lines.append(Version(str(number), "staged", number in pins))
+            continue
+        with repository.version(number) as folder:
+            reason, manifest = None, {}
+            try:
+                manifest = json.loads((folder / "manifest.json").read_bytes())
+                check_files(folder, manifest)
+            except (ReleaseError, ValueError, KeyError, AttributeError) as error:
+                reason = str(error)
+        recall = manifest.get("metrics", {}).get("val", {}).get("fine", {}).get("recall_at_1", {}).get("value")
+        lines.append(
+            Version(
+                str(number),
+                "broken" if reason else "serving" if number in serving else "ready",
+                number in pins,
+                recall,
+                manifest.get("created"),
+                manifest.get("git_commit"),
+                repository.sizes(number),
+                reason,
+            )
+        )
+    return lines + [Version(name, "staged", False) for name in repository.unfinished()]
+
+
+def check_pins(repository: Repository) -> list[int]:
+    """The versions that config.pbtxt pins. Raises: ReleaseError where one is not there, or what it tells clients is not of the
+    highest; ConfigError."""
+    config = _config(repository)
+    pins, there = pinned(config), repository.versions()
+    if missing := [number for number in pins if not there.get(number)]:
+        raise ReleaseError(f"config.pbtxt pins version {missing[0]}, which is not in {repository.location}")
+    with repository.version(pins[-1]) as folder:
+        told, right = parameters(config), client_parameters(folder)
+    if wrong := [key for key, value in right.items() if told.get(key) != value]:
+        raise ReleaseError(f"config.pbtxt does not tell clients {', '.join(wrong)} of version {pins[-1]}; promote it again")
+    return pins
+
+
+def check_server(repository: Repository, server: Server) -> dict[int, float]:
+    """What only a server can tell: that it serves what is pinned, tells clients so, and answers every golden set right.
+
+    Returns: how far each pinned version's golden set is off. Raises: ReleaseError.
+    """
+    pins, serving = check_pins(repository), server.serving()
+    if serving != pins:
+        raise ReleaseError(f"{server.url} serves {serving or 'no version'}, and config.pbtxt pins {pins}; promote again")
+    if server.manifest_sha256() != parameters(_config(repository)).get("manifest_sha256"):
+        raise ReleaseError(f"{server.url} tells clients of another manifest than config.pbtxt; promote version {pins[-1]} again")
+    distances = {}
+    for number in pins:
+        with repository.version(number) as folder:
+            distances[number] = server.check(folder)
+    return distances
+
+
+def table(lines: Sequence[Version]) -> str:
+    """For a terminal."""
+    head = ("version", "status", "recall@1", "published", "commit", "MB")
+    rows = [
+        (
+            f"{line.name}{' *' if line.pinned else ''}",
+            line.status,
+            "" if line.recall_at_1 is None else f"{line.recall_at_1:.3f}",
+            (line.created or "")[:16].replace("T", " "),
+            (line.git_commit or "")[:9],
+            "" if line.size is None else f"{line.size / 1e6:.1f}",
+        )
+        for line in lines
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
+    return "\n".join([*text, *(f"version {line.name}: {line.reason}" for line in lines if line.reason), "* pinned by config.pbtxt"])
+
+
+def as_dicts(lines: Sequence[Version]) -> list[dict[str, Any]]:
+    return [asdict(line) for line in lines]
+
+
+def _serve(repository: Repository, number: int, servers: Sequence[Server], *, keep: int | None, history: Sequence[int]) -> None:
+    config, there = _config(repository), repository.versions()
+    fallback = _read_if_there(repository, FALLBACK)
+    values: dict[str, str | None] = {"served_before": ",".join(map(str, history)) or None}
+    for old in parameters(config):
+        if old.startswith("manifest_sha256_"):
+            values[old] = None
+    for version in filter(None, (keep, number)):
+        if not there.get(version):
+            raise ReleaseError(f"there is no version {version} in {repository.location}")
+        with repository.version(version) as folder:
+            verify(folder)
+            told = client_parameters(folder)
+        values |= told if version == number else {f"manifest_sha256_{version}": told["manifest_sha256"]}
+    after = with_release(config, [version for version in (keep, number) if version is not None], values)
+    with repository.version(number) as folder:
+        try:
+            _write_fallback(repository, history)
+            repository.write("config.pbtxt", after.encode())
+            for server in servers:
+                server.load()
+                server.check(folder)
+        except BaseException as error:
+            reason = _put_back(repository, config, fallback, servers)
+            if not isinstance(error, Exception):
+                raise
+            raise ReleaseError(f"version {number} is not served, and {reason}: {error}") from error
+
+
+def _put_back(repository: Repository, config: str, fallback: bytes | None, servers: Sequence[Server]) -> str:
+    """Returns: what became of it."""
+    repository.write("config.pbtxt", config.encode())
+    if fallback is not None:
+        repository.write(FALLBACK, fallback)
+    number = pinned(config)[-1]
+    try:
+        for server in servers:
+            server.load()
+            with repository.version(number) as folder:
+                server.check(folder)
+    except ReleaseError as error:
+        return f"config.pbtxt is as it was, but going back to version {number} failed, too ({error})"
+    return f"all is as it was, with version {number}"
+
+
+def _write_fallback(repository: Repository, history: Sequence[int]) -> None:
+    """The configuration of the version that was served last of these, for servers that start and find the pinned one broken."""
+    if not history:
+        return
+    with repository.version(history[-1]) as folder:
+        values = client_parameters(folder) | {"served_before": ",".join(map(str, history[:-1])) or None}
+    repository.write(FALLBACK, as_json(with_release(_config(repository), history[-1:], values)).encode())
+
+
+def _served_before(repository: Repository) -> list[int]:
+    there = repository.versions()
+    history = parameters(_config(repository)).get("served_before", "")
+    return [int(number) for number in history.split(",") if number and there.get(int(number))]
+
+
+def _config(repository: Repository) -> str:
+    return repository.read("config.pbtxt").decode()
+
+
+def _read_if_there(repository: Repository, path: str) -> bytes | None:
+    try:
+        return repository.read(path)
+    except FileNotFoundError:
+        return None

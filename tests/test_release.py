@@ -1,0 +1,414 @@
+"""Releases on the real server: what is promoted is served, and what is broken is not, whatever was forced, killed or mixed up."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, free_ports, lines_until_ready, publish_into, running, start
+
+from npair.artifact import export, write_manifest
+from npair.client import NpairClient, Vectors, VersionGoneError
+from npair.config import ConfigError, parameters, pinned, with_release
+from npair.network import EmbeddingNetwork, load_network
+from npair.release import (
+    ReleaseError,
+    Server,
+    check_pins,
+    check_server,
+    client_parameters,
+    promote,
+    retire,
+    rollback,
+    table,
+    verify,
+    versions,
+)
+from npair.repository import RepositoryError, open_repository
+from npair.train import train
+
+CONFIG = (ROOT / "model_repository/npair/config.pbtxt").read_text()
+SECRET = "a-secret"
+
+
+@pytest.fixture(scope="session")
+def pair(published: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's folder with versions 1 and 2, of which 1 is pinned; to be copied, not changed."""
+    folder = tmp_path_factory.mktemp("pair") / "npair"
+    shutil.copytree(published, folder)
+    run = tmp_path_factory.mktemp("runs") / "second"
+    assert train(dataset, run, dataclasses.replace(TINY, seed=1))
+    publish_into(folder, run, dataset)
+    return folder
+
+
+@pytest.fixture
+def models(pair: Path, tmp_path: Path) -> Path:
+    """A copy, in which version 1 was promoted."""
+    folder = Path(shutil.copytree(pair, tmp_path / "models/npair"))
+    config = folder / "config.pbtxt"
+    config.write_text(config.read_text().replace("versions: [ 5 ]", "versions: [ 1 ]"))
+    promote(open_repository(folder), 1, [])
+    return folder
+
+
+@contextlib.contextmanager
+def served(models: Path) -> Iterator[tuple[Server, dict[str, str]]]:
+    with running(MODEL_REPOSITORY=str(models.parent), NPAIR_CONTROL_SECRET=SECRET) as (_, urls):
+        yield Server(urls["http"], "npair", secret=SECRET, timeout=60), urls
+
+
+def golden(models: Path, number: int) -> tuple[list[Path], Vectors]:
+    entry = json.loads((models / f"{number}/manifest.json").read_text())["golden"]
+    return [models / str(number) / photo for photo in entry["photos"]], np.load(models / str(number) / entry["embeddings"])
+
+
+def digest(version: Path) -> str:
+    return hashlib.sha256((version / "manifest.json").read_bytes()).hexdigest()
+
+
+def forge(folder: Path, change: Callable[[Path], None]) -> None:
+    """A version whose hashes are right although it is not what was published."""
+    change(folder)
+    write_manifest(folder, json.loads((folder / "manifest.json").read_text()))
+
+
+def graph_of(change: Callable[[EmbeddingNetwork], None], run: Path) -> Callable[[Path], None]:
+    def forged(folder: Path) -> None:
+        network = load_network(run)
+        change(network)
+        export(network, 64, folder / "network.pt2")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["engines"] = {"torch": manifest["engines"]["torch"]}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return forged
+
+
+def not_a_number(network: EmbeddingNetwork) -> None:
+    torch.nn.init.constant_(network.embedding.bias, float("nan"))
+
+
+def narrower(network: EmbeddingNetwork) -> None:
+    network.embedding = torch.nn.Linear(network.embedding.in_features, 64)
+
+
+def no_python(folder: Path) -> None:
+    (folder / "model.py").write_text("def execute(:\n")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def wrong_hash(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["network.pt2"] = hashlib.sha256(b"").hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture(params=["truncated", "flipped", "hash", "syntax", "nan", "dimension", "manifest"])
+def broken(request: pytest.FixtureRequest, models: Path, trained: Path) -> Path:
+    """A model's folder whose version 2 is broken in one way."""
+    folder = models / "2"
+    ways: dict[str, Callable[[], None]] = {
+        "truncated": lambda: truncate(folder / "network.pt2"),
+        "flipped": lambda: flip(next(iter(folder.glob("network*.bin")))),
+        "hash": lambda: wrong_hash(folder),
+        "syntax": lambda: forge(folder, no_python),
+        "nan": lambda: forge(folder, graph_of(not_a_number, trained)),
+        "dimension": lambda: forge(folder, graph_of(narrower, trained)),
+        "manifest": lambda: truncate(folder / "manifest.json"),
+    }
+    ways[request.param]()
+    return models
+
+
+class TestConfig:
+    def test_changes_nothing_else(self) -> None:
+        changed = with_release(CONFIG, [7, 6], {"manifest_sha256": "abc", "threshold_far_1_percent": None, "new": 'a "b"'})
+        assert pinned(changed) == [6, 7]
+        assert "threshold_far_1_percent" not in parameters(changed)
+        assert parameters(changed)["new"] == 'a "b"'
+        before, after = CONFIG.splitlines(), changed.splitlines()
+        assert len([line for line in before if line not in after]) == 3
+        back = {key: parameters(CONFIG).get(key) for key in ("manifest_sha256", "threshold_far_1_percent", "new")}
+        assert parameters(with_release(changed, pinned(CONFIG), back)) == parameters(CONFIG)
+
+    @pytest.mark.parametrize(
+        ("before", "after", "reason"),
+        [
+            ("version_policy: {", "version_policy: {\n", "one line of its own"),
+            ('parameters { key: "manifest_sha256"', 'parameters { # its hash\nkey: "manifest_sha256"', "one line of its own"),
+            ("max_batch_size: 64", "max_batch_size: many", "cannot be read"),
+        ],
+    )
+    def test_what_it_cannot_change_is_refused(self, before: str, after: str, reason: str) -> None:
+        with pytest.raises(ConfigError, match=reason):
+            with_release(CONFIG.replace(before, after), [7], {"manifest_sha256": None})
+
+    def test_client_parameters_are_the_manifest_s(self, version: Path) -> None:
+        manifest = json.loads((version / "manifest.json").read_text())
+        manifest["thresholds"] = {"far_1_percent": 0.66284, "far_01_percent": None}
+        (version / "manifest.json").write_text(json.dumps(manifest))
+        parameters = client_parameters(version)
+        assert parameters.pop("manifest_sha256") == digest(version)
+        thresholds = {"threshold_far_1_percent": "0.6628", "threshold_far_01_percent": None}
+        assert parameters == {"manifest_version": "1", "thresholds_version": "1", **thresholds}
+
+
+class TestVerify:
+    def test_what_was_published(self, models: Path) -> None:
+        assert "torch" in verify(models / "2")
+        assert not list(models.rglob("__pycache__"))
+        assert check_pins(open_repository(models)) == [1]
+
+    def test_broken(self, broken: Path) -> None:
+        with pytest.raises(ReleaseError, match="2"):
+            verify(broken / "2")
+        (line,) = (line for line in versions(open_repository(broken), []) if line.name == "2")
+        golden_set_tells = json.loads((broken / "2/manifest.json").read_text()).get("engines") if line.reason is None else None
+        assert line.status == ("ready" if golden_set_tells else "broken")
+
+    def test_files_that_were_not_published(self, models: Path) -> None:
+        (models / "2/extra.py").write_text("")
+        with pytest.raises(ReleaseError, match=r"extra\.py was not published"):
+            verify(models / "2")
+
+    def test_pins(self, models: Path) -> None:
+        config = models / "config.pbtxt"
+        config.write_text(config.read_text().replace("versions: [ 1 ]", "versions: [ 2 ]"))
+        with pytest.raises(ReleaseError, match="does not tell clients manifest_version, manifest_sha256"):
+            check_pins(open_repository(models))
+        shutil.rmtree(models / "2")
+        with pytest.raises(ReleaseError, match="pins version 2, which is not in"):
+            check_pins(open_repository(models))
+
+
+class TestPromote:
+    def test_there_and_back(self, models: Path) -> None:
+        repository = open_repository(models)
+        before = (models / "config.pbtxt").read_text()
+        with served(models) as (server, urls), NpairClient(urls["grpc"]) as client:
+            photos, first = golden(models, 1)
+            _, second = golden(models, 2)
+            assert client.embed(photos).version == "1"
+            promote(repository, 2, [server])
+            vectors, version = client.embed(photos)
+            assert version == "2"
+            np.testing.assert_allclose(vectors @ second.T, second @ second.T, atol=0.1)
+            assert client.manifest_sha256("2") == digest(models / "2")
+            assert client.manifest_sha256("1") is None
+            assert set(check_server(repository, server)) == {2}
+            assert [(line.name, line.status) for line in versions(repository, [server])] == [("1", "ready"), ("2", "serving")]
+            assert re.search(r"^2 \*\s+serving", table(versions(repository, [server])), re.MULTILINE)
+            with pytest.raises(ReleaseError, match="version 2 is the one that config"):
+                retire(repository, 2, [server])
+            assert rollback(repository, [server]) == 1
+            vectors, version = client.embed(photos)
+            assert version == "1"
+            np.testing.assert_allclose(vectors @ first.T, first @ first.T, atol=0.1)
+            assert sorted((models / "config.pbtxt").read_text().splitlines()) == sorted(before.splitlines())
+            with pytest.raises(ReleaseError, match="nothing was served before"):
+                rollback(repository, [server])
+            retire(repository, 2, [server])
+            assert [line.name for line in versions(repository, [server])] == ["1"]
+
+    def test_two_side_by_side(self, models: Path) -> None:
+        repository = open_repository(models)
+        with served(models) as (server, urls), NpairClient(urls["http"]) as client:
+            photos, _ = golden(models, 1)
+            with pytest.raises(ReleaseError, match="--keep must be a version below 2"):
+                promote(repository, 2, [server], keep=2)
+            promote(repository, 2, [server], keep=1)
+            assert client.embed(photos).version == "2"
+            for number in "12":
+                with NpairClient(urls["http"], version=number) as one:
+                    assert one.embed(photos).version == number
+                assert (
+                    client.manifest_sha256(number) == hashlib.sha256((models / number / "manifest.json").read_bytes()).hexdigest()
+                )
+            assert set(check_server(repository, server)) == {1, 2}
+            promote(repository, 2, [server])
+            assert server.serving() == [2]
+            with (
+                NpairClient(urls["http"], version="1") as one,
+                pytest.raises(VersionGoneError, match="not served any more, but 2 is"),
+            ):
+                one.embed(photos)
+
+    def test_without_a_server(self, models: Path) -> None:
+        promote(open_repository(models), 2, [])
+        assert pinned((models / "config.pbtxt").read_text()) == [2]
+        with served(models) as (server, _):
+            assert server.serving() == [2]
+
+    def test_broken_is_refused_before_a_server_hears_of_it(self, broken: Path) -> None:
+        before = (broken / "config.pbtxt").read_bytes()
+        with pytest.raises(ReleaseError):
+            promote(open_repository(broken), 2, [Server("http://127.0.0.1:9", "npair", secret=SECRET)])
+        assert (broken / "config.pbtxt").read_bytes() == before
+
+    def test_broken_forced_by_hand_does_not_serve(self, broken: Path) -> None:
+        """The old version goes on, and health is green."""
+        with served(broken) as (server, urls), NpairClient(urls["http"]) as client:
+            photos, _ = golden(broken, 1)
+            config = (broken / "config.pbtxt").read_text()
+            (broken / "config.pbtxt").write_text(config.replace("versions: [ 1 ]", "versions: [ 2 ]"))
+            with pytest.raises(ReleaseError, match="refused to load"):
+                server.load()
+            assert client.embed(photos).version == "1"
+            assert server.serving() == [1]
+            for path in ("/v2/health/ready", "/v2/models/npair/ready"):
+                assert urllib.request.urlopen(urls["http"] + path).status == 200
+
+    def test_what_the_server_refuses_is_put_back(self, models: Path, tmp_path: Path) -> None:
+        """It serves a copy of the folder whose version 2 was spoilt on the way."""
+        theirs = Path(shutil.copytree(models, tmp_path / "theirs/npair"))
+        flip(theirs / "2/model.py")
+        repository = open_repository(models)
+        with served(theirs) as (server, urls), NpairClient(urls["http"]) as client:
+            photos, _ = golden(models, 1)
+            before = (models / "config.pbtxt").read_bytes()
+            write = repository.write
+
+            def mirrored(path: str, content: bytes) -> None:
+                write(path, content)
+                (theirs / path).write_bytes(content)
+
+            repository.write = mirrored  # type: ignore[method-assign]
+            with pytest.raises(
+                ReleaseError, match=r"version 2 is not served, and all is as it was, with version 1: .* refused to load"
+            ):
+                promote(repository, 2, [server])
+            assert (models / "config.pbtxt").read_bytes() == before
+            assert client.embed(photos).version == "1"
+            assert urllib.request.urlopen(urls["http"] + "/v2/health/ready").status == 200
+
+    def test_closed_control_apis(self, models: Path) -> None:
+        before = (models / "config.pbtxt").read_bytes()
+        with running(MODEL_REPOSITORY=str(models.parent)) as (_, urls):
+            for secret, reason in (("", "the secret is missing"), ("wrong", "refused to load")):
+                with pytest.raises(ReleaseError, match=reason):
+                    promote(open_repository(models), 2, [Server(urls["http"], "npair", secret=secret)])
+                assert (models / "config.pbtxt").read_bytes() == before
+
+    def test_one_at_a_time(self, models: Path) -> None:
+        repository = open_repository(models)
+        with repository.exclusive(), pytest.raises(RepositoryError):
+            promote(open_repository(models), 2, [])
+
+
+def test_a_server_that_starts_with_a_broken_pin_serves_what_was_served_before(models: Path) -> None:
+    promote(open_repository(models), 2, [])
+    flip(models / "2/network.pt2")
+    ports = free_ports()
+    process = start(**ports, MODEL_REPOSITORY=str(models.parent), NPAIR_CONTROL_SECRET=SECRET)
+    try:
+        said = "".join(lines_until_ready(process))
+        assert "network.pt2 has changed since it was published" in said
+        assert "WARNING: the version that config.pbtxt pins was refused" in said
+        assert "version 1, which was served before, is served instead" in said
+        url = f"http://127.0.0.1:{ports['HTTP_PORT']}"
+        photos, expected = golden(models, 1)
+        with NpairClient(url) as client:
+            vectors, version = client.embed(photos)
+        assert version == "1"
+        np.testing.assert_allclose(vectors @ expected.T, expected @ expected.T, atol=0.1)
+        with pytest.raises(ReleaseError, match=r"serves \[1\], and config\.pbtxt pins \[2\]"):
+            check_server(open_repository(models), Server(url, "npair"))
+        rollback(open_repository(models), [Server(url, "npair", secret=SECRET)])
+        check_server(open_repository(models), Server(url, "npair"))
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def test_nothing_served_before(models: Path) -> None:
+    flip(models / "1/network.pt2")
+    process = start(**free_ports(), MODEL_REPOSITORY=str(models.parent))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "was refused, for the reasons above, and no other was served before" in said
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_promotions_leave_what_serves(models: Path, seed: int) -> None:
+    """kill -9 at random moments. Many more: benchmarks/promotions.py."""
+    dice = random.Random(seed)
+    with served(models) as (server, urls):
+        for target in (2, 1, 2):
+            command = [
+                sys.executable,
+                "-m",
+                "npair.cli",
+                "promote",
+                str(target),
+                "--repository",
+                str(models),
+                "--url",
+                urls["http"],
+            ]
+            process = subprocess.Popen(command, env=os.environ | {"NPAIR_CONTROL_SECRET": SECRET}, stderr=subprocess.DEVNULL)
+            time.sleep(dice.uniform(0.5, 4))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            check_pins(repository := open_repository(models))
+            promote(repository, pinned((models / "config.pbtxt").read_text())[-1], [server])
+            check_server(repository, server)
+
+
+def test_promotions_under_load(models: Path) -> None:
+    """No request fails, and every answer is of one of the versions. Many more: benchmarks/promotions.py."""
+    repository, stop, failures = open_repository(models), threading.Event(), list[str]()
+    photos, _ = golden(models, 1)
+    answered: dict[str, int] = {"1": 0, "2": 0}
+
+    def work(url: str, count: int) -> None:
+        with NpairClient(url, retries=0) as client:
+            while not stop.is_set():
+                try:
+                    vectors, version = client.embed(photos[:count])
+                    _, expected = golden(models, int(version))
+                    assert np.linalg.norm(vectors - expected[:count], axis=1).max() < 0.5
+                    answered[version] += 1
+                except Exception as error:
+                    failures.append(repr(error))
+
+    with served(models) as (server, urls):
+        threads = [threading.Thread(target=work, args=(url, count)) for url in urls.values() for count in (1, 4)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(3):
+                promote(repository, 2, [server])
+                rollback(repository, [server])
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    assert failures == []
+    assert min(answered.values()) > 0
