@@ -13,15 +13,23 @@ import torch
 from conftest import ROOT, publish_into
 
 import npair.serving
-from npair import artifact, publish
+from npair import artifact, engines, publish
 from npair.artifact import PublishError
 from npair.drawings import write_dataset
-from npair.engines import EnginesError
+from npair.engines import ENGINES, REFERENCE, EnginesError
 from npair.network import EmbeddingNetwork, load_network
 from npair.publish import check_libraries, refusals
+from npair.release import ReleaseError
 from npair.repository import RepositoryError
 from npair.run import RunError
 from npair.serving.embedder import VersionError
+
+
+@pytest.fixture(autouse=True)
+def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That the other engines are measured, and older instruction sets, test_artifact.py shows; it takes most of the time."""
+    monkeypatch.setattr(artifact, "write_graphs", lambda *_: {name: "not for this test" for name in ENGINES if name != REFERENCE})
+    monkeypatch.setattr(engines, "INSTRUCTION_SETS", {})
 
 
 @pytest.fixture
@@ -106,7 +114,7 @@ def test_code_that_does_not_run_is_refused(
     code = shutil.copytree(ROOT / "src/npair/serving", tmp_path / "serving")
     (code / "model.py").write_text("def execute(:\n")
     monkeypatch.setattr(npair.serving, "__path__", [str(code)])
-    with pytest.raises(EnginesError, match=r"model\.py cannot be run: invalid syntax"):
+    with pytest.raises(ReleaseError, match=r"model\.py cannot be run: invalid syntax"):
         publish_into(repository, trained, dataset)
     assert left(repository) == {"config.pbtxt"}
 
