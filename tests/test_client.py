@@ -377,7 +377,7 @@ class TestCommandLine:
         """The server fails from the third batch on."""
 
         def answer(photos: PHOTOS, _: str) -> tuple[int, str]:
-            return (500, '{"error": "full"}') if len(photos[0]) > 64 else embeddings(photos)
+            return (500, '{"error": "full"}') if photos and len(photos[0]) > 64 else embeddings(photos)
 
         with serving(answer) as (url, _):
             return self.run(url, "embed", folder, "--out", out)

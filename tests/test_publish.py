@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def second(published: Path, repository: Path) -> Path:
     """A model's folder with version 1, which is pinned."""
     shutil.copytree(published / "1", repository / "1")
     config = repository / "config.pbtxt"
-    config.write_text(config.read_text().replace("versions: [ 5 ]", "versions: [ 1 ]"))
+    config.write_text(re.sub(r"versions: \[ \d+ \]", "versions: [ 1 ]", config.read_text()))
     return repository
 
 

@@ -50,23 +50,22 @@ SECRET = "a-secret"
 
 @pytest.fixture(scope="session")
 def pair(published: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model's folder with versions 1 and 2, of which 1 is pinned; to be copied, not changed."""
+    """A model's folder with versions 1 and 2, of which 1 was promoted; to be copied, not changed."""
     folder = tmp_path_factory.mktemp("pair") / "npair"
     shutil.copytree(published, folder)
     run = tmp_path_factory.mktemp("runs") / "second"
     assert train(dataset, run, dataclasses.replace(TINY, seed=1))
     publish_into(folder, run, dataset)
+    config = folder / "config.pbtxt"
+    config.write_text(re.sub(r"versions: \[ \d+ \]", "versions: [ 1 ]", config.read_text()))
+    promote(open_repository(folder), 1, [])
     return folder
 
 
 @pytest.fixture
 def models(pair: Path, tmp_path: Path) -> Path:
-    """A copy, in which version 1 was promoted."""
-    folder = Path(shutil.copytree(pair, tmp_path / "models/npair"))
-    config = folder / "config.pbtxt"
-    config.write_text(config.read_text().replace("versions: [ 5 ]", "versions: [ 1 ]"))
-    promote(open_repository(folder), 1, [])
-    return folder
+    """A copy."""
+    return Path(shutil.copytree(pair, tmp_path / "models/npair"))
 
 
 @contextlib.contextmanager
