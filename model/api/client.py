@@ -478,7 +478,7 @@ def _embed_into(out: Path, client: NpairClient, options: argparse.Namespace) -> 
             raise
         print(f"{error}: all photos are embedded anew", file=sys.stderr)
         unfinished.unlink()
-        client.version = options.version = client._served()[-1]  # once: pinned, it is not left again
+        client.version = options.version = max(client._served(), key=int)  # once: pinned, it is not left again
         return _embed_into(out, client, options)
     except (NpairError, OSError, KeyboardInterrupt):
         if embedded:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from npair.data import Dataset
     from npair.pixels import Findings, Pixels
     from npair.release import Server
+    from npair.repository import Repository
 
 REPOSITORY = "model_repository/npair"
 
@@ -156,9 +157,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_repository(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--repository", default=REPOSITORY, metavar="WHERE", help="the model's folder, or s3:// or gs:// (%(default)s)"
-    )
+    parser.add_argument("--repository", default=REPOSITORY, metavar="DIR", help="the model's folder (%(default)s)")
 
 
 def _add_servers(parser: argparse.ArgumentParser) -> None:
@@ -344,45 +343,44 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _promote(arguments: argparse.Namespace) -> int:
     from npair.release import promote
-    from npair.repository import open_repository
 
-    promote(open_repository(arguments.repository), arguments.version, _servers(arguments), keep=arguments.keep)
+    repository, servers = _repository(arguments)
+    promote(repository, arguments.version, servers, keep=arguments.keep)
     print(f"version {arguments.version} is {_where(arguments)}")
     return 0
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
     from npair.release import rollback
-    from npair.repository import open_repository
 
-    print(f"version {rollback(open_repository(arguments.repository), _servers(arguments))} is {_where(arguments)} again")
+    print(f"version {rollback(*_repository(arguments))} is {_where(arguments)} again")
     return 0
 
 
 def _versions(arguments: argparse.Namespace) -> int:
     from npair.release import as_dicts, table, versions
-    from npair.repository import open_repository
 
-    lines = versions(open_repository(arguments.repository), _servers(arguments))
+    lines = versions(*_repository(arguments))
     print(json.dumps(as_dicts(lines)) if arguments.json else table(lines))
     return 0
 
 
 def _retire(arguments: argparse.Namespace) -> int:
     from npair.release import retire
-    from npair.repository import open_repository
 
-    retire(open_repository(arguments.repository), arguments.version, _servers(arguments))
+    repository, servers = _repository(arguments)
+    retire(repository, arguments.version, servers)
     print(f"version {arguments.version} is removed")
     return 0
 
 
-def _servers(arguments: argparse.Namespace) -> list[Server]:
+def _repository(arguments: argparse.Namespace) -> tuple[Repository, list[Server]]:
     from npair.release import Server
+    from npair.repository import open_repository
     from npair.serve import given_secret
 
-    name = arguments.repository.rstrip("/").rpartition("/")[2]
-    return [Server(url, name, secret=given_secret(), timeout=arguments.timeout) for url in arguments.url]
+    repository, secret = open_repository(arguments.repository), given_secret()
+    return repository, [Server(url, repository.name, secret=secret, timeout=arguments.timeout) for url in arguments.url]
 
 
 def _where(arguments: argparse.Namespace) -> str:
