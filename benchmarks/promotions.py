@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 from bench import proportional_memory
-from npair.repository import Repository, open_repository
 
 from npair.client import NpairClient
 from npair.config import pinned
 from npair.drawings import write_dataset
 from npair.release import Server, check_pins, check_server, promote, rollback, verify
+from npair.repository import Repository, open_repository
 from npair.run import TrainConfig
 from npair.tune import serving
 

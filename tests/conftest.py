@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from npair.repository import open_repository
 
 from npair.data import Dataset
 from npair.drawings import draw, encode, write_dataset
 from npair.pixels import default_cache
 from npair.publish import publish
+from npair.repository import open_repository
 from npair.run import TrainConfig
 from npair.serving.preprocess import Limits, Preprocessing
 from npair.train import train

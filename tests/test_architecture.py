@@ -20,7 +20,7 @@ ALLOWED = {
     },
     "publish": {"artifact", "config", "data", "evaluate", "metrics", "release", "repository", "serving", "numpy"},
     "release": {"client", "config", "repository", "serving", "numpy"},
-    "repository": set(),
+    "repository": {"fsspec"},
     "config": {"google", "tritonclient"},
     "artifact": {"data", "drawings", "engines", "network", "pixels", "run", "serving", "numpy", "torch", "PIL"},
     "engines": {"data", "evaluate", "metrics", "pixels", "serving", "numpy", "torch", "openvino", "nncf"},

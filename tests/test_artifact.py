@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, SHIPPED, TINY, publish_into
-from npair.repository import open_repository
 from test_network import ARCHITECTURES, checkpoint
 
 from npair import artifact
 from npair.engines import ENGINES
 from npair.network import embed, load_network
 from npair.release import check_pins
+from npair.repository import open_repository
 from npair.serving.embedder import Embedder
 from npair.train import train
 

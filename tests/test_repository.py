@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,23 @@ def test_removed_whole(repository: Path) -> None:
     with opened.new_version() as (number, folder):
         assert number == 8
         (folder / "manifest.json").write_text("{}")
+
+
+def test_publishers_and_removers_side_by_side(repository: Path) -> None:
+    """Each publisher cleans, and must not stumble over what others claim or remove at that moment, nor they over it."""
+
+    def publish_and_remove() -> int:
+        turns, end = 0, time.monotonic() + 1
+        while time.monotonic() < end:
+            with open_repository(repository).new_version() as (number, folder):
+                (folder / "manifest.json").write_text("{}")
+            open_repository(repository).remove(number)
+            turns += 1
+        return turns
+
+    with ThreadPoolExecutor(3) as threads:
+        assert all(future.result() for future in [threads.submit(publish_and_remove) for _ in range(3)])
+    assert names(repository) == {"config.pbtxt"}
 
 
 def test_one_at_a_time(repository: Path) -> None:

@@ -157,7 +157,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_repository(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repository", default=REPOSITORY, metavar="DIR", help="the model's folder (%(default)s)")
+    parser.add_argument("--repository", default=REPOSITORY, metavar="WHERE", help="a folder, s3:// or gs:// (%(default)s)")
 
 
 def _add_servers(parser: argparse.ArgumentParser) -> None:
