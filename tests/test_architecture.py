@@ -15,12 +15,14 @@ SERVING = {"numpy", "serving"}
 # What each piece may import beyond the standard library; npair's own modules by their own names.
 ALLOWED = {
     "cli": {
-        *("client", "data", "evaluate", "folds", "grocery", "metrics", "pixels", "publish", "release", "report", "repository"),
+        *("client", "data", "evaluate", "folds", "gallery", "grocery", "metrics", "pixels", "publish", "release", "report"),
+        "repository",
         *("run", "serve", "serving", "train", "tune"),
     },
     "publish": {"artifact", "config", "data", "evaluate", "metrics", "release", "repository", "serving", "numpy"},
     "release": {"client", "config", "repository", "serving", "numpy"},
     "repository": {"fsspec"},
+    "gallery": {"client", "data", "lancedb", "pyarrow", "tqdm"},
     "config": {"google", "tritonclient"},
     "artifact": {"data", "drawings", "engines", "network", "pixels", "run", "serving", "numpy", "torch", "PIL"},
     "engines": {"data", "evaluate", "metrics", "pixels", "serving", "numpy", "torch", "openvino", "nncf"},

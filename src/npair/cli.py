@@ -1,4 +1,4 @@
-"""The command line: npair data | train | evaluate | publish | verify | promote | rollback | versions | retire | tune."""
+"""The command line: npair data | train | evaluate | publish | verify | promote | rollback | versions | retire | index | tune."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npair.client import DEFAULT_URL, NpairError
+from npair.client import DEFAULT_URL, NpairClient, NpairError
 from npair.run import TrainConfig, read_run
 from npair.serving.preprocess import Preprocessing
 
@@ -118,6 +118,32 @@ def _parser() -> argparse.ArgumentParser:
     for release in (promote, rollback, versions, retire):
         _add_repository(release)
         _add_servers(release)
+
+    index = commands.add_parser("index", help="build or search a gallery", description="Build or search a gallery.")
+    steps = index.add_subparsers(required=True, metavar="STEP")
+    build = steps.add_parser(
+        "build",
+        help="embed photos into a gallery, or bring it up to date",
+        description="Embed photos into a gallery, or bring it up to date; after an interruption, the same command goes on.",
+    )
+    build.add_argument(
+        "photos", type=Path, metavar="PHOTOS", help="a folder of photos, the folder that each is in its label; or as for --data"
+    )
+    build.set_defaults(command=_index_build)
+    search = steps.add_parser(
+        "search", help="print the photos that are most similar to one", description="Print the photos that are most similar to one."
+    )
+    search.add_argument("photo", type=Path, metavar="PHOTO")
+    search.add_argument("-k", type=int, default=5, help="how many to print (%(default)s)")
+    search.set_defaults(command=_index_search)
+    for step in (build, search):
+        step.add_argument("--index", type=Path, default=Path("gallery"), metavar="DIR", help="the gallery's folder (%(default)s)")
+        step.add_argument(
+            "--url",
+            default=os.environ.get("NPAIR_URL", DEFAULT_URL),
+            help="the server: http:// or grpc:// (NPAIR_URL; %(default)s)",
+        )
+        step.add_argument("--json", action="store_true", help="print JSON")
 
     tune = add(_tune, "search the serving settings that are best on this machine, and write them to config.pbtxt")
     _add_source(tune)
@@ -385,6 +411,36 @@ def _repository(arguments: argparse.Namespace) -> tuple[Repository, list[Server]
 
 def _where(arguments: argparse.Namespace) -> str:
     return f"served by {', '.join(arguments.url)}" if arguments.url else "what servers that start from now on serve"
+
+
+def _index_build(arguments: argparse.Namespace) -> int:
+    from npair.gallery import build
+
+    with NpairClient(arguments.url) as client:
+        built = build(arguments.photos, arguments.index, client)
+    for photo, reason in built.left_out.items():
+        print(f"{photo}: {reason}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps(built._asdict()))
+    else:
+        print(
+            f"{built.photos} photos in {arguments.index}, embedded by version {built.version}: {built.embedded} of them now,"
+            f" {len(built.left_out)} left out"
+        )
+    return 0
+
+
+def _index_search(arguments: argparse.Namespace) -> int:
+    from npair.gallery import Gallery
+
+    gallery = Gallery(arguments.index)
+    with NpairClient(arguments.url) as client:
+        found = gallery.search(arguments.photo, client, arguments.k)
+    if arguments.json:
+        print(json.dumps({"version": gallery.version, "found": [hit._asdict() for hit in found]}))
+    else:
+        print(*(f"{hit.cosine:.4f}  {hit.label}  {hit.photo}" for hit in found), sep="\n")
+    return 0
 
 
 def _tune(arguments: argparse.Namespace) -> int:

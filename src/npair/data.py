@@ -248,7 +248,7 @@ def _require_file(path: Path, place: str) -> None:
 
 
 def _read_folders(root: Path) -> Dataset:
-    photos, ignored = _find_photos(root)
+    photos, ignored = find_photos(root)
     tops = {path.relative_to(root).parts[0] for path in photos if path.parent != root}
     own = "train" in tops and tops <= set(SPLITS)
     found: list[tuple[str, Path, tuple[str, ...]]] = []
@@ -270,7 +270,7 @@ def _read_folders(root: Path) -> Dataset:
     return Dataset(splits, f"as in the folders {' and '.join(splits)}" if own else "", tuple(ignored))
 
 
-def _find_photos(root: Path) -> tuple[list[Path], list[Path]]:
+def find_photos(root: Path) -> tuple[list[Path], list[Path]]:
     """The photos at any depth, and what else there is, each sorted; what is hidden is not looked into."""
 
     def refuse(error: OSError) -> None:
