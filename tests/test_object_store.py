@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 import s3fs
 import serve
-from conftest import SHIPPED, free_ports, rewrite_manifest
+from conftest import ROOT, SHIPPED, free_ports, lines_until_ready, rewrite_manifest, start
 from moto.server import ThreadedMotoServer
 
 from npair.config import with_release
-from npair.release import ReleaseError, Server, check_server, client_parameters
+from npair.release import ReleaseError, Server, check_server, client_parameters, promote, rollback
 from npair.repository import Repository, RepositoryError, Store, open_repository
 
 SECRET = "test"
@@ -326,3 +326,37 @@ def test_triton_reads_the_store(location: str, served: Server) -> None:
     with pytest.raises(ReleaseError, match=r"network\.pt2"):
         served.load()
     assert served.serving() == [2]
+
+
+def test_served_from_the_store(location: str) -> None:
+    """By serve.py, which watches the golden photo there, too."""
+    repository = open_repository(location)
+    release(repository)
+    ports = free_ports()
+    environment = {**ports, "MODEL_REPOSITORY": location.removesuffix("/npair"), "NPAIR_CONTROL_SECRET": SECRET}
+    process = start(**environment)
+    try:
+        assert "version 1" in lines_until_ready(process)[-1]
+        server = Server(f"http://127.0.0.1:{ports['HTTP_PORT']}", "npair", secret=SECRET, timeout=30)
+        health: list[str | Path] = [sys.executable, ROOT / "model/api/serve.py", "--health"]
+        assert subprocess.run(health, env=os.environ | environment, check=False).returncode == 0
+        with repository.new_version() as (number, folder):
+            shutil.copytree(SHIPPED, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+            rewrite_manifest(folder, version=number)
+        promote(repository, number, [server])
+        assert check_server(repository, server).keys() == {2}
+        assert rollback(repository, [server]) == 1
+        time.sleep(2 * serve.WATCH_INTERVAL)
+        assert process.poll() is None, "the watch finds the golden photos of what is served"
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def test_a_server_that_starts_with_a_broken_pin_says_what_to_do(location: str) -> None:
+    release(open_repository(location), spoil="network.pt2")
+    process = start(**free_ports(), MODEL_REPOSITORY=location.removesuffix("/npair"))
+    _, said_last = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "network.pt2 has changed since it was published" in said_last
+    assert "npair rollback --offline pins the one that was served before in s3://" in said_last

@@ -78,11 +78,12 @@ def main() -> int:
         check_platform()
         if options.check:
             return 0
-        prober = GoldenProber(options.model_repository / MODEL, options.host, options.http_port)
+        folder = None if "://" in options.model_repository else Path(options.model_repository, MODEL)
+        prober = GoldenProber(folder, options.host, options.http_port)
         if options.health:
             prober.probe()
             return 0
-        if not (options.model_repository / MODEL / "config.pbtxt").is_file():
+        if folder and not (folder / "config.pbtxt").is_file():
             raise ServeError(f"no model repository at {options.model_repository}: it has no {MODEL}/config.pbtxt")
         check_ports(
             {"HTTP_PORT": options.http_port, "GRPC_PORT": options.grpc_port, "METRICS_PORT": options.metrics_port}, options.host
@@ -102,7 +103,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Serve npair's model repository with NVIDIA Triton.")
     mounted, checkout = Path("/models"), (Path(__file__).parent / "../../model_repository").resolve()
     repository = env.get("MODEL_REPOSITORY", mounted if (mounted / MODEL).is_dir() else checkout)
-    parser.add_argument("--model-repository", type=Path, default=Path(repository), help="MODEL_REPOSITORY (%(default)s)")
+    parser.add_argument(
+        "--model-repository", default=str(repository), help="MODEL_REPOSITORY, a folder, s3:// or gs:// (%(default)s)"
+    )
     parser.add_argument("--host", default=env.get("BIND_ADDRESS", "127.0.0.1"), help="BIND_ADDRESS, to listen on (%(default)s)")
     parser.add_argument("--http-port", type=int, default=env.get("HTTP_PORT", "8000"), help="HTTP_PORT (%(default)s)")
     parser.add_argument("--grpc-port", type=int, default=env.get("GRPC_PORT", "8001"), help="GRPC_PORT (%(default)s)")
@@ -201,6 +204,13 @@ def given_secret() -> str:
         raise ServeError(f"NPAIR_CONTROL_SECRET_FILE cannot be read: {error}") from error
 
 
+def as_triton_reads(repository: str) -> str:
+    """Triton knows no AWS_ENDPOINT_URL: another S3 server than AWS's stands in the location itself."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    bucket = repository.removeprefix("s3://")
+    return f"s3://{endpoint}/{bucket}" if endpoint and bucket != repository and "://" not in bucket else repository
+
+
 def command(options: argparse.Namespace, triton: Triton, secret: str) -> list[str]:
     """Triton's command line. Flags that only some releases have are given where the server's help names them.
 
@@ -213,7 +223,7 @@ def command(options: argparse.Namespace, triton: Triton, secret: str) -> list[st
     if "--model-repository" not in known:
         raise ServeError(f"{triton.program} does not run: {described.stdout.strip()[-500:]}")
     flags = {
-        "--model-repository": options.model_repository,
+        "--model-repository": as_triton_reads(options.model_repository),
         "--backend-directory": triton.backends,
         # config.pbtxt is complete; to complete it, the server would import the model, and torch, once more.
         "--disable-auto-complete-config": None,
@@ -261,6 +271,7 @@ class Supervisor:
             start_new_session=True,
             preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads yet)
         )
+        prober.server = self.process.pid
         self.unshown: deque[str] = deque(maxlen=20)
         self.log = threading.Thread(target=self._log, args=(self.process.stdout,), daemon=True)
 
@@ -314,8 +325,10 @@ class Supervisor:
 
     def _fall_back(self) -> str:
         """Has the version loaded that was served before the one that was just refused. Returns: why that fails, empty where not."""
-        path = self.options.model_repository / MODEL / FALLBACK
         refused = "the version that config.pbtxt pins was refused, for the reasons above"
+        if self.prober.model_folder is None:
+            return f"{refused}; npair rollback --offline pins the one that was served before in {self.options.model_repository}"
+        path = self.prober.model_folder / FALLBACK
         try:
             config = path.read_text(encoding="utf-8")
             version = json.loads(config)["version_policy"]["specific"]["versions"][-1]
@@ -389,10 +402,13 @@ class BusyError(RuntimeError):
 
 
 class GoldenProber:
-    """Embeds a version's first golden photo through the server's HTTP port and compares the answer with the published embedding."""
+    """Embeds a version's first golden photo through the server's HTTP port and compares the answer with the published embedding.
 
-    def __init__(self, model_folder: Path, host: str, port: int) -> None:
-        self.model_folder = model_folder
+    model_folder: None where the models are in an object store. server: the server's process, where it is known.
+    """
+
+    def __init__(self, model_folder: Path | None, host: str, port: int) -> None:
+        self.model_folder, self.server = model_folder, None  # type: Path | None, int | None
         # A wildcard address cannot be called; loopback then reaches the same listener.
         self.host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         self.port = port
@@ -427,7 +443,7 @@ class GoldenProber:
 
     def _embed_golden(self) -> str:
         version: str = max(json.loads(self._request("GET", f"/v2/models/{MODEL}")[1])["versions"], key=int)
-        folder = self.model_folder / version
+        folder = self._folder(version)
         golden = json.loads((folder / "manifest.json").read_bytes())["golden"]
         photo = (folder / golden["photos"][0]).read_bytes()
         raw = {"Inference-Header-Content-Length": "0"}  # makes the body one raw photo instead of JSON
@@ -440,6 +456,18 @@ class GoldenProber:
         if not math.dist(actual, expected) <= golden["tolerance"]:
             raise ProbeError(f"version {version} no longer embeds its golden photo as it was published")
         return version
+
+    def _folder(self, version: str) -> Path:
+        """A version's. A server on an object store works on copies of its own, which the command lines of its stubs name."""
+        if self.model_folder:
+            return self.model_folder / version
+        everyone = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal())
+        for process in children(self.server) if self.server else everyone:
+            with contextlib.suppress(OSError):
+                for argument in Path(f"/proc/{process}/cmdline").read_text(errors="replace").split("\0"):
+                    if argument.endswith(f"/{version}/model.py"):
+                        return Path(argument).parent
+        raise ProbeError(f"no process serves version {version}")
 
     def _answered(self) -> int:
         """The number of requests that the server has embedded so far."""
