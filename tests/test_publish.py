@@ -47,11 +47,12 @@ def left(repository: Path) -> set[str]:
 
 
 def test_is_compared_with_the_pinned_version(second: Path, trained: Path, dataset: Path) -> None:
-    compared = json.loads((publish_into(second, trained, dataset) / "manifest.json").read_text())["compared_with"]
+    folder = publish_into(second, trained, dataset, accept_cost="torch alone, and busy test machines")
+    compared = json.loads((folder / "manifest.json").read_text())["compared_with"]
     assert compared["version"] == 1
     for old, new in compared["recall_at_1"].values():
         assert old == new
-    assert compared["bytes"][1] == pytest.approx(compared["bytes"][0], rel=0.01)
+    assert compared["bytes"][1] < compared["bytes"][0], "of other engines' graphs"
     assert min(compared["milliseconds"]) > 0
 
 
@@ -67,7 +68,7 @@ def test_a_worse_network_needs_a_reason(second: Path, trained: Path, dataset: Pa
     with pytest.raises(PublishError, match=r"Recall@1 on val, of (fine|coarse) labels, is .* \(--accept-recall-drop REASON"):
         publish_into(second, trained, dataset)
     assert left(second) == {"config.pbtxt", "1"}
-    folder = publish_into(second, trained, dataset, accept_recall_drop="a test")
+    folder = publish_into(second, trained, dataset, accept_recall_drop="a test", accept_cost="another")
     accepted = json.loads((folder / "manifest.json").read_text())["compared_with"]["accepted_recall"]
     assert accepted["reason"] == "a test"
     assert "version 1 has" in accepted["problem"]
@@ -104,7 +105,7 @@ def test_a_graph_that_is_not_the_network_is_refused(
             network.embedding.bias.copy_(before)
 
     monkeypatch.setattr(artifact, "export", spoilt)
-    with pytest.raises((EnginesError, ArithmeticError)):
+    with pytest.raises(EnginesError, match=r"the exported graph (is not the network|does not work)"):
         publish_into(repository, trained, dataset)
     assert left(repository) == {"config.pbtxt"}
 

@@ -85,8 +85,8 @@ def write_version(folder: Path, run: Path, data: Path, cache: Path, *, model: st
         manifest["thresholds"] = evaluation.thresholds()
     used = {engine["graph"] for engine in manifest["engines"].values()}
     for graph in {engine["graph"] for engine in ENGINES.values()} - used:
-        for path in folder.glob(f"{Path(graph).stem}.*"):
-            path.unlink()
+        for path in ((folder / graph), (folder / graph).with_suffix(".bin")):
+            path.unlink(missing_ok=True)
     write_manifest(folder, manifest)
     return dataset, manifest
 

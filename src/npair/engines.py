@@ -110,6 +110,8 @@ def choose(folder: Path, manifest: Manifest, dataset: Dataset, pixels: Pixels) -
             embedders[name] = Embedder(folder, cores=cores(), engine=name)
         except (EngineError, ArithmeticError) as error:
             refused[name] = {**ENGINES[name], "reason": str(error)}
+    if REFERENCE not in embedders:
+        raise EnginesError(f"the exported graph does not work: {refused[REFERENCE]['reason']}")
     if not (off := embedders[REFERENCE].golden_distance) <= SMALLEST_TOLERANCE:
         raise EnginesError(f"the exported graph is not the network: its golden embeddings are off by {off:.2g}")
     costs = milliseconds(embedders, pixels.array[pixels.of(dataset.train)][: 8 * BATCH * cores()])
