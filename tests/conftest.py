@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -128,10 +129,14 @@ def rewrite_manifest(folder: Path, **changes: object) -> None:
 
 
 def free_ports() -> dict[str, str]:
-    listeners = {name: socket.create_server(("127.0.0.1", 0)) for name in PORTS}
-    ports = {name: str(listener.getsockname()[1]) for name, listener in listeners.items()}
-    for listener in listeners.values():
-        listener.close()
+    """Not of those that the system gives to whoever connects: one of them might be taken again before a server starts."""
+    ports: dict[str, str] = {}
+    with ExitStack() as listeners:
+        while len(ports) < len(PORTS):
+            port = random.randrange(15_000, 32_000)
+            with suppress(OSError):
+                listeners.enter_context(socket.create_server(("127.0.0.1", port)))
+                ports[PORTS[len(ports)]] = str(port)
     return ports
 
 

@@ -201,7 +201,7 @@ class TestVersionGone:
         assert len(server.batches) >= 2 + 5
 
     def test_a_pinned_call_does_not(self) -> None:
-        gone = pytest.raises(VersionGoneError, match="version 1 of model npair is not served any more, but 2 is")
+        gone = pytest.raises(VersionGoneError, match="version 1 of model npair is not served, but 2 is")
         with serving(changing(after=0)) as (url, _), NpairClient(url, version="1") as client, gone:
             client.embed([b"a"])
 

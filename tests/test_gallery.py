@@ -195,7 +195,7 @@ class TestVersions:
     def test_unserved(self, client: NpairClient, newer: NpairClient, tmp_path: Path) -> None:
         path = photo(tmp_path / "photos/a.png")
         build(tmp_path / "photos", tmp_path / "index", newer)
-        message = f"version {NEW} of model npair is not served any more, but {OLD} is; build the gallery by that one: npair index"
+        message = f"version {NEW} of model npair is not served, but {OLD} is; build the gallery by that one: npair index"
         with pytest.raises(GalleryError, match=message):
             Gallery(tmp_path / "index").search(path, client)
 

@@ -255,7 +255,7 @@ class TestPromote:
             assert server.serving() == [2]
             with (
                 NpairClient(urls["http"], version="1") as one,
-                pytest.raises(VersionGoneError, match="not served any more, but 2 is"),
+                pytest.raises(VersionGoneError, match="not served, but 2 is"),
             ):
                 one.embed(photos)
 

@@ -9,7 +9,7 @@ Exceptions, all of them NpairError::
     ├── InvalidPhotoError    photos that the server refused: .reasons says why, by index
     ├── InvalidRequestError  the server does not understand the call: wrong model, version or server
     ├── UnavailableError     nobody answers, or the model is not served; may pass (the client has retried)
-    │   └── VersionGoneError the model is served, but no longer in the version that the call is pinned to
+    │   └── VersionGoneError the model is served, but not in the version that the call is pinned to
     ├── RequestTimeoutError  no answer in time; the server may still be working on it
     └── ServerFaultError     the server failed, or answered what this client does not understand
 """
@@ -78,7 +78,7 @@ class UnavailableError(NpairError):
 
 
 class VersionGoneError(UnavailableError):
-    """The model is served, but no longer in the version that the call is pinned to."""
+    """The model is served, but not in the version that the call is pinned to."""
 
 
 class RequestTimeoutError(NpairError):
@@ -256,7 +256,7 @@ class NpairClient:
                 break
             except (UnavailableError, InvalidRequestError) as error:
                 if version and (served := self._served()) and version not in served:
-                    message = f"version {version} of model {self.model} is not served any more, but {', '.join(served)} is"
+                    message = f"version {version} of model {self.model} is not served, but {', '.join(served)} is"
                     raise VersionGoneError(message) from error
                 if attempt == retries or isinstance(error, InvalidRequestError):
                     raise

@@ -480,9 +480,9 @@ class GoldenProber:
         path: str,
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
-        timeout: float = PROBE_TIMEOUT,
+        timeout: float | None = None,
     ) -> tuple[http.client.HTTPMessage, bytes]:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout or PROBE_TIMEOUT)
         try:
             connection.request(method, path, body, headers or {})
             response = connection.getresponse()

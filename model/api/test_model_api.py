@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from client import InvalidPhotoError, InvalidRequestError, NpairClient
+from client import InvalidPhotoError, InvalidRequestError, NpairClient, VersionGoneError
 from PIL import Image, ImageDraw, ImageFilter
 
 SERVE = Path(__file__).with_name("serve.py")
@@ -158,7 +158,7 @@ class TestContract:
         client.version = version
         assert client.embed(photo).version == version
         client.version = "999999"
-        with pytest.raises(InvalidRequestError, match="999999"):
+        with pytest.raises(VersionGoneError, match=f"version 999999 of model npair is not served, but {version} is"):
             client.embed(photo)
 
     def test_order_over_many_batches(self, client: NpairClient) -> None:
