@@ -33,7 +33,7 @@ REPOSITORY = f"ghcr.io/{OWNER}/npair_model_api"
 REGISTRY_ADDRESS = "127.0.0.88"  # of this machine alone, and nobody's
 # Packages of Debian trixie, unpacked and not installed, since servers that are installed are started. They run on bookworm too;
 # its own engine knows no named build contexts.
-ENGINE = ("docker.io", "docker-cli", "docker-buildx", "docker-compose", "containerd", "docker-registry")
+ENGINE = ("docker.io", "docker-cli", "docker-buildx", "docker-compose", "containerd", "docker-registry", "tini")
 TOOLS = ("runc", "skopeo", "debootstrap", "docker-compose", "iproute2", "apache2-utils")
 LIMITS = {"torch": (1300, 420), "no torch": (800, 260)}  # MB unpacked and pushed
 
