@@ -21,6 +21,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -59,14 +60,17 @@ def report(dataset: Dataset, rounds: int, seconds: int, pictures: Path | None) -
     """Prints a section after the other."""
     assert dataset.val is not None
     photos = [path.read_bytes() for path in dataset.val.paths[:: max(1, len(dataset.val) // 50)]]
-    print(recall(dataset), end="\n\n", flush=True)
-    print(by_connections(photos, rounds, seconds, pictures), end="\n\n", flush=True)
-    print(at_half(photos, rounds, seconds), end="\n\n", flush=True)
-    print(by_cores(photos, rounds, seconds), end="\n\n", flush=True)
-    print(outside_check(photos, rounds, seconds), end="\n\n", flush=True)
-    print(profile(photos, seconds), end="\n\n", flush=True)
-    print(layers(photos), end="\n\n", flush=True)
-    print(bulk(dataset.train.paths, rounds), flush=True)
+    for section in (
+        partial(recall, dataset),
+        partial(by_connections, photos, rounds, seconds, pictures),
+        partial(at_half, photos, rounds, seconds),
+        partial(by_cores, photos, rounds, seconds),
+        partial(outside_check, photos, rounds, seconds),
+        partial(profile, photos, seconds),
+        partial(layers, photos),
+        partial(bulk, dataset.train.paths, rounds),
+    ):
+        print(section(), end="\n\n", flush=True)
 
 
 def recall(dataset: Dataset) -> str:
@@ -228,6 +232,8 @@ def layers(photos: Sequence[bytes]) -> str:
     """Where the int8 network's time goes on one core, by kind of layer, as OpenVINO counts it."""
     openvino = import_openvino()
     manifest = read_manifest(VERSION)
+    trained = manifest["training"]
+    adds = multiply_adds(build_network(trained["network"]), trained["train"]["size"])
     model = openvino.Core().read_model(VERSION / manifest["engines"]["openvino-int8"]["graph"])
     model.reshape([BATCH, *list(model.input().partial_shape)[1:]])
     options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32", "PERF_COUNT": True}
@@ -246,13 +252,8 @@ def layers(photos: Sequence[bytes]) -> str:
     costs = sorted(((min(of_kind), kind) for kind, of_kind in runs.items()), reverse=True)
     total = sum(cost for cost, _ in costs)
     rows: list[list[object]] = [[kind, f"{cost:.2f}", f"{cost / total:.0%}"] for cost, kind in costs if cost > 0.01 * total]
-    rows.append(["all", f"{total:.2f}", f"{network_multiply_adds(manifest) / total / 1e6:.0f} G multiply-adds a second"])
+    rows.append(["all", f"{total:.2f}", f"{adds / total / 1e6:.0f} G multiply-adds a second"])
     return table(["kind of layer, kernel", "milliseconds a photo", "share"], rows)
-
-
-def network_multiply_adds(manifest: dict[str, Any]) -> int:
-    training = manifest["training"]
-    return multiply_adds(build_network(training["network"]), training["train"]["size"])
 
 
 def bulk(paths: Sequence[Path], rounds: int) -> str:

@@ -10,7 +10,6 @@ wrong, memory grew, or a kill left a repository that does not verify or does not
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import subprocess
@@ -21,17 +20,16 @@ import time
 from collections import Counter
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 from bench import proportional_memory
 
 from npair.client import NpairClient
-from npair.config import pinned
+from npair.config import with_release
 from npair.drawings import write_dataset
 from npair.release import Server, check_pins, check_server, promote, rollback, verify
 from npair.repository import Repository, open_repository
-from npair.run import TrainConfig
+from npair.serving.embedder import read_manifest
 from npair.tune import serving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,13 +66,12 @@ def two_versions(scratch: Path) -> Repository:
     config = (ROOT / "model_repository/npair/config.pbtxt").read_text()
     (folder / "config.pbtxt").write_text(config)
     write_dataset(scratch / "data", products=6, train=4, val=2)
-    settings = TrainConfig(epochs=2, classes_per_batch=4, size=64, crop_size=48, evaluations=0)
-    knobs = [f"--{key}={getattr(settings, key.replace('-', '_'))}" for key in ("epochs", "classes-per-batch", "size", "crop-size")]
+    knobs = ("--epochs", 2, "--classes-per-batch", 4, "--size", 64, "--crop-size", 48, "--evaluations", 0)
     for seed in (1, 2):
         run = scratch / f"run-{seed}"
-        npair("train", "--data", scratch / "data", "--run", run, *knobs, "--evaluations", 0, "--seed", seed)
+        npair("train", "--data", scratch / "data", "--run", run, *knobs, "--seed", seed)
         npair("publish", "--run", run, "--data", scratch / "data", "--repository", folder)
-    (folder / "config.pbtxt").write_text(config.replace(f"versions: [ {pinned(config)[-1]} ]", "versions: [ 1 ]"))
+    (folder / "config.pbtxt").write_text(with_release(config, [1], {}))
     repository = open_repository(folder)
     promote(repository, 1, [])
     return repository
@@ -91,7 +88,7 @@ def under_load(
     golden = {}
     for number in (1, 2):
         with repository.version(number) as folder:
-            manifest = json_of(folder)
+            manifest = read_manifest(folder)
             photos = [(folder / photo).read_bytes() for photo in manifest["golden"]["photos"]]
             golden[str(number)] = np.load(folder / manifest["golden"]["embeddings"]), manifest["golden"]["tolerance"]
     stop, count, problems = threading.Event(), Counter[str](), list[str]()
@@ -172,11 +169,6 @@ def killed(step: str, repository: Repository, server: Server, scratch: Path, kil
             print(f"after kill {turn + 1} of {step}: {error!r}", file=sys.stderr)
             return done, False
     return done, True
-
-
-def json_of(folder: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
-    return manifest
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def test_a_version_appears_complete(location: str) -> None:
         (folder / "manifest.json").write_text("{}")
         assert reader.versions() == {1: False}, "claimed"
     assert reader.versions() == {1: True}
-    assert reader.sizes(1) == 5
+    assert reader.size(1) == 5
     with reader.version(1) as there:
         assert (there / "golden/a.jpg").read_bytes() == b"123"
         assert (there / "manifest.json").read_bytes() == b"{}"
@@ -308,7 +308,7 @@ def release(repository: Repository, *, spoil: str = "") -> int:
         rewrite_manifest(folder, version=number)
         if spoil:
             (folder / spoil).write_text("spoilt")
-        values = client_parameters(folder)
+        values = client_parameters((folder / "manifest.json").read_bytes())
     repository.write("config.pbtxt", with_release(repository.read("config.pbtxt").decode(), [number], values).encode())
     return number
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from conftest import ROOT, publish_into
 import npair.serving
 from npair import artifact, engines, publish
 from npair.artifact import PublishError
+from npair.config import with_release
 from npair.drawings import write_dataset
 from npair.engines import ENGINES, REFERENCE, EnginesError
 from npair.network import EmbeddingNetwork, load_network
@@ -38,7 +38,7 @@ def second(published: Path, repository: Path) -> Path:
     """A model's folder with version 1, which is pinned."""
     shutil.copytree(published / "1", repository / "1")
     config = repository / "config.pbtxt"
-    config.write_text(re.sub(r"versions: \[ \d+ \]", "versions: [ 1 ]", config.read_text()))
+    config.write_text(with_release(config.read_text(), [1], {}))
     return repository
 
 

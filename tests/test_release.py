@@ -57,7 +57,7 @@ def pair(published: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactor
     assert train(dataset, run, dataclasses.replace(TINY, seed=1))
     publish_into(folder, run, dataset)
     config = folder / "config.pbtxt"
-    config.write_text(re.sub(r"versions: \[ \d+ \]", "versions: [ 1 ]", config.read_text()))
+    config.write_text(with_release(config.read_text(), [1], {}))
     promote(open_repository(folder), 1, [])
     return folder
 
@@ -173,7 +173,7 @@ class TestConfig:
         manifest = json.loads((version / "manifest.json").read_text())
         manifest["thresholds"] = {"far_1_percent": 0.66284, "far_01_percent": None}
         (version / "manifest.json").write_text(json.dumps(manifest))
-        parameters = client_parameters(version)
+        parameters = client_parameters((version / "manifest.json").read_bytes())
         assert parameters.pop("manifest_sha256") == digest(version)
         thresholds = {"threshold_far_1_percent": "0.6628", "threshold_far_01_percent": None}
         assert parameters == {"manifest_version": "1", "thresholds_version": "1", **thresholds}

@@ -51,7 +51,7 @@ def test_a_version_appears_whole(repository: Path) -> None:
         assert opened.unfinished() == [folder.name]
     assert opened.versions() == {1: True}
     assert opened.unfinished() == []
-    assert opened.sizes(1) == 5
+    assert opened.size(1) == 5
     assert (repository / "1").stat().st_mode & 0o777 == 0o755
     with opened.version(1) as there:
         assert (there / "golden/a.jpg").read_bytes() == b"123"

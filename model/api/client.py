@@ -149,11 +149,12 @@ class NpairClient:
         self.url, self.model, self.version, self.timeout, self.retries = url, model, version, timeout, retries
         self.batch_size, self.batch_bytes = batch_size, batch_bytes
         self._protocol: Any
-        self._extra: dict[str, float] = {}
+        self._extra: dict[str, float] = {}  # of every call of the protocol, and of those that answer JSON over HTTP
+        self._as_json: dict[str, bool] = {}
         if parts.scheme.startswith("grpc"):
             self._protocol = tritonclient.grpc
             self._client: Any = tritonclient.grpc.InferenceServerClient(parts.netloc, ssl=parts.scheme == "grpcs")
-            self._extra = {"client_timeout": timeout}
+            self._extra, self._as_json = {"client_timeout": timeout}, {"as_json": True}
         else:
             self._protocol = tritonclient.http
             self._client = tritonclient.http.InferenceServerClient(
@@ -211,10 +212,9 @@ class NpairClient:
 
     def _parameters(self) -> dict[str, str]:
         """Of the model's configuration, as it was when a version was promoted."""
-        grpc = self._protocol is tritonclient.grpc
         with _mapped_errors(self.model):
-            answer = self._client.get_model_config(self.model, **({"as_json": True, **self._extra} if grpc else {}))
-        parameters = (answer["config"] if grpc else answer).get("parameters", {})
+            answer = self._client.get_model_config(self.model, **self._as_json, **self._extra)
+        parameters = answer.get("config", answer).get("parameters", {})  # gRPC wraps it
         return {key: value.get("string_value", "") for key, value in parameters.items()}
 
     def embed(self, images: Photo | Iterable[Photo]) -> Embeddings:
@@ -261,7 +261,7 @@ class NpairClient:
                 if attempt == retries or isinstance(error, InvalidRequestError):
                     raise
                 time.sleep(0.2 * 2**attempt)
-        head = answer.get_response(**({"as_json": True} if self._protocol is tritonclient.grpc else {}))
+        head = answer.get_response(**self._as_json)
         vectors = answer.as_numpy("EMBEDDING")
         if vectors is None or vectors.shape[:1] != (len(photos),) or vectors.ndim != 2:
             raise ServerFaultError(f"expected {len(photos)} embeddings, got {None if vectors is None else vectors.shape}")
@@ -269,12 +269,12 @@ class NpairClient:
 
     def _served(self) -> list[str]:
         """The versions of the model that are served; none where that cannot be told."""
-        as_json = {"as_json": True, **self._extra} if self._protocol is tritonclient.grpc else {}
         try:
             with _mapped_errors(self.model):
-                return list(map(str, self._client.get_model_metadata(self.model, **as_json).get("versions", [])))
+                answer = self._client.get_model_metadata(self.model, **self._as_json, **self._extra)
         except NpairError:
             return []
+        return list(map(str, answer.get("versions", [])))
 
 
 class EmbeddingStream:
@@ -635,15 +635,15 @@ class _Files:
 
     def __iter__(self) -> Iterator[tuple[str, Vectors, str]]:
         names, photos = itertools.tee(name for name in map(str, _files(self._paths)) if name not in self._done)
-        stream, total = self._client.stream(photos), len(self._done)
+        stream, total, asked = self._client.stream(photos), len(self._done), False
         for name, result in zip(names, self._progress(stream), strict=True):
             total += 1
-            if total == len(self._done) + self.left_out + 1 and result.vector is not None:
-                self.manifest_sha256 = self._client.manifest_sha256(stream.version)
             if result.vector is None:
                 self.left_out += 1
                 print(f"{name}: {result.reason}", file=sys.stderr)
             else:
+                if not asked:
+                    self.manifest_sha256, asked = self._client.manifest_sha256(stream.version), True
                 yield name, result.vector, stream.version
         if not total:
             raise ValueError(f"no photos in {', '.join(map(str, self._paths))}")

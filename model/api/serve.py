@@ -408,7 +408,8 @@ class GoldenProber:
     """
 
     def __init__(self, model_folder: Path | None, host: str, port: int) -> None:
-        self.model_folder, self.server = model_folder, None  # type: Path | None, int | None
+        self.model_folder = model_folder
+        self.server: int | None = None
         # A wildcard address cannot be called; loopback then reaches the same listener.
         self.host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         self.port = port

@@ -445,6 +445,7 @@ def _index_search(arguments: argparse.Namespace) -> int:
 
 def _tune(arguments: argparse.Namespace) -> int:
     from npair.data import read_dataset
+    from npair.repository import open_repository
     from npair.serving.engine import cores
     from npair.tune import best_point, draw, frontier, read_setting, table, tune, with_setting
 
@@ -473,9 +474,9 @@ def _tune(arguments: argparse.Namespace) -> int:
     if chosen == present:
         print(f"{config} has this setting already")
     else:
-        unfinished = config.with_name("config.pbtxt.unfinished")
-        unfinished.write_text(with_setting(config.read_text(encoding="utf-8"), chosen), encoding="utf-8")
-        unfinished.replace(config)
+        repository = open_repository(arguments.repository)
+        with repository.exclusive():
+            repository.write(config.name, with_setting(config.read_text(encoding="utf-8"), chosen).encode())
         print(f"written to {config}, in place of {present}; servers that start from now on use it")
     return 0
 

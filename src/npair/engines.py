@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,9 @@ def choose(folder: Path, manifest: Manifest, dataset: Dataset, pixels: Pixels) -
         raise EnginesError(f"the exported graph does not work: {refused[REFERENCE]['reason']}")
     if not (off := embedders[REFERENCE].golden_distance) <= SMALLEST_TOLERANCE:
         raise EnginesError(f"the exported graph is not the network: its golden embeddings are off by {off:.2g}")
-    costs = milliseconds(embedders, pixels.array[pixels.of(dataset.train)][: 8 * BATCH * cores()])
+    costs = milliseconds(
+        {name: each.embed for name, each in embedders.items()}, pixels.array[pixels.of(dataset.train)][: 8 * BATCH * cores()]
+    )
     comparisons = {name: _compare(embedder, dataset, pixels) for name, embedder in embedders.items()} if dataset.val else {}
     recalls = {name: compared.recall_at_1() for name, compared in comparisons.items()}
 
@@ -139,13 +141,13 @@ def choose(folder: Path, manifest: Manifest, dataset: Dataset, pixels: Pixels) -
     return comparisons.get(next(iter(kept)))
 
 
-def milliseconds(embedders: Mapping[str, Embedder], photos: npt.NDArray[np.uint8]) -> dict[str, float]:
-    """Milliseconds a photo with all threads at work: the least of five interleaved rounds, since other work only adds to it."""
-    times: dict[str, list[float]] = {name: [] for name in embedders}
+def milliseconds(calls: Mapping[str, Callable[[Any], object]], photos: Sized) -> dict[str, float]:
+    """Milliseconds a photo of calls with all photos: the least of five interleaved rounds, since other work only adds to it."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(5):
-        for name, embedder in embedders.items():
+        for name, call in calls.items():
             began = time.perf_counter()
-            embedder.embed(photos)
+            call(photos)
             times[name].append(1e3 * (time.perf_counter() - began) / len(photos))
     return {name: round(min(rounds), 3) for name, rounds in times.items()}
 

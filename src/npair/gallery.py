@@ -10,7 +10,6 @@ a new version is filled beside the one that is searched, and takes its place in 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from npair.client import PIXEL, NpairClient, Photo, Vectors, VersionGoneError
 from npair.data import SPLITS, digest_of, each, find_photos, read_dataset, shown
+from npair.repository import alone
 
 os.environ.setdefault("LANCEDB_LOG", "error")  # it warns of every empty part of an index, which does no harm
 import lancedb  # it reads that once, here
@@ -110,7 +110,7 @@ def build(source: Path, folder: Path, client: NpairClient) -> Built:
     if not labels:
         raise GalleryError(f"no photos in {source}")
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with alone(folder, GalleryError(f"another process builds the gallery in {folder}; wait for it, then try again")):
         example, version = client.embed(PIXEL)
         with _pinned(client, version) as pinned:
             made_by = (client.model, version, pinned.manifest_sha256(version) or "")
@@ -252,17 +252,3 @@ def _pinned(client: NpairClient, version: str) -> Iterator[NpairClient]:
             yield pinned
         except VersionGoneError as error:
             raise GalleryError(f"{error}; build the gallery by that one: npair index build") from error
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """For whoever builds. The lock is the kernel's: it ends with the process, however that ends."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise GalleryError(f"another process builds the gallery in {folder}; wait for it, then try again") from None
-        yield
-    finally:
-        os.close(handle)

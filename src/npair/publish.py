@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from npair.artifact import LIBRARIES, PublishError, write_manifest, write_version
 from npair.config import pinned
 from npair.data import Dataset, Photos, read_photo
+from npair.engines import milliseconds
 from npair.evaluate import compare
 from npair.metrics import Vectors
 from npair.release import published_code, verify
@@ -44,7 +45,7 @@ def publish(
         pins = [pin for pin in pinned(repository.read("config.pbtxt").decode()) if others.get(pin)]
         if pins:
             with repository.version(pins[-1]) as served:
-                manifest["compared_with"] = compared = compare_with(served, folder, dataset)
+                manifest["compared_with"] = compared = compare_with(served, folder, manifest, dataset)
             reasons = {"recall": accept_recall_drop, "cost": accept_cost}
             for what, problem in refusals(compared).items():
                 if not reasons[what]:
@@ -65,28 +66,27 @@ def check_libraries() -> None:
                 raise PublishError(f"{name} is {here} here and {pin[1]} where versions are served; run: make install")
 
 
-def compare_with(served: Path, folder: Path, dataset: Dataset) -> dict[str, Any]:
+def compare_with(served: Path, folder: Path, manifest: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
     """What both versions find in val, what a photo costs each on this machine, from its bytes on, and how large they are.
 
+    manifest: the new version's, which says what that finds.
     Returns: ``version``, the served one's; and ``recall_at_1`` (where there is val), ``milliseconds`` and ``bytes`` of both, as
     [served, new].
     """
     with published_code(served) as code:
-        embedders = [code.Embedder(served, cores=cores()), Embedder(folder, cores=cores())]
+        old, new = code.Embedder(served, cores=cores()), Embedder(folder, cores=cores())
     photos = [read_photo(path) for path in dataset.train.paths[:TIMED_PHOTOS]]
-    recalls = [compare("", dataset, "val", embedding(each)).recall_at_1() for each in embedders] if dataset.val else []
-    times: list[list[float]] = [[], []]
-    for _ in range(5):
-        for of_version, embedder in zip(times, embedders, strict=True):
-            began = time.perf_counter()
-            embedder.embed_photos(photos, UNLIMITED)
-            of_version.append(1e3 * (time.perf_counter() - began) / len(photos))
-    for embedder in embedders:
-        embedder.close()
+    recalls = compare("", dataset, "val", embedding(old)).recall_at_1() if dataset.val else {}
+    calls = {"old": partial(old.embed_photos, limits=UNLIMITED), "new": partial(new.embed_photos, limits=UNLIMITED)}
+    costs = milliseconds(calls, photos)
+    old.close()
+    new.close()
     return {
-        "version": embedders[0].manifest["version"],
-        "recall_at_1": {kind: [recall[kind] for recall in recalls] for kind in (recalls[0] if recalls else ())},
-        "milliseconds": [round(min(of_version), 3) for of_version in times],
+        "version": old.manifest["version"],
+        "recall_at_1": {
+            kind: [recall, manifest["metrics"]["val"][kind]["recall_at_1"]["value"]] for kind, recall in recalls.items()
+        },
+        "milliseconds": [costs["old"], costs["new"]],
         "bytes": [sum(path.stat().st_size for path in each.rglob("*") if path.is_file()) for each in (served, folder)],
     }
 

@@ -25,19 +25,18 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from npair.client import NpairClient, NpairError
+from npair.client import THRESHOLD_PARAMETERS, NpairClient, NpairError
 from npair.config import as_json, parameters, pinned, with_release
 from npair.repository import Repository
-from npair.serving.engine import EngineError, cores
+from npair.serve import CONTROL_HEADER, FALLBACK
+from npair.serving.embedder import VersionError, read_manifest, verify_files
+from npair.serving.engine import cores
 
-CONTROL_HEADER = "npair-control-secret"  # as in serve.py
 SCHEMA: dict[str, type | tuple[type, ...]] = {
     **{"schema": int, "model": str, "version": int, "created": str, "libraries": dict, "engines": dict, "engines_refused": dict},
     **{"preprocessing": dict, "embedding": dict, "training": dict, "golden": dict, "files": dict, "git_commit": (str, type(None))},
 }
 REMEMBERED = 10  # versions served before
-FALLBACK = "fallback.json"
-THRESHOLDS = ("thresholds_version", "threshold_far_1_percent", "threshold_far_01_percent")
 
 
 class ReleaseError(RuntimeError):
@@ -88,20 +87,12 @@ class Server:
         status, answer = self._request("GET", f"/v2/models/{self.model}", 10)
         return sorted(int(version) for version in json.loads(answer).get("versions", [])) if status == http.client.OK else []
 
-    def manifest_sha256(self) -> str | None:
-        """Of the highest version, as its configuration tells clients. Raises: ReleaseError where it does not answer."""
-        status, answer = self._request("GET", f"/v2/models/{self.model}/config", 10)
-        if status != http.client.OK:
-            return None
-        found: str | None = json.loads(answer)["parameters"].get("manifest_sha256", {}).get("string_value")
-        return found
-
     def check(self, folder: Path) -> float:
         """The largest Euclidean distance between what it answers for a version's golden set and what was published.
 
         Raises: ReleaseError where it does not answer within the timeout, or the distance is beyond the tolerance.
         """
-        manifest = json.loads((folder / "manifest.json").read_bytes())
+        manifest = read_manifest(folder)
         golden, number = manifest["golden"], manifest["version"]
         expected, deadline = np.load(folder / golden["embeddings"], allow_pickle=False), time.monotonic() + self.timeout
         with NpairClient(self.url, model=self.model, version=str(number), timeout=min(30.0, self.timeout), retries=0) as client:
@@ -141,36 +132,36 @@ def verify(folder: Path, engine: str = "") -> dict[str, dict[str, float | str]]:
     Raises: ReleaseError that says what is wrong.
     """
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
-        wrong = [key for key, kind in SCHEMA.items() if not isinstance(manifest.get(key), kind)]
-    except (OSError, ValueError, AttributeError) as error:
-        raise ReleaseError(f"{folder}: manifest.json cannot be read: {error}") from error
-    if wrong:
+        manifest = read_manifest(folder)
+    except VersionError as error:
+        raise ReleaseError(str(error)) from error
+    if not isinstance(manifest, dict):
+        raise ReleaseError(f"{folder}: manifest.json cannot be read: it is no object")
+    if wrong := [key for key, kind in SCHEMA.items() if not isinstance(manifest.get(key), kind)]:
         raise ReleaseError(f"{folder}: manifest.json lacks {', '.join(wrong)}, or has them of another type")
     check_files(folder, manifest)
     engines: dict[str, dict[str, float | str]] = {}
-    for name in [engine] if engine else manifest["engines"]:
-        try:
-            with published_code(folder) as embedder:
-                loaded = embedder.Embedder(folder, cores=cores(), engine=name)
+    try:
+        with published_code(folder) as code:
+            for name in [engine] if engine else manifest["engines"]:
+                try:
+                    loaded = code.Embedder(folder, cores=cores(), engine=name)
+                except code.EngineError as error:
+                    engines[name] = {"cannot_run": str(error)}
+                    continue
                 loaded.close()
                 engines[name] = {"golden_distance": loaded.golden_distance, "tolerance": manifest["engines"][name]["tolerance"]}
-        except Exception as error:  # whatever published code raises; its classes are not this code's
-            if type(error).__name__ != EngineError.__name__:
-                raise ReleaseError(f"{folder}: {error}") from error
-            engines[name] = {"cannot_run": str(error)}
+    except Exception as error:  # whatever published code raises; its classes are not this code's
+        raise ReleaseError(f"{folder}: {error}") from error
     return engines
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
     """Raises: ReleaseError where a file is missing, changed or not the manifest's, or ``model.py`` is no Python."""
-    for name, expected in manifest["files"].items():
-        try:
-            content = (folder / name).read_bytes()
-        except OSError as error:
-            raise ReleaseError(f"{folder}: {name} cannot be read: {error.strerror}") from error
-        if hashlib.sha256(content).hexdigest() != expected:
-            raise ReleaseError(f"{folder}: {name} has changed since it was published")
+    try:
+        verify_files(folder, manifest)
+    except VersionError as error:
+        raise ReleaseError(str(error)) from error
     present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.parent.name != "__pycache__"}
     if strange := present - set(manifest["files"]) - {"manifest.json"}:
         raise ReleaseError(f"{folder}: {', '.join(sorted(strange))} was not published; delete it")
@@ -196,16 +187,18 @@ def published_code(folder: Path) -> Iterator[types.ModuleType]:
             del sys.modules[name]
 
 
-def client_parameters(folder: Path) -> dict[str, str | None]:
+def client_parameters(text: bytes) -> dict[str, str | None]:
     """What clients must know of a version, as parameters of config.pbtxt: its number, its manifest's hash, and its thresholds, of
-    which those that it has not are None."""
-    text = (folder / "manifest.json").read_bytes()
+    which those that it has not are None.
+
+    text: its manifest.json.
+    """
     manifest = json.loads(text)
     thresholds = {name: cosine for name, cosine in manifest.get("thresholds", {}).items() if cosine is not None}
     version = {"thresholds_version": str(manifest["version"])} if thresholds else {}
     values = version | {f"threshold_{name}": f"{cosine:.4f}" for name, cosine in thresholds.items()}
     of_manifest = {"manifest_version": str(manifest["version"]), "manifest_sha256": hashlib.sha256(text).hexdigest()}
-    return of_manifest | {key: values.get(key) for key in THRESHOLDS}
+    return of_manifest | {key: values.get(key) for key in THRESHOLD_PARAMETERS}
 
 
 def promote(repository: Repository, number: int, servers: Sequence[Server], *, keep: int | None = None) -> None:
@@ -276,7 +269,7 @@ def versions(repository: Repository, servers: Sequence[Server]) -> list[Version]
                 recall,
                 manifest.get("created"),
                 manifest.get("git_commit"),
-                repository.sizes(number),
+                repository.size(number),
                 reason,
             )
         )
@@ -290,8 +283,7 @@ def check_pins(repository: Repository) -> list[int]:
     pins, there = pinned(config), repository.versions()
     if missing := [number for number in pins if not there.get(number)]:
         raise ReleaseError(f"config.pbtxt pins version {missing[0]}, which is not in {repository.location}")
-    with repository.version(pins[-1]) as folder:
-        told, right = parameters(config), client_parameters(folder)
+    told, right = parameters(config), client_parameters(_manifest(repository, pins[-1]))
     if wrong := [key for key, value in right.items() if told.get(key) != value]:
         raise ReleaseError(f"config.pbtxt does not tell clients {', '.join(wrong)} of version {pins[-1]}; promote it again")
     return pins
@@ -305,7 +297,9 @@ def check_server(repository: Repository, server: Server) -> dict[int, float]:
     pins, serving = check_pins(repository), server.serving()
     if serving != pins:
         raise ReleaseError(f"{server.url} serves {serving or 'no version'}, and config.pbtxt pins {pins}; promote again")
-    if server.manifest_sha256() != parameters(_config(repository)).get("manifest_sha256"):
+    with NpairClient(server.url, model=server.model) as client:
+        told = client.manifest_sha256(str(pins[-1]))
+    if told != parameters(_config(repository)).get("manifest_sha256"):
         raise ReleaseError(f"{server.url} tells clients of another manifest than config.pbtxt; promote version {pins[-1]} again")
     distances = {}
     for number in pins:
@@ -344,15 +338,16 @@ def _serve(repository: Repository, number: int, servers: Sequence[Server], *, ke
     for old in parameters(config):
         if old.startswith("manifest_sha256_"):
             values[old] = None
-    for version in filter(None, (keep, number)):
-        if not there.get(version):
-            raise ReleaseError(f"there is no version {version} in {repository.location}")
-        with repository.version(version) as folder:
+    served = [version for version in (keep, number) if version is not None]
+    if missing := [version for version in served if not there.get(version)]:
+        raise ReleaseError(f"there is no version {missing[0]} in {repository.location}")
+    with contextlib.ExitStack() as stack:
+        for version in served:
+            folder = stack.enter_context(repository.version(version))  # number's, in the end
             verify(folder)
-            told = client_parameters(folder)
-        values |= told if version == number else {f"manifest_sha256_{version}": told["manifest_sha256"]}
-    after = with_release(config, [version for version in (keep, number) if version is not None], values)
-    with repository.version(number) as folder:
+            told = client_parameters(_manifest(repository, version))
+            values |= told if version == number else {f"manifest_sha256_{version}": told["manifest_sha256"]}
+        after = with_release(config, served, values)
         try:
             _write_fallback(repository, history)
             repository.write("config.pbtxt", after.encode())
@@ -386,8 +381,7 @@ def _write_fallback(repository: Repository, history: Sequence[int]) -> None:
     """The configuration of the version that was served last of these, for servers that start and find the pinned one broken."""
     if not history:
         return
-    with repository.version(history[-1]) as folder:
-        values = client_parameters(folder) | {"served_before": ",".join(map(str, history[:-1])) or None}
+    values = client_parameters(_manifest(repository, history[-1])) | {"served_before": ",".join(map(str, history[:-1])) or None}
     repository.write(FALLBACK, as_json(with_release(_config(repository), history[-1:], values)).encode())
 
 
@@ -399,6 +393,10 @@ def _served_before(repository: Repository) -> list[int]:
 
 def _config(repository: Repository) -> str:
     return repository.read("config.pbtxt").decode()
+
+
+def _manifest(repository: Repository, number: int) -> bytes:
+    return repository.read(f"{number}/manifest.json")
 
 
 def _read_if_there(repository: Repository, path: str) -> bytes | None:

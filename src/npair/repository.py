@@ -43,7 +43,7 @@ class Repository(Protocol):
     def unfinished(self) -> list[str]:
         """What publishers are writing, or left, under names that are no versions'."""
 
-    def sizes(self, number: int) -> int:
+    def size(self, number: int) -> int:
         """Bytes of a version."""
 
     def version(self, number: int) -> AbstractContextManager[Path]:
@@ -89,7 +89,7 @@ class Folder(Repository):
     def unfinished(self) -> list[str]:
         return sorted(path.name for path in self.folder.glob("staging-*"))
 
-    def sizes(self, number: int) -> int:
+    def size(self, number: int) -> int:
         return sum(path.stat().st_size for path in (self.folder / str(number)).rglob("*") if path.is_file())
 
     @contextlib.contextmanager
@@ -123,13 +123,9 @@ class Folder(Repository):
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            if not _locked(handle):
-                raise RepositoryError(f"another process releases or retires in {self.location}; wait for it, then try again")
+        busy = RepositoryError(f"another process releases or retires in {self.location}; wait for it, then try again")
+        with alone(self.folder, busy):
             yield
-        finally:
-            os.close(handle)
 
     def _claim(self, number: int) -> int | None:
         """A lock on the staging folder of a number, or none where another publisher has it or had it."""
@@ -188,7 +184,7 @@ class Store(Repository):
     def unfinished(self) -> list[str]:
         return []  # all that there is has a number
 
-    def sizes(self, number: int) -> int:
+    def size(self, number: int) -> int:
         return sum(self._files(f"{number}/").values())
 
     @contextlib.contextmanager
@@ -283,6 +279,18 @@ def open_repository(location: str | Path) -> Repository:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RepositoryError(f"{location} is not a model's folder: it has no config.pbtxt") from error
     return repository
+
+
+@contextlib.contextmanager
+def alone(folder: Path, busy: Exception) -> Iterator[None]:
+    """For one process at a time. The lock is the kernel's: it ends with the process, however that ends. Raises: ``busy``."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if not _locked(handle):
+            raise busy
+        yield
+    finally:
+        os.close(handle)
 
 
 def _sync(path: Path) -> None:
