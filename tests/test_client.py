@@ -453,21 +453,56 @@ class TestCommandLine:
         with serving(lambda *_: (200, reply)) as (url, _):
             assert peak(8320) - peak(320) < 3000  # kB
 
-    def test_rank_refuses_vectors_of_another_version(self, photos: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("command", ["rank", "compare"])
+    def test_refuses_saved_vectors_of_another_version(self, photos: Path, tmp_path: Path, command: str) -> None:
+        photo = photos / "a.png"
         saved = [tmp_path / "one.npz", tmp_path / "two.npz"]
         for version, path in zip("12", saved, strict=True):
             with serving(partial(embeddings_of, version)) as (url, _):
-                assert self.run(url, "embed", photos, "--out", path).returncode == 0
-        with serving(lambda photos, path: embeddings(photos, "2" if "/versions/2/" in path else "9")) as (url, _):
-            mixed = self.run(url, "rank", photos / "a.png", *saved)
-            pinned = self.run(url, "rank", photos / "a.png", saved[1], "--json")
+                assert self.run(url, "embed", photo, "--out", path).returncode == 0
+        with np.load(saved[1]) as two:
+            np.savez(tmp_path / "elsewhere.npz", **{**two, "manifest_sha256": "another"})
+            np.savez(tmp_path / "strange.npz", **{**two, "model": "another"})
+        beside = [photo] if command == "rank" else []
+
+        def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
+            return (200, "{}") if path.endswith("/config") else embeddings(photos, "2" if "/versions/2/" in path else "9")
+
+        with serving(answer) as (url, _):
+            mixed = self.run(url, command, *beside, *saved)
+            elsewhere = self.run(url, command, *beside, saved[1], tmp_path / "elsewhere.npz")
+            strange = self.run(url, command, photo, tmp_path / "strange.npz")
+            unpinned = self.run(url, command, photo, saved[1], "--version", "1")
+            pinned = self.run(url, command, photo, saved[1], "--json")
         with serving(changing(after=0)) as (url, _):
-            other = self.run(url, "rank", photos / "a.png", saved[1])
-        assert mixed.returncode == 2
-        assert "holds vectors of version 2, not 1" in mixed.stderr
+            other = self.run(url, command, photo, saved[1])
         assert json.loads(pinned.stdout)["version"] == "2"
-        assert other.returncode == 2
-        assert "holds vectors of another version 2 than is served" in other.stderr
+        for refused, reason in (
+            (mixed, "holds vectors of version 2, not 1"),
+            (elsewhere, "elsewhere.npz holds vectors of another version 2 than is served or saved beside it"),
+            (strange, "holds vectors of model another, not npair"),
+            (unpinned, "holds vectors of version 2, not 1"),
+            (other, "holds vectors of another version 2 than is served"),
+        ):
+            assert refused.returncode == 2
+            assert reason in refused.stderr
+
+    def test_compare_takes_saved_vectors_of_one_photo(self, photos: Path, tmp_path: Path) -> None:
+        def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
+            return (200, "{}") if path.endswith("/config") else embeddings(photos)
+
+        with serving(answer) as (url, server):
+            for name in ("a.png", "b.jpg"):
+                assert self.run(url, "embed", photos / name, "--out", tmp_path / f"{name}.npz").returncode == 0
+            assert self.run(url, "embed", photos, "--out", tmp_path / "many.npz").returncode == 0
+            before = len(server.batches)
+            both = self.run(url, "compare", tmp_path / "a.png.npz", tmp_path / "b.jpg.npz", "--json")
+            assert len(server.batches) == before, "saved vectors are not embedded again"
+            one = self.run(url, "compare", photos / "b.jpg", tmp_path / "a.png.npz", "--json")
+            many = self.run(url, "compare", photos / "b.jpg", tmp_path / "many.npz")
+        assert json.loads(both.stdout) == json.loads(one.stdout) == {"cosine": 6.0, "version": "1", "same_product": None}
+        assert many.returncode == 2
+        assert "many.npz holds the vectors of 3 photos, and compare takes one" in many.stderr
 
     def test_server_failures(self, photos: Path) -> None:
         with serving(lambda *_: (500, '{"error": "stub is not healthy"}')) as (url, _):

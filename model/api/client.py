@@ -430,8 +430,8 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, help="write vectors.npz or vectors.jsonl instead; after an interruption, the same command goes on"
     )
     compare = add("compare", _compare, "tell whether two photos show the same product")
-    compare.add_argument("a", type=Path)
-    compare.add_argument("b", type=Path)
+    for name in "ab":
+        compare.add_argument(name, type=Path, help="a photo, or an .npz file that embed has written of one")
     compare.add_argument(
         "--far",
         type=float,
@@ -560,7 +560,17 @@ def _save_npz(lines: Path, out: Path) -> None:
 
 
 def _compare(client: NpairClient, options: argparse.Namespace) -> int:
-    vectors, version = client.embed([options.a, options.b])
+    saved = [path for path in (options.a, options.b) if path.suffix == ".npz"]
+    vectors = []
+    for path, (_, rows) in zip(saved, _load(saved, client), strict=True):
+        if len(rows) != 1:
+            raise ValueError(f"{path} holds the vectors of {len(rows)} photos, and compare takes one; rank takes more")
+        vectors += [*rows]
+    if photos := [path for path in (options.a, options.b) if path not in saved]:
+        embedded = client.embed(photos)
+        client.version = embedded.version
+        vectors += [*embedded.vectors]
+    version = client.version
     cosine = float(vectors[0] @ vectors[1])
     thresholds = client.thresholds()
     threshold = None
@@ -583,18 +593,10 @@ def _compare(client: NpairClient, options: argparse.Namespace) -> int:
 def _rank(client: NpairClient, options: argparse.Namespace) -> int:
     if options.k < 1:
         raise ValueError(f"-k must be at least 1, got {options.k}")
-    names: list[str] = []
-    blocks: list[Vectors] = []
     # Saved vectors first: they pin the version that has to embed the rest.
-    for path in [path for path in options.candidates if path.suffix == ".npz"]:
-        saved_names, saved_vectors, saved_version, saved_hash = _load(path, client.model)
-        if client.version not in (None, saved_version):
-            raise ValueError(f"{path} holds vectors of version {saved_version}, not {client.version}; embed its photos again")
-        if saved_version in client._served() and saved_hash != (client.manifest_sha256(saved_version) or ""):
-            raise ValueError(f"{path} holds vectors of another version {saved_version} than is served; embed its photos again")
-        client.version = saved_version
-        names += saved_names
-        blocks.append(saved_vectors)
+    saved = _load([path for path in options.candidates if path.suffix == ".npz"], client)
+    names = [name for of_file, _ in saved for name in of_file]
+    blocks = [rows for _, rows in saved]
     query = client.embed(options.query)
     client.version = query.version
     left_out = 0
@@ -683,15 +685,33 @@ def _line(name: str, vector: Vectors, model: str, version: str, manifest_sha256:
     return json.dumps({"photo": name, **made_by, "embedding": vector.tolist()})
 
 
-def _load(path: Path, model: str) -> tuple[list[str], Vectors, str, str]:
-    """What ``embed --out`` has saved. Raises: OSError, or ValueError for another file or another model's vectors."""
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            if str(saved["model"]) != model:
-                raise ValueError(f"made by model {saved['model']}, not {model}")
-            return saved["names"].tolist(), saved["vectors"], str(saved["version"]), str(saved["manifest_sha256"])
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} holds no vectors of this model: {error}") from error
+def _load(paths: Sequence[Path], client: NpairClient) -> list[tuple[list[str], Vectors]]:
+    """Names and vectors of each file that ``embed --out`` has saved. The client is pinned to the version that made them all.
+
+    Raises: OSError, or ValueError for another file, or for vectors that must not be compared with each other or with this server's.
+    """
+    loaded: list[tuple[list[str], Vectors]] = []
+    manifests: set[str] = set()
+    for path in paths:
+        try:
+            with np.load(path, allow_pickle=False) as saved:
+                model, version, manifest = (str(saved[key]) for key in ("model", "version", "manifest_sha256"))
+                loaded.append((saved["names"].tolist(), saved["vectors"]))
+        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} holds no vectors: {error}") from error
+        if model != client.model:
+            raise ValueError(f"{path} holds vectors of model {model}, not {client.model}")
+        if client.version not in (None, version):
+            raise ValueError(f"{path} holds vectors of version {version}, not {client.version}; embed its photos again")
+        client.version = version
+        if not manifests and version in client._served():
+            manifests.add(client.manifest_sha256(version) or "")
+        if len(manifests | {manifest}) > 1:
+            raise ValueError(
+                f"{path} holds vectors of another version {version} than is served or saved beside it; embed its photos again"
+            )
+        manifests.add(manifest)
+    return loaded
 
 
 def _fail(reason: object, code: int) -> int:
