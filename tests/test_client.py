@@ -242,6 +242,7 @@ class TestErrors:
             (404, '{"error": "unknown model"}', InvalidRequestError),
             (400, '{"error": "unexpected shape"}', InvalidRequestError),
             (503, '{"error": "busy"}', UnavailableError),
+            (400, '{"error": "Request for unknown model: npair has no available versions"}', UnavailableError),  # it stops
             (502, "<html>Bad gateway</html>", UnavailableError),
             (200, '{"model_name": "npair", "model_version": "1", "outputs": []}', ServerFaultError),
         ],

@@ -196,8 +196,12 @@ class TestEngines:
 def test_dead_stub_ends_the_server_with_the_reason() -> None:
     """Readiness URLs stay green after this, and another instance answers most golden photos."""
     with running() as (process, urls):
+        health = [sys.executable, str(ROOT / "model/api/serve.py"), "--health", "--http-port", urls["http"].rsplit(":", 1)[1]]
+        assert subprocess.run(health, check=False).returncode == 0
         os.kill(stubs_of(process)[0], signal.SIGKILL)
         began = time.monotonic()
+        told = subprocess.run(health, check=False, capture_output=True, text=True)
+        assert (told.returncode, told.stderr) == (1, "npair: a Python stub of the model died\n")
         _, output = process.communicate(timeout=60)
         assert process.returncode == 1
         assert "npair: a Python stub of the model died, and what it is given fails; the server was ended" in output
@@ -232,14 +236,21 @@ def test_load_is_not_taken_for_death() -> None:
         assert process.poll() is None
 
 
-def test_busy_is_told_from_dead_whichever_request_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A server that answers its statistics alone: busy while its count of inferences grows, dead when it stands still."""
+@pytest.mark.parametrize(("status", "reason"), [(None, "no answer"), (503, "answered 503")])
+def test_busy_is_told_from_dead_whichever_request_waits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int | None, reason: str
+) -> None:
+    """A server that answers its statistics alone, and all else not, or that it is full: busy while its count of inferences grows,
+    dead when it stands still."""
     counts = iter([7, 9, 9, 9])
 
     class Statistics(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if not self.path.endswith("/stats"):
-                time.sleep(1)
+                if status:
+                    self.send_error(status)
+                else:
+                    time.sleep(1)
                 return
             self.send_response(200)
             self.end_headers()
@@ -249,12 +260,13 @@ def test_busy_is_told_from_dead_whichever_request_waits(monkeypatch: pytest.Monk
             pass
 
     monkeypatch.setattr(serve, "PROBE_TIMEOUT", 0.2)
+    monkeypatch.setattr(serve, "WATCH_INTERVAL", 0.1)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Statistics) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         prober = serve.GoldenProber(tmp_path, "127.0.0.1", server.server_port)
         with pytest.raises(serve.BusyError):
             prober.probe()
-        with pytest.raises(serve.ProbeError, match="no answer"):
+        with pytest.raises(serve.ProbeError, match=reason):
             prober.probe()
         server.shutdown()
 

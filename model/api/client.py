@@ -21,6 +21,7 @@ import contextlib
 import itertools
 import json
 import os
+import random
 import re
 import sys
 import time
@@ -43,6 +44,7 @@ Photo = str | os.PathLike[str] | bytes | IO[bytes]
 Vectors = npt.NDArray[np.float32]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+PATIENT_RETRIES = 8  # for half a minute or more: a server that is full or begins anew is back by then
 IN_FLIGHT = 4  # batches that a stream has under way, so that no instance of the server waits for the next
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Of the model's configuration: the version that they were measured on, and its thresholds.
@@ -260,7 +262,7 @@ class NpairClient:
                     raise VersionGoneError(message) from error
                 if attempt == retries or isinstance(error, InvalidRequestError):
                     raise
-                time.sleep(0.2 * 2**attempt)
+                time.sleep(0.2 * 2**attempt * random.uniform(0.5, 1))  # not when all others do
         head = answer.get_response(**self._as_json)
         vectors = answer.as_numpy("EMBEDDING")
         if vectors is None or vectors.shape[:1] != (len(photos),) or vectors.ndim != 2:
@@ -373,7 +375,7 @@ def _mapped_errors(model: str) -> Iterator[None]:
             raise InvalidPhotoError({int(index): reason for index, reason in reasons.items()}) from error
         if status == "DEADLINE_EXCEEDED" or "timed out" in message:
             raise RequestTimeoutError(message) from error
-        if status in ("UNAVAILABLE", "503", "502", "504") or "is not ready" in message or "is not at ready state" in message:
+        if status in ("UNAVAILABLE", "502", "503", "504") or re.search("is not (at )?ready|has no available versions", message):
             raise UnavailableError(message) from error
         if status in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "400", "404", "405"):
             raise InvalidRequestError(f"model {model}: {message}") from error
@@ -448,6 +450,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _embed(client: NpairClient, options: argparse.Namespace) -> int:
+    client.retries = PATIENT_RETRIES
     if options.out is not None:
         return _embed_into(options.out, client, options)
     files = _Files(client, options.photos)

@@ -6,7 +6,7 @@ inference that it is given fails. So a golden photo of the version is embedded o
 Where that fails for 10 seconds, or a stub is dead, the server is ended and the exit code is 1, for whatever restarts containers to
 act on.
 
-SIGTERM and SIGINT are forwarded; the exit code is 0 where no inference was in flight when the server ended.
+SIGTERM and SIGINT unload the model, which answers what it has accepted, and then end the server; the exit code is 0 where it did.
 
 Standard library only, and plain syntax, so that it can tell on a bare machine what is missing.
 """
@@ -81,6 +81,9 @@ def main() -> int:
         folder = None if "://" in options.model_repository else Path(options.model_repository, MODEL)
         prober = GoldenProber(folder, options.host, options.http_port)
         if options.health:
+            prober.server = server_at(options.http_port)
+            if dead_stub(prober.server):
+                raise ProbeError("a Python stub of the model died")
             prober.probe()
             return 0
         if folder and not (folder / "config.pbtxt").is_file():
@@ -259,7 +262,7 @@ class Supervisor:
         self.secret = given_secret() or secrets.token_urlsafe(32)
         self.began = time.monotonic()
         self.stopping = threading.Event()
-        self.in_flight: int | None = None  # model versions with inferences in flight, as the server counted last while it stopped
+        self.ready = self.drained = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         # A session of its own: Ctrl-C reaches this process alone, which forwards it once.
@@ -283,7 +286,7 @@ class Supervisor:
         finally:
             self._end()
         if self.stopping.is_set():
-            drained = self.process.returncode == 0 or self.in_flight == 0
+            drained = self.drained or self.process.returncode == 0
             say("stopped" if drained else f"stopped with requests in flight (exit code {self.process.returncode})")
             return 0 if drained else 1
         print(*self.unshown, sep="\n", file=sys.stderr)
@@ -291,14 +294,14 @@ class Supervisor:
 
     def _watch(self) -> str:
         """Blocks until the server should not go on; returns why."""
-        ready, failing_since, dead_for = False, None, 0
-        while not self.stopping.wait(WATCH_INTERVAL if ready else 0.1):
+        failing_since, dead_for = None, 0
+        while not self.stopping.wait(WATCH_INTERVAL if self.ready else 0.1):
             if self.process.poll() is not None:
-                when = "" if ready else " before the model was ready"
+                when = "" if self.ready else " before the model was ready"
                 return f"the server ended by itself{when} (exit code {self.process.returncode})"
-            dead_for = dead_for + 1 if ready and self._dead_child() else 0
+            dead_for = dead_for + 1 if self.ready and dead_stub(self.process.pid) else 0
             if dead_for == 2:  # at once, the server may only not have noticed yet
-                self.process.terminate()  # the model's other instances answer what they have accepted
+                self._drain()  # the model's other instances answer what they have accepted
                 return "a Python stub of the model died, and what it is given fails; the server was ended"
             try:
                 version = self.prober.probe()
@@ -306,7 +309,7 @@ class Supervisor:
                 failing_since = None
                 continue
             except ProbeError as error:
-                if not ready and not self.prober.green(f"/v2/models/{MODEL}/ready"):
+                if not self.ready and not self.prober.green(f"/v2/models/{MODEL}/ready"):
                     # The server is alive as from when loading has ended.
                     if self.prober.green("/v2/health/live") and (problem := self._fall_back()):
                         self.process.terminate()
@@ -318,8 +321,8 @@ class Supervisor:
                     return f"the golden photo has failed for {UNHEALTHY_AFTER:.0f} s ({error}); the server was ended"
                 continue
             failing_since = None
-            if not ready:
-                ready = True
+            if not self.ready:
+                self.ready = True
                 self._announce(version)
         return "stopped"
 
@@ -354,22 +357,19 @@ class Supervisor:
             self.process.kill()
         else:
             self.stopping.set()
-            self.process.terminate()
+            self._drain()
 
-    def _dead_child(self) -> bool:
-        """Whether a child of the server is dead, which the server leaves as it is: golden photos alone would not tell, since the
-        other instances answer most of them."""
-        with contextlib.suppress(OSError):
-            for child in children(self.process.pid):
-                state = Path(f"/proc/{child}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
-                if state == "Z":
-                    return True
-        return False
+    def _drain(self) -> None:
+        """The server itself would go on answering clients that keep their connections, and then cut them off."""
+        if self.ready:
+            with contextlib.suppress(OSError, http.client.HTTPException, ProbeError, ValueError):
+                self.drained = self.prober.unload(self.secret, self.options.drain)
+        self.process.terminate()
 
     def _end(self) -> None:
         try:
-            # Triton itself gives up after the drain time; it needs a moment more to unload.
-            self.process.wait(self.options.drain + 5)
+            # Triton waits for whoever holds a connection, though all is answered; else it takes a moment more than it was given.
+            self.process.wait(1 if self.drained else self.options.drain + 5)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -383,11 +383,7 @@ class Supervisor:
             level = re.match(r"([IWEF])\d{4} \d\d:", text)
             if level:
                 shown = self.options.verbose or level[1] != "I"
-            count = re.search(r"Found (\d+) model versions that have in-flight inferences", text)
-            if count:
-                self.in_flight = int(count[1])
-            # Once everything is answered, idle connections running into the exit timeout are no error.
-            if shown and text and NOISE not in text and self.in_flight != 0:
+            if shown and text and NOISE not in text:
                 print(text, file=sys.stderr, flush=True)
             elif text:
                 self.unshown.append(text)
@@ -397,8 +393,12 @@ class ProbeError(RuntimeError):
     """The golden photo was not answered as it was published."""
 
 
+class FullError(ProbeError):
+    """The golden photo was refused, since the queue is full."""
+
+
 class BusyError(RuntimeError):
-    """The golden photo was not answered in time, but other photos were: a long queue, not a dead model."""
+    """The golden photo was refused or not answered in time, but other photos were answered: a long queue, not a dead model."""
 
 
 class GoldenProber:
@@ -420,7 +420,9 @@ class GoldenProber:
             answered = self._answered()
             try:
                 return self._embed_golden()
-            except TimeoutError:
+            except (TimeoutError, FullError) as error:
+                if isinstance(error, FullError):
+                    time.sleep(WATCH_INTERVAL)  # it comes at once, and the model needs time to answer the next photo
                 if self._answered() > answered:
                     raise BusyError from None
                 raise
@@ -442,6 +444,20 @@ class GoldenProber:
         body = json.dumps({"parameters": {"config": config}}).encode()
         self._request("POST", f"/v2/repository/models/{MODEL}/load", body, {CONTROL_HEADER: secret}, LOAD_TIMEOUT)
 
+    def unload(self, secret: str, seconds: float) -> bool:
+        """Unload the model: what comes from then on is refused. Returns: whether all that it had accepted was answered in time.
+
+        Raises: ProbeError, OSError, HTTPException.
+        """
+        deadline = time.monotonic() + seconds
+        self._request("POST", f"/v2/repository/models/{MODEL}/unload", b"{}", {CONTROL_HEADER: secret}, seconds)
+        while time.monotonic() < deadline:
+            index = json.loads(self._request("POST", "/v2/repository/index", b"{}", {CONTROL_HEADER: secret})[1])
+            if all(entry.get("state") == "UNAVAILABLE" for entry in index):
+                return True
+            time.sleep(0.05)
+        return False
+
     def _embed_golden(self) -> str:
         version: str = max(json.loads(self._request("GET", f"/v2/models/{MODEL}")[1])["versions"], key=int)
         folder = self._folder(version)
@@ -462,12 +478,10 @@ class GoldenProber:
         """A version's. A server on an object store works on copies of its own, which the command lines of its stubs name."""
         if self.model_folder:
             return self.model_folder / version
-        everyone = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal())
-        for process in children(self.server) if self.server else everyone:
-            with contextlib.suppress(OSError):
-                for argument in Path(f"/proc/{process}/cmdline").read_text(errors="replace").split("\0"):
-                    if argument.endswith(f"/{version}/model.py"):
-                        return Path(argument).parent
+        for stub in children(self.server) if self.server else []:
+            for argument in arguments_of(stub):
+                if argument.endswith(f"/{version}/model.py"):
+                    return Path(argument).parent
         raise ProbeError(f"no process serves version {version}")
 
     def _answered(self) -> int:
@@ -491,7 +505,8 @@ class GoldenProber:
         finally:
             connection.close()
         if response.status != http.client.OK:
-            raise ProbeError(f"{path} answered {response.status}: {answer[:200].decode(errors='replace')}")
+            kind = FullError if response.status == http.client.SERVICE_UNAVAILABLE else ProbeError
+            raise kind(f"{path} answered {response.status}: {answer[:200].decode(errors='replace')}")
         return response.headers, answer
 
 
@@ -499,6 +514,31 @@ def children(pid: int) -> list[int]:
     """Of all threads of a process. Raises: OSError where it has ended."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return [int(child) for task in tasks for child in (task / "children").read_text(encoding="ascii").split()]
+
+
+def arguments_of(pid: int) -> list[str]:
+    """A process's command line, empty where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+def server_at(port: int) -> int | None:
+    """The server that listens on this HTTP port, where this user can see it."""
+    everyone = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal())
+    return next((pid for pid in everyone if f"--http-port={port}" in arguments_of(pid)), None)
+
+
+def dead_stub(server: int | None) -> bool:
+    """Whether a child of the server is dead, which the server leaves as it is: golden photos alone would not tell, since the other
+    instances answer most of them."""
+    with contextlib.suppress(OSError):
+        for child in children(server) if server else []:
+            state = Path(f"/proc/{child}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+            if state == "Z":
+                return True
+    return False
 
 
 def die_with_parent() -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from google.protobuf import json_format, text_format
+from google.protobuf.message import Message
 from tritonclient.grpc import model_config_pb2
 
 
@@ -65,6 +66,12 @@ def with_release(config: str, versions: Sequence[int], values: Mapping[str, str 
         if not found and line:
             changed = changed.removesuffix("\n") + "\n" + line
     return _checked(changed, expected, "version_policy and parameters")
+
+
+def on_one_line(message: Message) -> str:
+    """A part of the configuration as config.pbtxt has it."""
+    line: str = text_format.MessageToString(message, as_one_line=True)
+    return line
 
 
 def as_json(config: str) -> str:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from npair import serve
 from npair.client import NpairClient
-from npair.config import parse, with_lines
+from npair.config import on_one_line, parse, with_lines
 from npair.load import Load, closed
 from npair.serving.engine import cores
 
@@ -82,9 +82,12 @@ def with_setting(config: str, setting: Setting) -> str:
     """The config.pbtxt, else unchanged. Raises: ConfigError where its two lines for this are not found."""
     batching = f"preferred_batch_size: [ {setting.batch} ] " if setting.batch else ""
     batching += f"max_queue_delay_microseconds: {setting.delay} " if setting.delay else ""
+    kept = parse(config).dynamic_batching
+    for tuned in ("preferred_batch_size", "max_queue_delay_microseconds"):
+        kept.ClearField(tuned)
     lines = {
         "instance_group": f"instance_group [ {{ count: {setting.instances} kind: KIND_CPU }} ]",
-        "dynamic_batching": f"dynamic_batching {{ {batching}}}",
+        "dynamic_batching": f"dynamic_batching {{ {batching}{on_one_line(kept)} }}",
     }
     return with_lines(config, lines)
 

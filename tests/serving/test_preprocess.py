@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import random
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -120,3 +122,22 @@ def test_damaged_files_are_refused_or_decoded(image_format: str) -> None:
         except PhotoError:
             outcomes.add("refused")
     assert outcomes == {(64, 64, 3), "refused"}
+
+
+def test_want_of_memory_is_not_blamed_on_the_photo() -> None:
+    """In a process that may not have the 75 MB that the pixels take."""
+    code = """
+import io, resource, sys
+from PIL import Image
+from npair.serving.preprocess import Limits, Preprocessing, decode
+photo = io.BytesIO()
+Image.new("RGB", (5000, 5000)).save(photo, "PNG")
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), resource.RLIM_INFINITY))
+try:
+    decode(photo.getvalue(), Preprocessing(64, "BILINEAR", 255), Limits(1 << 30, 1 << 30))
+except MemoryError:
+    print("no memory")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "no memory\n"

@@ -55,7 +55,7 @@ def decode(photo: bytes, preprocessing: Preprocessing, limits: Limits) -> npt.ND
     EXIF orientation is applied. Of an animation the first frame counts. Colour profiles are ignored.
 
     Returns: uint8 of shape [size, size, 3], RGB.
-    Raises: PhotoError for an empty, too large, truncated or unreadable photo or a format that is not in FORMATS.
+    Raises: PhotoError for an empty, too large, truncated or unreadable photo or a format that is not in FORMATS; MemoryError.
     """
     if not photo:
         raise PhotoError("the photo is empty (0 bytes)")
@@ -63,6 +63,8 @@ def decode(photo: bytes, preprocessing: Preprocessing, limits: Limits) -> npt.ND
         raise PhotoError(f"the photo has {len(photo)} bytes, more than the limit of {limits.max_bytes}; send a smaller file")
     try:
         image: Image.Image = Image.open(io.BytesIO(photo), formats=FORMATS)
+    except MemoryError:
+        raise
     except Exception as error:
         if photo.startswith(SIGNATURES):
             raise PhotoError("the image data is truncated or damaged") from error
@@ -75,6 +77,8 @@ def decode(photo: bytes, preprocessing: Preprocessing, limits: Limits) -> npt.ND
         rgb = _jpeg_to_rgb(image, photo, size) or _to_rgb(image, preprocessing.background)
         rgb.info = image.info
         image = ImageOps.fit(rgb, size, Image.Resampling[preprocessing.resample])
+    except MemoryError:
+        raise
     except Exception as error:  # hostile files make Pillow raise far more than OSError
         raise PhotoError(f"the {image.format or 'image'} data is truncated or damaged ({error})") from error
     with contextlib.suppress(Exception):  # unreadable EXIF data does not spoil the pixels: browsers show such photos unrotated too
