@@ -22,8 +22,18 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
 Image.MAX_IMAGE_PIXELS = None
 
 
+REASONS = ("empty", "too_many_bytes", "too_many_pixels", "not_an_image", "damaged")
+
+
 class PhotoError(ValueError):
-    """A photo that cannot be embedded; the message says why and what to do."""
+    """A photo that cannot be embedded; the message says why and what to do.
+
+    reason: the same in one word, of REASONS, for whatever counts.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -58,20 +68,24 @@ def decode(photo: bytes, preprocessing: Preprocessing, limits: Limits) -> npt.ND
     Raises: PhotoError for an empty, too large, truncated or unreadable photo or a format that is not in FORMATS; MemoryError.
     """
     if not photo:
-        raise PhotoError("the photo is empty (0 bytes)")
+        raise PhotoError("empty", "the photo is empty (0 bytes)")
     if len(photo) > limits.max_bytes:
-        raise PhotoError(f"the photo has {len(photo)} bytes, more than the limit of {limits.max_bytes}; send a smaller file")
+        raise PhotoError(
+            "too_many_bytes", f"the photo has {len(photo)} bytes, more than the limit of {limits.max_bytes}; send a smaller file"
+        )
     try:
         image: Image.Image = Image.open(io.BytesIO(photo), formats=FORMATS)
     except MemoryError:
         raise
     except Exception as error:
         if photo.startswith(SIGNATURES):
-            raise PhotoError("the image data is truncated or damaged") from error
-        raise PhotoError("not a JPEG, PNG or WebP image; convert it to one of these") from error
+            raise PhotoError("damaged", "the image data is truncated or damaged") from error
+        raise PhotoError("not_an_image", "not a JPEG, PNG or WebP image; convert it to one of these") from error
     width, height = image.size
     if width * height > limits.max_pixels:
-        raise PhotoError(f"the photo has {width}x{height} pixels, more than the limit of {limits.max_pixels}; scale it down")
+        raise PhotoError(
+            "too_many_pixels", f"the photo has {width}x{height} pixels, more than the limit of {limits.max_pixels}; scale it down"
+        )
     size = (preprocessing.size, preprocessing.size)
     try:
         rgb = _jpeg_to_rgb(image, photo, size) or _to_rgb(image, preprocessing.background)
@@ -80,7 +94,7 @@ def decode(photo: bytes, preprocessing: Preprocessing, limits: Limits) -> npt.ND
     except MemoryError:
         raise
     except Exception as error:  # hostile files make Pillow raise far more than OSError
-        raise PhotoError(f"the {image.format or 'image'} data is truncated or damaged ({error})") from error
+        raise PhotoError("damaged", f"the {image.format or 'image'} data is truncated or damaged ({error})") from error
     with contextlib.suppress(Exception):  # unreadable EXIF data does not spoil the pixels: browsers show such photos unrotated too
         image = ImageOps.exif_transpose(image)
     return np.array(image)
