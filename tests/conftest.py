@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from npair.data import Dataset
@@ -31,6 +32,10 @@ PREPROCESSING = Preprocessing(size=64, resample="BILINEAR", background=255)
 LIMITS = Limits(max_bytes=1_000_000, max_pixels=1_000_000)
 TINY = TrainConfig(epochs=2, classes_per_batch=4, size=64, crop_size=48, evaluations=2)
 PNG = encode(draw(0, 0, 8), "PNG")
+
+# The same examples on every machine; what is new is for tests/fuzz.py to find.
+hypothesis.settings.register_profile("npair", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("npair")
 
 
 @pytest.fixture(scope="session", autouse=True)

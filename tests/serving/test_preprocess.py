@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import io
 import random
+import struct
 import subprocess
 import sys
+import threading
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from conftest import LIMITS, PREPROCESSING
+from fuzz import PHOTOS, Hostile
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from npair.drawings import draw, encode
-from npair.serving.preprocess import Limits, PhotoError, Preprocessing, decode
+from npair.serving import preprocess
+from npair.serving.preprocess import FORMATS, MAX_SCANS, SIGNATURES, Limits, PhotoError, Preprocessing, decode
 
 PHOTO = draw(0, 0, 200)
 SHARP = Preprocessing(size=208, resample="BILINEAR", background=255)
@@ -107,21 +119,208 @@ def test_truncated_jpegs_are_refused(keep: float) -> None:
         decoded(photo[: int(keep * len(photo))])
 
 
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
-def test_damaged_files_are_refused_or_decoded(image_format: str) -> None:
-    """Truncated anywhere and with any bytes changed, a photo is decoded or refused; nothing else is raised."""
-    photo, dice = encode(PHOTO, image_format), random.Random(0)
-    outcomes: set[object] = set()
-    for _ in range(300):
-        damaged = bytearray(photo[: dice.randrange(len(photo))] if dice.random() < 0.5 else photo)
-        for _ in range(dice.randrange(4)):
-            if damaged:
-                damaged[dice.randrange(len(damaged))] = dice.randrange(256)
-        try:
-            outcomes.add(decoded(bytes(damaged)).shape)
-        except PhotoError:
-            outcomes.add("refused")
-    assert outcomes == {(64, 64, 3), "refused"}
+def outcome(photo: bytes) -> object:
+    """Of pixels, their shape and type; of a refusal, "refused"; anything else that is raised fails the test."""
+    try:
+        pixels = decoded(photo)
+    except PhotoError:
+        return "refused"
+    return pixels.shape, str(pixels.dtype)
+
+
+TAKEN = ((64, 64, 3), "uint8")
+
+
+@given(st.sampled_from([b"", *SIGNATURES, *PHOTOS.values()]), st.binary(max_size=200))
+def test_anything_is_decoded_or_refused(start: bytes, content: bytes) -> None:
+    """What follows the end of a photo does not count; what only begins like one is none."""
+    assert outcome(start + content) == (TAKEN if len(start) > 8 else "refused")
+
+
+@pytest.mark.filterwarnings("ignore")
+@given(st.sampled_from(sorted(PHOTOS)), st.integers(0, 1 << 32))
+@settings(max_examples=1000)
+def test_changed_files_are_decoded_or_refused(name: str, number: int) -> None:
+    assert outcome(Hostile(random.Random(number)).spoiled(PHOTOS[name])) in (TAKEN, "refused")
+
+
+@pytest.mark.parametrize("name", sorted(PHOTOS))
+def test_every_truncation_is_decoded_or_refused(name: str) -> None:
+    outcomes = {outcome(PHOTOS[name][:length]) for length in range(len(PHOTOS[name]) + 1)}
+    assert outcomes == {TAKEN, "refused"}
+
+
+@given(
+    st.sampled_from(
+        [("JPEG", mode) for mode in ("RGB", "L", "CMYK")]
+        + [("PNG", mode) for mode in ("RGB", "L", "1", "P", "RGBA", "LA", "I;16")]
+        + [("WEBP", mode) for mode in ("RGB", "RGBA")]
+    ),
+    st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    st.integers(0, 9),
+)
+def test_every_mode_size_and_orientation_is_taken(kind: tuple[str, str], size: tuple[int, int], orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = draw(0, 0, 40).convert("L" if kind[1] == "I;16" else kind[1]).resize(size)
+    if kind[1] == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    assert outcome(encode(image, kind[0], exif=exif)) == TAKEN
+
+
+def other_formats() -> dict[str, bytes]:
+    """A file of every format that Pillow writes and reads and that is not taken, by format."""
+    Image.init()
+    files = {}
+    for name in sorted(set(Image.OPEN) & set(Image.SAVE) - {*FORMATS, "MPO"}):
+        for mode in ("RGB", "L", "1", "P", "F"):
+            with contextlib.suppress(Exception):  # that mode, or all of them, cannot be written
+                files[name] = encode(draw(0, 0, 64).convert(mode), name)
+                break
+    return files
+
+
+OTHERS = other_formats()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_formats_are_refused(name: str) -> None:
+    assert Image.open(io.BytesIO(OTHERS[name])).format == name, "the file is of that format"
+    with pytest.raises(PhotoError, match="not a JPEG, PNG or WebP"):
+        decoded(OTHERS[name])
+
+
+def test_most_formats_that_pillow_reads_were_tried() -> None:
+    assert len(OTHERS) > 15
+    assert {"GIF", "TIFF", "BMP", "ICO", "PPM", "TGA", "EPS"} <= set(OTHERS)
+
+
+def test_polyglots_count_as_what_they_begin_with() -> None:
+    """The rest is for other programs: it neither makes a photo of what is none nor changes one."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("evil.py", "boom")
+    rest = [archive.getvalue(), b"<html><script>", b"%PDF-1.7", *OTHERS.values()]
+    for photo in PHOTOS.values():
+        for other in rest:
+            np.testing.assert_array_equal(decoded(photo + other), decoded(photo))
+            with pytest.raises(PhotoError, match="not a JPEG, PNG or WebP"):
+                decoded(other + photo)
+
+
+def test_the_first_of_several_pictures_counts() -> None:
+    several = encode(PHOTO, "MPO", save_all=True, append_images=[PHOTO.rotate(90)])
+    assert Image.open(io.BytesIO(several)).format == "MPO"
+    np.testing.assert_allclose(decoded(several), decoded(encode(PHOTO, "JPEG")), atol=20)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def with_chunks(*chunks: bytes) -> bytes:
+    """A PNG with these behind its header."""
+    photo = PHOTOS["RGB.png"]
+    return photo[:33] + b"".join(chunks) + photo[33:]
+
+
+def segments(kind: int, content: bytes, start: bytes = b"") -> bytes:
+    """A JPEG whose first segment, which gives a resolution, is replaced by ones of this kind, each with the same start."""
+    photo, step = PHOTOS["RGB.jpg"], 65_533 - len(start)
+    parts = [start + content[i : i + step] for i in range(0, len(content), step)]
+    return photo[:2] + b"".join(struct.pack(">BBH", 0xFF, kind, len(part) + 2) + part for part in parts) + photo[20:]
+
+
+def huge_exif(entries: int = 100, size: int = 900_000) -> bytes:
+    """Entries that each have all of the data for their value."""
+    tags = b"".join(struct.pack("<HHII", 1000 + entry, 7, size, 0) for entry in range(entries))
+    return (b"II*\0" + struct.pack("<IH", 8, entries) + tags).ljust(size + 8, b"\0")
+
+
+def many_scans(count: int) -> bytes:
+    """A grey progressive JPEG of 800 x 800 pixels with so many scans, all but the first of which say that nothing changes."""
+
+    def segment(kind: int, content: bytes) -> bytes:
+        return struct.pack(">BBH", 0xFF, kind, len(content) + 2) + content
+
+    tables = [
+        segment(0xDB, b"\0" + b"\1" * 64),
+        *(segment(0xC4, bytes([table, 1, *[0] * 15, value])) for table, value in ((0, 0), (16, 0xE0))),
+    ]
+    head = b"\xff\xd8" + segment(0xC2, struct.pack(">BHHB3B", 8, 800, 800, 1, 1, 0x11, 0)) + b"".join(tables)
+    first = segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + bytes(10_000 // 8)
+    return head + first + (segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + b"\x3f\xff") * (count - 1) + b"\xff\xd9"
+
+
+def animated(width: int, height: int) -> bytes:
+    """A WebP that says that it is so large."""
+    photo = bytearray(PHOTOS["animated.webp"])
+    photo[24:30] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return bytes(photo)
+
+
+BOMBS = {
+    "png of 60000 x 60000": with_chunks()[:8]
+    + chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    + with_chunks()[33:],
+    "webp of 16383 x 16383": animated(16_383, 16_383),
+    "compressed text": with_chunks(chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(200_000_000), 9))),
+    "compressed international text": with_chunks(chunk(b"iTXt", b"x\0\1\0\0\0" + zlib.compress(bytes(200_000_000), 9))),
+    "compressed profile": with_chunks(chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(200_000_000), 9))),
+    "more pixels than declared": with_chunks(chunk(b"IDAT", zlib.compress(bytes(200_000_000), 9))),
+    "png exif": with_chunks(chunk(b"eXIf", huge_exif())),
+    "png raw profile": with_chunks(
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n1\n" + huge_exif(200, 450_000).hex().encode()))
+    ),
+    "jpeg exif": segments(0xE1, huge_exif(), b"Exif\0\0"),
+    "webp exif": encode(PHOTO, "WEBP", exif=huge_exif()),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_take_little_memory(name: str) -> None:
+    """Each would take 90 MB or more if it had its way."""
+    photo = BOMBS[name]
+    assert len(photo) < LIMITS.max_bytes
+    status = Path("/proc/self/status")
+    ctypes.CDLL(None).malloc_trim(0)  # memory that is free, but not given back, would hide what is taken
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = int(status.read_text().split("VmHWM:")[1].split()[0])
+    outcome(photo)
+    assert int(status.read_text().split("VmHWM:")[1].split()[0]) - before < 40_000
+
+
+def test_exif_data_that_is_too_long_still_turns_a_photo() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encode(PHOTO, "PNG", exif=exif)
+    long = encode(PHOTO, "PNG", exif=exif.tobytes() + bytes(900_000))
+    np.testing.assert_array_equal(decoded(long), decoded(turned))
+    assert (decoded(turned) != decoded(encode(PHOTO, "PNG"))).any()
+
+
+def test_scans_are_limited() -> None:
+    assert outcome(many_scans(MAX_SCANS)) == TAKEN
+    with pytest.raises(PhotoError, match=f"more than the limit of {MAX_SCANS} scans"):
+        decoded(many_scans(MAX_SCANS + 1))
+    # What is not a scan but looks like one: a film behind the photo, and a thumbnail inside.
+    assert outcome(PHOTOS["RGB.jpg"] + b"\xff\xda" * 1000) == TAKEN
+    assert outcome(segments(0xE2, b"\xff\xda" * 1000)) == TAKEN
+
+
+def test_large_photos_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preprocess, "LARGE", 200 * 200)
+    lock = threading.Lock()
+    limits = dataclasses.replace(LIMITS, large=lock)
+    with ThreadPoolExecutor(2) as pool:
+        with lock:
+            waits = pool.submit(decode, encode(PHOTO.resize((201, 200)), "PNG"), PREPROCESSING, limits)
+            assert decode(encode(PHOTO, "PNG"), PREPROCESSING, limits).shape == (64, 64, 3)
+            with pytest.raises(TimeoutError):
+                waits.result(timeout=0.3)
+        assert waits.result(timeout=30).shape == (64, 64, 3)
+    assert not lock.locked()
 
 
 def test_want_of_memory_is_not_blamed_on_the_photo() -> None:

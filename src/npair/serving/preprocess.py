@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-from dataclasses import dataclass
+import re
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
@@ -21,8 +23,21 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
 # Limits.max_pixels is checked before any pixel is decoded; Pillow's own limit is a global that would override a higher setting.
 Image.MAX_IMAGE_PIXELS = None
 
+# A directory of EXIF data may say of each of thousands of entries that its value is all of the data, and Pillow copies each value:
+# any amount of memory. So no more is read than one segment of a JPEG holds, and nothing when Pillow opens a JPEG, which it does for
+# a resolution that nobody needs.
+MAX_METADATA = 65_535
+JpegImagePlugin.JpegImageFile._read_dpi_from_exif = lambda self: None  # type: ignore[method-assign]  # noqa: ARG005
 
-REASONS = ("empty", "too_many_bytes", "too_many_pixels", "not_an_image", "damaged")
+# Each scan of a JPEG visits all of its pixels, and 70 bytes make one, so that 20 MB would keep a core busy for an hour. Encoders
+# write ten or so.
+MAX_SCANS = 100
+SCAN, END = b"\xda", b"\xd9"
+MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
+
+LARGE = 16_000_000  # pixels
+
+REASONS = ("empty", "too_many_bytes", "too_many_pixels", "too_many_scans", "not_an_image", "damaged")
 
 
 class PhotoError(ValueError):
@@ -52,10 +67,15 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a photo may be: encoded, in bytes, and decoded, in pixels (width x height)."""
+    """How large a photo may be: encoded, in bytes, and decoded, in pixels (width x height).
+
+    large: held while a photo of more than LARGE pixels is decoded: with a lock, threads decode one of them at a time, and memory
+    need not hold more.
+    """
 
     max_bytes: int
     max_pixels: int
+    large: AbstractContextManager[object] = field(default_factory=nullcontext)
 
 
 def decode(photo: bytes, preprocessing: Preprocessing, limits: Limits) -> npt.NDArray[np.uint8]:
@@ -86,11 +106,16 @@ def decode(photo: bytes, preprocessing: Preprocessing, limits: Limits) -> npt.ND
         raise PhotoError(
             "too_many_pixels", f"the photo has {width}x{height} pixels, more than the limit of {limits.max_pixels}; scale it down"
         )
+    if _scans(photo) > MAX_SCANS:
+        raise PhotoError("too_many_scans", f"the photo has more than the limit of {MAX_SCANS} scans; save it anew")
     size = (preprocessing.size, preprocessing.size)
     try:
-        rgb = _jpeg_to_rgb(image, photo, size) or _to_rgb(image, preprocessing.background)
-        rgb.info = image.info
-        image = ImageOps.fit(rgb, size, Image.Resampling[preprocessing.resample])
+        with limits.large if width * height > LARGE else nullcontext():
+            rgb = _jpeg_to_rgb(image, photo, size) or _to_rgb(image, preprocessing.background)
+            info = {key: value[:MAX_METADATA] for key, value in image.info.items() if isinstance(value, (str, bytes))}
+            image = ImageOps.fit(rgb, size, Image.Resampling[preprocessing.resample])
+            image.info = info
+            del rgb
     except MemoryError:
         raise
     except Exception as error:  # hostile files make Pillow raise far more than OSError
@@ -98,6 +123,17 @@ def decode(photo: bytes, preprocessing: Preprocessing, limits: Limits) -> npt.ND
     with contextlib.suppress(Exception):  # unreadable EXIF data does not spoil the pixels: browsers show such photos unrotated too
         image = ImageOps.exif_transpose(image)
     return np.array(image)
+
+
+def _scans(photo: bytes) -> int:
+    """How often a JPEG goes over its pixels; of other files, and where it is few anyway, 0."""
+    if not photo.startswith(SIGNATURES[0]) or photo.count(b"\xff\xda") <= MAX_SCANS:
+        return 0
+    scans, start = 0, 2
+    while (marker := MARKER.search(photo, start)) and marker[1] != END and scans <= MAX_SCANS:
+        scans += marker[1] == SCAN
+        start = marker.end() + int.from_bytes(photo[marker.end() : marker.end() + 2], "big")  # behind its segment
+    return scans
 
 
 def _jpeg_to_rgb(image: Image.Image, photo: bytes, size: tuple[int, int]) -> Image.Image | None:
@@ -117,9 +153,9 @@ def _to_rgb(image: Image.Image, background: int) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255 instead of scaling
         rgb = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     elif image.has_transparency_data:
-        rgba = image.convert("RGBA")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")  # which would copy it
         rgb = Image.new("RGB", image.size, (background, background, background))
-        rgb.paste(rgba, mask=rgba.getchannel("A"))
+        rgb.paste(rgba, mask=rgba)
     else:
         rgb = image.convert("RGB")
     return rgb
