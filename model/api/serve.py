@@ -241,6 +241,8 @@ def command(options: argparse.Namespace, triton: Triton, secret: str) -> list[st
         "--http-port": options.http_port,
         "--grpc-address": options.host,
         "--grpc-port": options.grpc_port,
+        # Otherwise the largest gRPC requests so far stay in memory, each twice.
+        "--grpc-infer-allocation-pool-size": 0,
         "--metrics-address": options.host,
         "--metrics-port": options.metrics_port,
         "--allow-gpu-metrics": "false",

@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
-from conftest import free_ports, lines_until_ready, start
+from conftest import free_ports, lines_until_ready, many_scans, start
 from PIL import Image
 
 from npair.client import InvalidPhotoError, NpairClient
@@ -22,7 +22,7 @@ from npair.config import with_release
 from npair.drawings import draw, encode
 from npair.release import Server
 from npair.serving.embedder import UNLIMITED, Embedder
-from npair.serving.preprocess import REASONS, decode
+from npair.serving.preprocess import MAX_SCANS, REASONS, decode
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -31,6 +31,7 @@ REFUSED = {
     "empty": b"",
     "too_many_bytes": b"\xff\xd8\xff" + bytes(100_000),
     "too_many_pixels": encode(Image.new("L", (1001, 1000)), "PNG"),
+    "too_many_scans": many_scans(MAX_SCANS + 1),
     "not_an_image": b"no photo",
     "damaged": PHOTO[: len(PHOTO) // 2],
 }

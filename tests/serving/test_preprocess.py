@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import LIMITS, PREPROCESSING
+from conftest import LIMITS, PREPROCESSING, many_scans
 from fuzz import PHOTOS, Hostile
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -237,21 +237,6 @@ def huge_exif(entries: int = 100, size: int = 900_000) -> bytes:
     return (b"II*\0" + struct.pack("<IH", 8, entries) + tags).ljust(size + 8, b"\0")
 
 
-def many_scans(count: int) -> bytes:
-    """A grey progressive JPEG of 800 x 800 pixels with so many scans, all but the first of which say that nothing changes."""
-
-    def segment(kind: int, content: bytes) -> bytes:
-        return struct.pack(">BBH", 0xFF, kind, len(content) + 2) + content
-
-    tables = [
-        segment(0xDB, b"\0" + b"\1" * 64),
-        *(segment(0xC4, bytes([table, 1, *[0] * 15, value])) for table, value in ((0, 0), (16, 0xE0))),
-    ]
-    head = b"\xff\xd8" + segment(0xC2, struct.pack(">BHHB3B", 8, 800, 800, 1, 1, 0x11, 0)) + b"".join(tables)
-    first = segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + bytes(10_000 // 8)
-    return head + first + (segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + b"\x3f\xff") * (count - 1) + b"\xff\xd9"
-
-
 def animated(width: int, height: int) -> bytes:
     """A WebP that says that it is so large."""
     photo = bytearray(PHOTOS["animated.webp"])
@@ -312,11 +297,10 @@ def test_scans_are_limited() -> None:
 def test_large_photos_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocess, "LARGE", 200 * 200)
     lock = threading.Lock()
-    limits = dataclasses.replace(LIMITS, large=lock)
     with ThreadPoolExecutor(2) as pool:
         with lock:
-            waits = pool.submit(decode, encode(PHOTO.resize((201, 200)), "PNG"), PREPROCESSING, limits)
-            assert decode(encode(PHOTO, "PNG"), PREPROCESSING, limits).shape == (64, 64, 3)
+            waits = pool.submit(decode, encode(PHOTO.resize((201, 200)), "PNG"), PREPROCESSING, LIMITS, lock)
+            assert decode(encode(PHOTO, "PNG"), PREPROCESSING, LIMITS, lock).shape == (64, 64, 3)
             with pytest.raises(TimeoutError):
                 waits.result(timeout=0.3)
         assert waits.result(timeout=30).shape == (64, 64, 3)

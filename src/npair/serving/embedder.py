@@ -84,7 +84,7 @@ class Embedder:
         self.cores, self.threads = cores, max(1, cores // instances)
         self.pool = ThreadPoolExecutor(self.threads)
         self.lock = (folder / "manifest.json").open("rb")
-        self.working = threading.Lock()
+        self.working, self.large = threading.Lock(), threading.Lock()
         self.passed_over: dict[str, str] = {}
         for name in [engine] if engine else self.manifest["engines"]:
             self.work = Work()
@@ -177,7 +177,7 @@ class Embedder:
 
     def _decode(self, photo: bytes, limits: Limits) -> Pixels | PhotoError:
         try:
-            return decode(photo, self.preprocessing, limits)
+            return decode(photo, self.preprocessing, limits, self.large)
         except PhotoError as error:
             return error
 

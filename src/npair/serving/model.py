@@ -40,7 +40,7 @@ class TritonPythonModel:
         """Load and verify this version; any exception makes Triton refuse it with the message."""
         config = json.loads(args["model_config"])
         instances = sum(group["count"] for group in config["instance_group"])
-        self.limits = Limits(_number(config, "max_bytes"), _number(config, "max_pixels"), large=threading.Lock())
+        self.limits = Limits(max_bytes=_number(config, "max_bytes"), max_pixels=_number(config, "max_pixels"))
         available = cores()
         os.environ["OMP_NUM_THREADS"] = str(available)  # before a library that reads it is imported
         folder = Path(args["model_repository"]) / args["model_version"]

@@ -10,7 +10,7 @@ import contextlib
 import io
 import re
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,7 @@ SCAN, END = b"\xda", b"\xd9"
 MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
 
 LARGE = 16_000_000  # pixels
+NOTHING = nullcontext()
 
 REASONS = ("empty", "too_many_bytes", "too_many_pixels", "too_many_scans", "not_an_image", "damaged")
 
@@ -67,23 +68,22 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a photo may be: encoded, in bytes, and decoded, in pixels (width x height).
-
-    large: held while a photo of more than LARGE pixels is decoded: with a lock, threads decode one of them at a time, and memory
-    need not hold more.
-    """
+    """How large a photo may be: encoded, in bytes, and decoded, in pixels (width x height)."""
 
     max_bytes: int
     max_pixels: int
-    large: AbstractContextManager[object] = field(default_factory=nullcontext)
 
 
-def decode(photo: bytes, preprocessing: Preprocessing, limits: Limits) -> npt.NDArray[np.uint8]:
+def decode(
+    photo: bytes, preprocessing: Preprocessing, limits: Limits, large: AbstractContextManager[object] = NOTHING
+) -> npt.NDArray[np.uint8]:
     """Decode one JPEG, PNG or WebP file, upright, its central square scaled to the network's input.
 
     Grey, palette, CMYK and 16-bit pixels become 8-bit RGB, transparent ones are laid over ``preprocessing.background``, and the
     EXIF orientation is applied. Of an animation the first frame counts. Colour profiles are ignored.
 
+    large: held while a photo of more than LARGE pixels is decoded: with a lock, threads decode one of them at a time, and memory
+    need not hold more.
     Returns: uint8 of shape [size, size, 3], RGB.
     Raises: PhotoError for an empty, too large, truncated or unreadable photo or a format that is not in FORMATS; MemoryError.
     """
@@ -110,7 +110,7 @@ def decode(photo: bytes, preprocessing: Preprocessing, limits: Limits) -> npt.ND
         raise PhotoError("too_many_scans", f"the photo has more than the limit of {MAX_SCANS} scans; save it anew")
     size = (preprocessing.size, preprocessing.size)
     try:
-        with limits.large if width * height > LARGE else nullcontext():
+        with large if width * height > LARGE else NOTHING:
             rgb = _jpeg_to_rgb(image, photo, size) or _to_rgb(image, preprocessing.background)
             info = {key: value[:MAX_METADATA] for key, value in image.info.items() if isinstance(value, (str, bytes))}
             image = ImageOps.fit(rgb, size, Image.Resampling[preprocessing.resample])
