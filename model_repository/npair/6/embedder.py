@@ -15,8 +15,11 @@ import fcntl
 import hashlib
 import itertools
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,11 +41,30 @@ class VersionError(RuntimeError):
     """A version folder that must not serve; the message says which part of it is wrong."""
 
 
+@dataclass(frozen=True)
+class Work:
+    """What was done for some photos.
+
+    photos: how many embeddings were made. decode, network: seconds that threads spent in each, summed over those at work at once.
+    norm: the sum of the embeddings' lengths before they were scaled to 1, whose mean moves when another kind of photos arrives.
+    """
+
+    photos: int = 0
+    decode: float = 0.0
+    network: float = 0.0
+    norm: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
 class Embedder:
     """A verified version, loaded for inference on the CPU by the first of its engines that works here as it did when published.
 
     engine: that engine's name. passed_over: the reasons why those before it did not do, by name.
     golden_distance: the largest Euclidean distance between a golden photo's embedding and the published one.
+    golden_norm: the mean length of the golden photos' embeddings before they were scaled to 1.
+    work: all that was done since the version was loaded.
     """
 
     def __init__(self, folder: Path, *, cores: int, instances: int = 1, engine: str = "") -> None:
@@ -62,8 +84,10 @@ class Embedder:
         self.cores, self.threads = cores, max(1, cores // instances)
         self.pool = ThreadPoolExecutor(self.threads)
         self.lock = (folder / "manifest.json").open("rb")
+        self.working, self.large = threading.Lock(), threading.Lock()
         self.passed_over: dict[str, str] = {}
         for name in [engine] if engine else self.manifest["engines"]:
+            self.work = Work()
             try:
                 self.golden_distance = self._load(name)
             except (EngineError, VersionError, ArithmeticError) as error:
@@ -71,7 +95,7 @@ class Embedder:
                     raise
                 self.passed_over[name] = str(error)
             else:
-                self.engine = name
+                self.engine, self.golden_norm, self.work = name, self.work.norm / self.work.photos, Work()
                 return
         raise VersionError(f"{folder}: no engine works: " + "; ".join(self.passed_over.values()))
 
@@ -82,7 +106,9 @@ class Embedder:
         """
 
         def embed(photos: Sequence[bytes], alone: bool) -> list[Vector | PhotoError]:
+            began = time.perf_counter()
             decoded = [self._decode(photo, limits) for photo in photos]
+            self._count(Work(decode=time.perf_counter() - began))
             good = [pixels for pixels in decoded if not isinstance(pixels, PhotoError)]
             vectors = iter(self._embed(good, alone))
             return [pixels if isinstance(pixels, PhotoError) else next(vectors) for pixels in decoded]
@@ -151,14 +177,24 @@ class Embedder:
 
     def _decode(self, photo: bytes, limits: Limits) -> Pixels | PhotoError:
         try:
-            return decode(photo, self.preprocessing, limits)
+            return decode(photo, self.preprocessing, limits, self.large)
         except PhotoError as error:
             return error
 
     def _embed(self, pixels: Sequence[Pixels], alone: bool) -> list[Vector]:
         """The vectors of BATCH photos at once, or of any other number one by one."""
-        parts = [pixels] if len(pixels) == BATCH else [[photo] for photo in pixels]
-        return [vector for part in parts for vector in unit(self.network(np.stack(part), alone=alone))]
+        vectors: list[Vector] = []
+        for part in [pixels] if len(pixels) == BATCH else [[photo] for photo in pixels]:
+            began = time.perf_counter()
+            embeddings = self.network(np.stack(part), alone=alone)
+            seconds = time.perf_counter() - began
+            vectors.extend(unit(embeddings))
+            self._count(Work(len(part), network=seconds, norm=float(np.linalg.norm(embeddings, axis=1).sum())))
+        return vectors
+
+    def _count(self, work: Work) -> None:
+        with self.working:
+            self.work += work
 
 
 def unit(embeddings: Vectors) -> Vectors:
