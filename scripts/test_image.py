@@ -35,6 +35,7 @@ REGISTRY_ADDRESS = "127.0.0.88"  # of this machine alone, and nobody's
 # its own engine knows no named build contexts.
 ENGINE = ("docker.io", "docker-cli", "docker-buildx", "docker-compose", "containerd", "docker-registry", "tini")
 TOOLS = ("runc", "skopeo", "debootstrap", "docker-compose", "iproute2", "apache2-utils")
+WHEEL_RELEASE = "24.10"  # of NVIDIA's images, with the same server, 2.51, as the wheel
 LIMITS = {"torch": (1300, 420), "no torch": (800, 260)}  # MB unpacked and pushed
 
 
@@ -64,6 +65,12 @@ def test(scratch: Path, stack: contextlib.ExitStack) -> None:
         triton, base = stand_in(scratch)
         options += stack.enter_context(wheelhouse(scratch))
     options += ["--build-arg", f"TRITON_IMAGE={triton}", "--build-arg", f"BASE_IMAGE={base}"]
+
+    if "TRITON_IMAGE" not in os.environ:
+        step("refuse a Triton with known vulnerabilities")
+        refused = build(f"{REPOSITORY}:refused", *options, fails=True)
+        assert "have known vulnerabilities" in refused, refused
+        options += ["--build-arg", f"TRITON_FLOOR={WHEEL_RELEASE}"]
 
     step("build the image")
     build(f"{REPOSITORY}:cpu-1", *options)
@@ -211,6 +218,7 @@ def stand_in(scratch: Path) -> tuple[str, str]:
     (context / "Dockerfile").write_text(
         f"FROM {base}\n"
         "RUN apt-get update && apt-get install -y --no-install-recommends libpython3.11 libgomp1\n"
+        f"ENV NVIDIA_TRITON_SERVER_VERSION={WHEEL_RELEASE}\n"
         "COPY opt /opt\n"
         "RUN echo /opt/tritonserver/lib > /etc/ld.so.conf.d/tritonserver.conf && ldconfig\n"
     )
@@ -238,17 +246,18 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def build(tag: str, *options: str, context: Path = ROOT / "model/api") -> None:
-    """Build one tag from the Dockerfile in ``context``, with the models baked in."""
+def build(tag: str, *options: str, context: Path = ROOT / "model/api", fails: bool = False) -> str:
+    """Build one tag from the Dockerfile in ``context``, with the models baked in; returns what was said. fails: as it should."""
     command = ["docker", "buildx", "build", "--progress", "plain", "--build-context", "model_repository=model_repository"]
     command += ["--file", str(context / "Dockerfile.cpu"), "--tag", tag, *options, str(context)]
     environment = os.environ | {"SOURCE_DATE_EPOCH": output("git", "log", "-1", "--pretty=%ct").strip()}
     result = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
-    if result.returncode:
+    if (result.returncode != 0) != fails:
         print(result.stdout[-5000:])
-        raise SystemExit(f"the build of {tag} failed")
+        raise SystemExit(f"the build of {tag} {'did not fail' if fails else 'failed'}")
+    return result.stdout
 
 
 def push(tag: str) -> str:

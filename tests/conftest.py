@@ -12,10 +12,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime, timedelta, timezone
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import hypothesis
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from npair.data import Dataset
 from npair.drawings import draw, encode, write_dataset
@@ -161,9 +167,9 @@ def free_ports() -> dict[str, str]:
     return ports
 
 
-def start(**environment: str) -> subprocess.Popen[str]:
+def start(*options: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, ROOT / "model/api/serve.py"], env=os.environ | environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, ROOT / "model/api/serve.py", *options], env=os.environ | environment, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -190,3 +196,20 @@ def running(**environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[st
     finally:
         process.terminate()
         process.wait(timeout=30)
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that is its own authority, and its key, both PEM, valid for an hour."""
+    key, now, hour = ec.generate_private_key(ec.SECP256R1()), datetime.now(timezone.utc), timedelta(hours=1)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "npair")])
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - hour, now + hour)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    paths = folder / "npair.crt", folder / "npair.key"
+    paths[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    unencrypted = serialization.NoEncryption()
+    paths[1].write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, unencrypted))
+    return paths

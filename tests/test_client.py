@@ -11,10 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from conftest import ROOT, SHIPPED, running
@@ -22,6 +24,7 @@ from conftest import ROOT, SHIPPED, running
 from npair.client import (
     IN_FLIGHT,
     PIXEL,
+    AccessDeniedError,
     EmbeddingStream,
     InvalidPhotoError,
     InvalidRequestError,
@@ -48,6 +51,7 @@ class FakeServer(http.server.ThreadingHTTPServer):
         self.answer = answer
         self.batches: list[PHOTOS] = []
         self.paths: list[str] = []
+        self.authorizations: list[str | None] = []
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -70,6 +74,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def reply(self, photos: PHOTOS) -> None:
         assert isinstance(self.server, FakeServer)
+        self.server.authorizations.append(self.headers["Authorization"])
         status, text = self.server.answer(photos, self.path)
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
@@ -241,6 +246,10 @@ class TestErrors:
             (500, '{"error": "stub is not healthy"}', ServerFaultError),
             (404, '{"error": "unknown model"}', InvalidRequestError),
             (400, '{"error": "unexpected shape"}', InvalidRequestError),
+            (413, "<html>Request Entity Too Large</html>", InvalidRequestError),
+            (401, '{"error": "a key is needed"}', AccessDeniedError),
+            (403, "<html>Forbidden</html>", AccessDeniedError),
+            (429, '{"error": "too many requests"}', UnavailableError),
             (503, '{"error": "busy"}', UnavailableError),
             (400, '{"error": "Request for unknown model: npair has no available versions"}', UnavailableError),  # it stops
             (502, "<html>Bad gateway</html>", UnavailableError),
@@ -298,7 +307,10 @@ class TestErrors:
 
     @pytest.mark.parametrize(
         "arguments",
-        [{"url": "ftp://a"}, {"url": "localhost:8000"}, {"batch_size": 0}, {"timeout": 0}, {"retries": -1}, {"batch_bytes": 0}],
+        [
+            *({"url": "ftp://a"}, {"url": "localhost:8000"}, {"timeout": 0}, {"retries": -1}, {"batch_size": 0}),
+            *({"batch_bytes": 0}, {"api_key": "two words"}, {"api_key": "clé"}, {"ca": "/nowhere.pem"}, {"ca": __file__}),
+        ],
     )
     def test_senseless_arguments(self, arguments: dict[str, object]) -> None:
         with pytest.raises(ValueError, match="must"):
@@ -315,6 +327,52 @@ class TestErrors:
             with pytest.raises(LookupError):
                 EmbeddingStream(client, []).version  # noqa: B018
             assert server.batches == []
+
+
+class TestApiKey:
+    def test_goes_with_every_call_of_every_connection(self) -> None:
+        def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
+            return (200, "{}") if path.endswith("/config") else embeddings(photos)
+
+        with serving(answer) as (url, server), NpairClient(url, api_key="abc", batch_size=1) as client:
+            client.embed([b"x"] * 9)
+            client.thresholds()
+            client.ready()
+            client._served()
+        assert server.authorizations == ["Bearer abc"] * 12
+
+    def test_none_is_sent_where_none_is_given(self) -> None:
+        with serving(lambda photos, _: embeddings(photos)) as (url, server), NpairClient(url) as client:
+            client.embed(b"x")
+        assert server.authorizations == [None]
+
+    def test_a_wrong_one_says_nothing_of_the_model(self) -> None:
+        denied = pytest.raises(AccessDeniedError, match="a key is needed")
+        with serving(lambda *_: (401, '{"error": "a key is needed"}')) as (url, _), NpairClient(url) as client, denied:
+            client.ready()
+
+    def test_grpc(self) -> None:
+        """A server that lets nobody pass, but notes who it was."""
+        seen: list[str | None] = []
+
+        class Refusing(grpc.GenericRpcHandler):  # type: ignore[misc]
+            def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+                seen.append(dict(details.invocation_metadata).get("authorization"))
+                return grpc.unary_unary_rpc_method_handler(
+                    lambda _, context: context.abort(grpc.StatusCode.UNAUTHENTICATED, "a key is needed")
+                )
+
+        with ThreadPoolExecutor(1) as pool:
+            server = grpc.server(pool, handlers=[Refusing()])
+            port = server.add_insecure_port("127.0.0.1:0")
+            server.start()
+            with NpairClient(f"grpc://127.0.0.1:{port}", api_key="abc") as client:
+                with pytest.raises(AccessDeniedError, match="a key is needed"):
+                    client.embed(b"x")
+                with pytest.raises(AccessDeniedError), client.copy() as copy:
+                    copy.thresholds()
+            server.stop(None).wait()
+        assert seen == ["Bearer abc"] * 2, "it is not asked again"
 
 
 def test_ready_asks_with_a_photo_that_decodes() -> None:
@@ -504,6 +562,22 @@ class TestCommandLine:
         assert json.loads(both.stdout) == json.loads(one.stdout) == {"cosine": 6.0, "version": "1", "same_product": None}
         assert many.returncode == 2
         assert "many.npz holds the vectors of 3 photos, and compare takes one" in many.stderr
+
+    def test_key_and_authority_come_from_the_environment(self, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("NPAIR_API_KEY", "abc")
+        with serving(lambda photos, _: embeddings(photos)) as (url, server):
+            assert self.run(url, "ready").returncode == 0
+        assert server.authorizations == ["Bearer abc"]
+        monkeypatch.setenv("NPAIR_CA", "/nowhere.pem")
+        result = self.run("https://127.0.0.1:9", "ready")
+        assert result.returncode == 2
+        assert "/nowhere.pem is not: " in result.stderr
+        assert "abc" not in result.stderr
+        monkeypatch.delenv("NPAIR_CA")
+        with serving(lambda *_: (401, '{"error": "a key is needed"}')) as (url, _):
+            denied = self.run(url, "embed", photos)
+        assert denied.returncode == 3
+        assert "AccessDeniedError: a key is needed" in denied.stderr
 
     def test_server_failures(self, photos: Path) -> None:
         with serving(lambda *_: (500, '{"error": "stub is not healthy"}')) as (url, _):

@@ -8,6 +8,7 @@ Exceptions, all of them NpairError::
     NpairError
     ├── InvalidPhotoError    photos that the server refused: .reasons says why, by index
     ├── InvalidRequestError  the server does not understand the call: wrong model, version or server
+    ├── AccessDeniedError    a proxy before the server wants another API key, or does not let it pass
     ├── UnavailableError     nobody answers, or the model is not served; may pass (the client has retried)
     │   └── VersionGoneError the model is served, but not in the version that the call is pinned to
     ├── RequestTimeoutError  no answer in time; the server may still be working on it
@@ -23,6 +24,7 @@ import json
 import os
 import random
 import re
+import ssl
 import sys
 import time
 import zipfile
@@ -38,6 +40,7 @@ import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc
 import tritonclient.http
+from tritonclient.http import InferenceServerClientPlugin
 from tritonclient.utils import InferenceServerException
 
 Photo = str | os.PathLike[str] | bytes | IO[bytes]
@@ -73,6 +76,10 @@ class InvalidPhotoError(NpairError):
 
 class InvalidRequestError(NpairError):
     """The server does not understand the call."""
+
+
+class AccessDeniedError(NpairError):
+    """The API key is missing, wrong, or not allowed to call this."""
 
 
 class UnavailableError(NpairError):
@@ -135,19 +142,31 @@ class NpairClient:
         retries: int = 3,
         batch_size: int = 32,
         batch_bytes: int = 16_000_000,
+        ca: str | os.PathLike[str] | None = None,
+        api_key: str | None = None,
     ) -> None:
         """url: http://, https://, grpc:// or grpcs:// and host:port.
 
         version: pins a version; otherwise each call of ``embed`` stays with the version that answered its first batch.
         timeout: seconds for one request. retries: how often a request is repeated while nobody answers.
         batch_size, batch_bytes: the most photos, and the most bytes, of one request; a photo larger than that travels alone.
-        Raises: ValueError for a URL or a limit that makes no sense.
+        ca: certificates (PEM) to trust over https:// and grpcs:// in place of the usual ones.
+        api_key: sent as "Authorization: Bearer KEY" with every call, for a proxy before the server.
+        Raises: ValueError for a URL, a limit, a key or certificates that make no sense.
         """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https", "grpc", "grpcs") or not parts.netloc:
             raise ValueError(f"the URL must be like http://host:8000 or grpc://host:8001, got {url!r}")
         if batch_size < 1 or batch_bytes < 1 or timeout <= 0 or retries < 0:
             raise ValueError("batch_size, batch_bytes and timeout must be positive, and retries must not be negative")
+        if api_key and not re.fullmatch("[!-~]+", api_key):
+            raise ValueError("api_key must be printable ASCII without blanks")
+        if ca is not None:
+            try:
+                ssl.create_default_context(cafile=ca)  # gRPC itself would call the server unavailable
+            except OSError as error:
+                raise ValueError(f"ca must be a file of certificates (PEM), and {ca} is not: {error}") from error
+        self.ca, self.api_key = ca, api_key
         self.url, self.model, self.version, self.timeout, self.retries = url, model, version, timeout, retries
         self.batch_size, self.batch_bytes = batch_size, batch_bytes
         self._protocol: Any
@@ -155,16 +174,21 @@ class NpairClient:
         self._as_json: dict[str, bool] = {}
         if parts.scheme.startswith("grpc"):
             self._protocol = tritonclient.grpc
-            self._client: Any = tritonclient.grpc.InferenceServerClient(parts.netloc, ssl=parts.scheme == "grpcs")
+            self._client: Any = tritonclient.grpc.InferenceServerClient(
+                parts.netloc, ssl=parts.scheme == "grpcs", root_certificates=None if ca is None else os.fspath(ca)
+            )
             self._extra, self._as_json = {"client_timeout": timeout}, {"as_json": True}
         else:
             self._protocol = tritonclient.http
             self._client = tritonclient.http.InferenceServerClient(
                 parts.netloc + parts.path.rstrip("/"),
                 ssl=parts.scheme == "https",
+                ssl_options=None if ca is None else {"ca_certs": os.fspath(ca)},
                 connection_timeout=timeout,
                 network_timeout=timeout,
             )
+        if api_key:
+            self._client.register_plugin(_Bearer(api_key))
 
     def __enter__(self) -> NpairClient:
         return self
@@ -186,12 +210,19 @@ class NpairClient:
             retries=self.retries,
             batch_size=self.batch_size,
             batch_bytes=self.batch_bytes,
+            ca=self.ca,
+            api_key=self.api_key,
         )
 
     def ready(self) -> bool:
-        """Whether the model embeds: sends a picture of one pixel, once, since readiness URLs stay green when inference is dead."""
+        """Whether the model embeds: sends a picture of one pixel, once, since readiness URLs stay green when inference is dead.
+
+        Raises: AccessDeniedError, which tells nothing of the model.
+        """
         try:
             self._embed_batch([PIXEL], self.version, retries=0)
+        except AccessDeniedError:
+            raise
         except NpairError:
             return False
         return True
@@ -277,6 +308,16 @@ class NpairClient:
         except NpairError:
             return []
         return list(map(str, answer.get("versions", [])))
+
+
+class _Bearer(InferenceServerClientPlugin):  # type: ignore[misc]
+    """Adds the API key to each request. In place of the calls' argument for headers, which they change."""
+
+    def __init__(self, api_key: str) -> None:
+        self._authorization = f"Bearer {api_key}"
+
+    def __call__(self, request: Any) -> None:
+        request.headers["authorization"] = self._authorization
 
 
 class EmbeddingStream:
@@ -375,9 +416,13 @@ def _mapped_errors(model: str) -> Iterator[None]:
             raise InvalidPhotoError({int(index): reason for index, reason in reasons.items()}) from error
         if status == "DEADLINE_EXCEEDED" or "timed out" in message:
             raise RequestTimeoutError(message) from error
-        if status in ("UNAVAILABLE", "502", "503", "504") or re.search("is not (at )?ready|has no available versions", message):
+        if status in ("UNAUTHENTICATED", "PERMISSION_DENIED", "401", "403"):
+            raise AccessDeniedError(message) from error
+        if status in ("UNAVAILABLE", "429", "502", "503", "504") or re.search("is not (at )?ready|has no available versions", message):
             raise UnavailableError(message) from error
-        if status in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "400", "404", "405"):
+        # gRPC has no status of its own for a request that is too large for a proxy.
+        not_understood = ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "400", "404", "405", "413")
+        if status in not_understood or message.endswith("header with status: 413"):
             raise InvalidRequestError(f"model {model}: {message}") from error
         raise ServerFaultError(f"{status or 'error'}: {message}") from error
     except TimeoutError as error:
@@ -389,11 +434,18 @@ def _mapped_errors(model: str) -> Iterator[None]:
 EXIT_OK, EXIT_PHOTOS, EXIT_USAGE, EXIT_SERVER = 0, 1, 2, 3
 
 
+def from_environment() -> dict[str, Any]:
+    """NpairClient's arguments that command lines take from the environment: NPAIR_CA, and NPAIR_API_KEY, which users of this
+    machine could read on a command line."""
+    given = {"ca": os.environ.get("NPAIR_CA"), "api_key": os.environ.get("NPAIR_API_KEY")}
+    return {name: value for name, value in given.items() if value}
+
+
 def main() -> int:
     """Returns: 0, 1 where a photo could not be embedded, 2 for wrong usage, 3 where the server did not do its part."""
     options = _parser().parse_args()
     try:
-        with NpairClient(options.url, version=options.version, timeout=options.timeout) as client:
+        with NpairClient(options.url, version=options.version, timeout=options.timeout, **from_environment()) as client:
             code: int = options.command(client, options)
             return code
     except (InvalidPhotoError, OSError) as error:
@@ -409,11 +461,12 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Embed and compare photos with an npair server.",
-        epilog="Exit code: 0 done, 1 a photo could not be embedded, 2 wrong usage, 3 the server did not do its part.",
+        epilog="For https:// and grpcs://, NPAIR_CA names certificates (PEM) to trust; NPAIR_API_KEY is sent as a bearer token. "
+        "Exit code: 0 done, 1 a photo could not be embedded, 2 wrong usage, 3 the server did not do its part.",
     )
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
-        "--url", default=os.environ.get("NPAIR_URL", DEFAULT_URL), help="http:// or grpc:// (NPAIR_URL; %(default)s)"
+        "--url", default=os.environ.get("NPAIR_URL", DEFAULT_URL), help="http(s):// or grpc(s):// (NPAIR_URL; %(default)s)"
     )
     shared.add_argument("--version", help="pin a version of the model")
     shared.add_argument("--timeout", type=float, default=30.0, help="seconds for one request (%(default)s)")

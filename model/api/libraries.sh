@@ -1,6 +1,7 @@
 #!/bin/sh
-# The shared libraries of Triton's programs, between the stages of Dockerfile.cpu: "collect FOLDER" copies all that they load here,
-# "complete FOLDER" installs those of them that are missing here, and fails where one stays missing.
+# Triton's release, and the shared libraries of its programs, between the stages of Dockerfile.cpu: "at-least RELEASE" fails where NVIDIA's
+# image here is older, "collect FOLDER" copies all that the programs load here, "complete FOLDER" installs those of them that are missing
+# here, and fails where one stays missing.
 set -eu
 
 server=/opt/tritonserver
@@ -13,6 +14,14 @@ resolve() {
 }
 
 case $1 in
+  at-least)
+    release=${NVIDIA_TRITON_SERVER_VERSION:-}  # set by NVIDIA's images
+    if ! echo "$release" | grep -qE '^[0-9]{2}\.[0-9]{2}' || [ "$(printf '%s\n' "$2" "$release" | sort -V | head -n 1)" != "$2" ]; then
+      echo "TRITON_IMAGE has Triton ${release:-of an unknown release}, and releases below $2 have known vulnerabilities" >&2
+      echo "(docs/security.md); set TRITON_IMAGE to $2 or newer" >&2
+      exit 1
+    fi
+    ;;
   collect)
     mkdir -p "$2"
     # "name => path (address)": the names that programs ask for, with links followed.

@@ -43,6 +43,8 @@ MODEL = "npair"
 IMAGE_SERVER = Path("/opt/tritonserver")
 CONTROL_APIS = "model-repository,shared-memory,trace,logging"
 CONTROL_HEADER = "npair-control-secret"
+# Of one HTTP request, in bytes, where Triton has a limit (2.51 has none): three photos of the largest size, or 64 of 1 MiB.
+MAX_REQUEST_BYTES = 64 << 20
 FALLBACK = "fallback.json"  # beside config.pbtxt: the configuration of the version that was served before
 
 # What CUDA builds of the server call an error on every machine without a GPU.
@@ -113,6 +115,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--http-port", type=int, default=env.get("HTTP_PORT", "8000"), help="HTTP_PORT (%(default)s)")
     parser.add_argument("--grpc-port", type=int, default=env.get("GRPC_PORT", "8001"), help="GRPC_PORT (%(default)s)")
     parser.add_argument("--metrics-port", type=int, default=env.get("METRICS_PORT", "8002"), help="METRICS_PORT (%(default)s)")
+    parser.add_argument(
+        "--grpc-cert", default=env.get("GRPC_TLS_CERT"), help="GRPC_TLS_CERT, a certificate (PEM): gRPC speaks TLS alone"
+    )
+    parser.add_argument("--grpc-key", default=env.get("GRPC_TLS_KEY"), help="GRPC_TLS_KEY, the certificate's private key (PEM)")
+    parser.add_argument(
+        "--grpc-client-ca",
+        default=env.get("GRPC_TLS_CLIENT_CA"),
+        help="GRPC_TLS_CLIENT_CA, certificates (PEM) of who signs clients': others are refused",
+    )
     parser.add_argument("--drain", type=int, default=env.get("DRAIN_SECONDS", "7"), help="DRAIN_SECONDS, to stop in (%(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show all that the server logs, not only warnings and errors")
     parser.add_argument("--check", action="store_true", help="only tell whether the server can run on this platform")
@@ -161,7 +172,7 @@ def find_triton(scratch: Path) -> Triton:
 
     Raises: ServeError where there is none.
     """
-    environment = dict(os.environ)
+    environment = {name: value for name, value in os.environ.items() if name != "NPAIR_CONTROL_SECRET"}  # no stub needs it
     if (IMAGE_SERVER / "bin/tritonserver").is_file():
         return Triton(IMAGE_SERVER / "bin/tritonserver", IMAGE_SERVER / "backends", environment)
     package = importlib.util.find_spec("pytriton")
@@ -199,12 +210,57 @@ def libpython_folder(python: str) -> list[str]:
 
 
 def given_secret() -> str:
-    """The secret for control APIs: NPAIR_CONTROL_SECRET, or the content of NPAIR_CONTROL_SECRET_FILE; empty where there is none."""
+    """The secret for control APIs: NPAIR_CONTROL_SECRET, or the content of NPAIR_CONTROL_SECRET_FILE; empty where there is none.
+
+    Raises: ServeError for a file that cannot be read, or a secret that does not pass as a header of both protocols.
+    """
     file = os.environ.get("NPAIR_CONTROL_SECRET_FILE")
     try:
-        return Path(file).read_text(encoding="utf-8").strip() if file else os.environ.get("NPAIR_CONTROL_SECRET", "")
-    except OSError as error:
+        secret = Path(file).read_text(encoding="utf-8").strip() if file else os.environ.get("NPAIR_CONTROL_SECRET", "")
+    except (OSError, UnicodeDecodeError) as error:
         raise ServeError(f"NPAIR_CONTROL_SECRET_FILE cannot be read: {error}") from error
+    if secret and not re.fullmatch("[!-~]([ -~]*[!-~])?", secret):
+        name = "the secret in NPAIR_CONTROL_SECRET_FILE" if file else "NPAIR_CONTROL_SECRET"
+        raise ServeError(f"{name} must be one line of printable ASCII, for example of: openssl rand -hex 32")
+    return secret
+
+
+def hide_secret(server: int) -> None:
+    """Overwrites the secret in a server's command line, which every user of this machine can read. Triton has copied it.
+
+    Raises: OSError where that is not permitted.
+    """
+    command_line = Path(f"/proc/{server}/cmdline").read_bytes()
+    fields = Path(f"/proc/{server}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    start = int(fields[45])  # arg_start, proc(5)
+    with Path(f"/proc/{server}/mem").open("r+b", buffering=0) as memory:
+        for secret in re.finditer(rb"(?<=%s=)[^\0]+" % CONTROL_HEADER.encode(), command_line):
+            memory.seek(start + secret.start())
+            # Random, so that nobody could know it if a server should yet come to read it.
+            memory.write(secrets.token_hex(len(secret[0])).encode()[: len(secret[0])])
+
+
+def grpc_tls(options: argparse.Namespace) -> dict[str, object]:
+    """Triton's flags for TLS; none where no certificate is given. Raises: ServeError for what is missing or cannot be read."""
+    files = {
+        "--grpc-server-cert": ("--grpc-cert (GRPC_TLS_CERT)", options.grpc_cert),
+        "--grpc-server-key": ("--grpc-key (GRPC_TLS_KEY)", options.grpc_key),
+        "--grpc-root-cert": ("--grpc-client-ca (GRPC_TLS_CLIENT_CA)", options.grpc_client_ca),
+    }
+    given = {flag: path for flag, (_, path) in files.items() if path}
+    if not given:
+        return {}
+    for flag in ("--grpc-server-cert", "--grpc-server-key"):
+        if flag not in given:
+            raise ServeError(f"TLS for gRPC needs a certificate and its key: set {files[flag][0]}, too")
+    for flag, path in given.items():
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise ServeError(f"{files[flag][0]} cannot be read: {error}") from error
+        if b"-----BEGIN " not in content:
+            raise ServeError(f"{files[flag][0]}: {path} is not PEM; convert it with openssl")
+    return given | {"--grpc-use-ssl-mutual" if options.grpc_client_ca else "--grpc-use-ssl": "true"}
 
 
 def as_triton_reads(repository: str) -> str:
@@ -217,7 +273,7 @@ def as_triton_reads(repository: str) -> str:
 def command(options: argparse.Namespace, triton: Triton, secret: str) -> list[str]:
     """Triton's command line. Flags that only some releases have are given where the server's help names them.
 
-    secret: for control APIs. Triton takes it as a flag only, so users of this machine can read it in the process list.
+    secret: for control APIs. Triton takes it as a flag only, so users of this machine can read it until hide_secret.
     """
     described = subprocess.run(
         [triton.program, "--help"], env=triton.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
@@ -249,7 +305,9 @@ def command(options: argparse.Namespace, triton: Triton, secret: str) -> list[st
         "--pinned-memory-pool-byte-size": 0,
         "--http-restricted-api": f"{CONTROL_APIS}:{CONTROL_HEADER}={secret}",
         "--grpc-restricted-protocol": f"{CONTROL_APIS}:{CONTROL_HEADER}={secret}",
+        "--http-max-input-size": MAX_REQUEST_BYTES,
         "--exit-timeout-secs": options.drain,
+        **grpc_tls(options),
     }
     given = (flag if value is None else f"{flag}={value}" for flag, value in flags.items() if flag in known)
     return [str(triton.program), *given]
@@ -277,6 +335,7 @@ class Supervisor:
             preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads yet)
         )
         prober.server = self.process.pid
+        self.hidden = False  # the secret, in the server's command line
         self.unshown: deque[str] = deque(maxlen=20)
         self.log = threading.Thread(target=self._log, args=(self.process.stdout,), daemon=True)
 
@@ -349,7 +408,7 @@ class Supervisor:
         options, host = self.options, f"[{self.options.host}]" if ":" in self.options.host else self.options.host
         say(
             f"ready after {time.monotonic() - self.began:.1f} s: model {MODEL} version {version} "
-            f"at http://{host}:{options.http_port} and grpc://{host}:{options.grpc_port}, "
+            f"at http://{host}:{options.http_port} and grpc{'s' if options.grpc_cert else ''}://{host}:{options.grpc_port}, "
             f"metrics at http://{host}:{options.metrics_port}/metrics"
         )
 
@@ -384,11 +443,22 @@ class Supervisor:
             text = line.decode(errors="replace").rstrip()
             level = re.match(r"([IWEF])\d{4} \d\d:", text)
             if level:
+                self._hide_secret()
                 shown = self.options.verbose or level[1] != "I"
             if shown and text and NOISE not in text:
                 print(text, file=sys.stderr, flush=True)
             elif text:
                 self.unshown.append(text)
+
+    def _hide_secret(self) -> None:
+        """Once the server logs, it has parsed its command line."""
+        if self.hidden:
+            return
+        self.hidden = True
+        try:
+            hide_secret(self.process.pid)
+        except OSError as error:
+            say(f"WARNING: users of this machine can read the secret for control APIs in the server's command line: {error}")
 
 
 class ProbeError(RuntimeError):

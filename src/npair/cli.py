@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npair.client import DEFAULT_URL, NpairClient, NpairError
+from npair.client import DEFAULT_URL, NpairClient, NpairError, from_environment
 from npair.run import TrainConfig, read_run
 from npair.serving.preprocess import Preprocessing
 
@@ -416,7 +416,7 @@ def _where(arguments: argparse.Namespace) -> str:
 def _index_build(arguments: argparse.Namespace) -> int:
     from npair.gallery import build
 
-    with NpairClient(arguments.url) as client:
+    with NpairClient(arguments.url, **from_environment()) as client:
         built = build(arguments.photos, arguments.index, client)
     for photo, reason in built.left_out.items():
         print(f"{photo}: {reason}", file=sys.stderr)
@@ -434,7 +434,7 @@ def _index_search(arguments: argparse.Namespace) -> int:
     from npair.gallery import Gallery
 
     gallery = Gallery(arguments.index)
-    with NpairClient(arguments.url) as client:
+    with NpairClient(arguments.url, **from_environment()) as client:
         found = gallery.search(arguments.photo, client, arguments.k)
     if arguments.json:
         print(json.dumps({"version": gallery.version, "found": [hit._asdict() for hit in found]}))
