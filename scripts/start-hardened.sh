@@ -20,6 +20,8 @@ for ((second = 1; ; second++)); do
   fi
 done
 echo "healthy after $second s"
+# Without any capability, too, the secret can be overwritten in Triton's command line.
+if docker logs "$name" 2>&1 | grep 'can read the secret' >&2; then exit 1; fi
 # What HEALTHCHECK does, once more, from inside: a golden photo's embedding is the published one.
 docker exec "$name" python /app/serve.py --health
 docker exec "$name" python -c '
