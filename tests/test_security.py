@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -259,14 +258,31 @@ class TestRelease:
         assert taken or "docs/security.md" in result.stderr
 
 
-def test_requests_are_limited_where_triton_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2.51, which is here, cannot, so a program stands in for the help of a newer one."""
-    program = tmp_path / "tritonserver"
-    program.write_text("#!/bin/sh\necho '  --model-repository'\necho '  --http-max-input-size <integer>'\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(sys, "argv", ["serve.py"])
-    triton = serve.Triton(program, tmp_path, dict(os.environ))
-    assert "--http-max-input-size=67108864" in serve.command(serve.parse_arguments(), triton, "secret")
-    with tempfile.TemporaryDirectory() as scratch:
-        real = serve.command(serve.parse_arguments(), serve.find_triton(Path(scratch)), "secret")
-    assert not any(flag.startswith("--http-max-input-size") for flag in real), "then docs/security.md is wrong about 2.51"
+class TestFlags:
+    """2.51, which is here, knows all but one flag, so programs stand in for the help of other releases."""
+
+    def command(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *known: str) -> list[str]:
+        program = folder / "tritonserver"
+        program.write_text("#!/bin/sh\n" + "".join(f"echo '  {flag} <string>'\n" for flag in ("--model-repository", *known)))
+        program.chmod(0o755)
+        monkeypatch.setattr(sys, "argv", ["serve.py"])
+        return serve.command(serve.parse_arguments(), serve.Triton(program, folder, dict(os.environ)), "secret")
+
+    CLOSED = ("--http-restricted-api", "--grpc-restricted-protocol")
+
+    def test_requests_are_limited_where_triton_can(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert "--http-max-input-size=67108864" in self.command(tmp_path, monkeypatch, *self.CLOSED, "--http-max-input-size")
+
+    def test_this_one_cannot(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "argv", ["serve.py"])
+        real = serve.command(serve.parse_arguments(), serve.find_triton(tmp_path), "secret")
+        assert not any(flag.startswith("--http-max-input-size") for flag in real), "then docs/security.md is wrong about 2.51"
+
+    def test_what_would_be_open_is_not_started(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(serve.ServeError, match="does not know --grpc-restricted-protocol, and would serve without"):
+            self.command(tmp_path, monkeypatch, "--http-restricted-api")
+        cert, key = certificate(tmp_path)
+        monkeypatch.setenv("GRPC_TLS_CERT", str(cert))
+        monkeypatch.setenv("GRPC_TLS_KEY", str(key))
+        with pytest.raises(serve.ServeError, match="does not know --grpc-server-cert, --grpc-server-key, --grpc-use-ssl, and"):
+            self.command(tmp_path, monkeypatch, *self.CLOSED)

@@ -281,6 +281,13 @@ def command(options: argparse.Namespace, triton: Triton, secret: str) -> list[st
     known = set(re.findall(r"^\s*(--[a-z0-9-]+)", described.stdout, re.MULTILINE))
     if "--model-repository" not in known:
         raise ServeError(f"{triton.program} does not run: {described.stdout.strip()[-500:]}")
+    protection = {
+        "--http-restricted-api": f"{CONTROL_APIS}:{CONTROL_HEADER}={secret}",
+        "--grpc-restricted-protocol": f"{CONTROL_APIS}:{CONTROL_HEADER}={secret}",
+        **grpc_tls(options),
+    }
+    if missing := sorted(protection.keys() - known):
+        raise ServeError(f"{triton.program} does not know {', '.join(missing)}, and would serve without; take a newer release")
     flags = {
         "--model-repository": as_triton_reads(options.model_repository),
         "--backend-directory": triton.backends,
@@ -303,11 +310,9 @@ def command(options: argparse.Namespace, triton: Triton, secret: str) -> list[st
         "--metrics-port": options.metrics_port,
         "--allow-gpu-metrics": "false",
         "--pinned-memory-pool-byte-size": 0,
-        "--http-restricted-api": f"{CONTROL_APIS}:{CONTROL_HEADER}={secret}",
-        "--grpc-restricted-protocol": f"{CONTROL_APIS}:{CONTROL_HEADER}={secret}",
         "--http-max-input-size": MAX_REQUEST_BYTES,
         "--exit-timeout-secs": options.drain,
-        **grpc_tls(options),
+        **protection,
     }
     given = (flag if value is None else f"{flag}={value}" for flag, value in flags.items() if flag in known)
     return [str(triton.program), *given]

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_splits(evaluate)
     scored = evaluate.add_mutually_exclusive_group()
     scored.add_argument("--run", type=Path, metavar="DIR", help="score this run's network; it splits the data as in training")
-    scored.add_argument("--url", default=DEFAULT_URL, help="score this server: http:// or grpc:// (%(default)s)")
+    scored.add_argument("--url", default=DEFAULT_URL, help="score this server: http(s):// or grpc(s):// (%(default)s)")
     evaluate.add_argument("--split", default="val", help="(%(default)s)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.add_argument("--report", type=Path, metavar="FILE", help="also write a report, one HTML file")
@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         step.add_argument(
             "--url",
             default=os.environ.get("NPAIR_URL", DEFAULT_URL),
-            help="the server: http:// or grpc:// (NPAIR_URL; %(default)s)",
+            help="the server: http(s):// or grpc(s):// (NPAIR_URL; %(default)s)",
         )
         step.add_argument("--json", action="store_true", help="print JSON")
 
