@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
@@ -166,7 +166,8 @@ class Traffic:
 @dataclass(frozen=True)
 class Outcome:
     """Of the requests that ended after the fault: all of them; of those that failed, what had been sent before it, what came later,
-    and what was not answered at all. back: seconds until the last of them."""
+    and what was not answered at all. back: seconds until the last of them. unhealthy, healthy: seconds until serve.py --health was
+    asked and told that something is wrong, and that all is well again."""
 
     asked: int
     lost: int
@@ -174,15 +175,18 @@ class Outcome:
     silent: int
     back: float
     errors: Counter[str]
+    unhealthy: float | None = None
+    healthy: float | None = None
 
     def row(self, fault: str, seen: str) -> str:
         back = f"{self.back:.1f} s" if self.errors else "never away"
-        return f"| {fault} | {seen} | {back} | {self.asked:,} | {self.lost} | {self.refused:,} | {self.silent} |"
+        health = "true" if self.unhealthy is None else f"false after {self.unhealthy:.1f} s, true after {self.healthy:.1f} s"
+        return f"| {fault} | {seen} | {back} | {health} | {self.asked:,} | {self.lost} | {self.refused:,} | {self.silent} |"
 
 
 HEAD = (
-    "| fault | what clients see | all well again after | asked | lost | refused | silent |",
-    "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    "| fault | what clients see | all well again after | health probe | asked | lost | refused | silent |",
+    "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
 )
 
 
@@ -206,16 +210,34 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 def cause(service: Service, fault: Callable[[], object], *, code: int | None = None) -> Outcome:
     """The fault, under load. code: which serve.py ends with by it, where it does."""
+    told: list[tuple[float, bool]] = []  # by the probe, and when
     with Traffic(service.urls) as traffic:
         until(traffic.well, "clients are not answered", service.log.read_text)
         time.sleep(SECONDS)
-        at, ended = time.monotonic(), len(service.codes)
+        at, ended, watching = time.monotonic(), len(service.codes), threading.Event()
+
+        def watch() -> None:
+            while not watching.wait(0.5):
+                told.append((time.monotonic() - at, service.healthy()))
+
+        probes = threading.Thread(target=watch)
+        probes.start()
         fault()
         if code is not None:
             until(lambda: service.codes[ended:] == [code], "serve.py goes on", service.log.read_text)
         time.sleep(SECONDS)
         until(traffic.well, "all was not well again", service.log.read_text)
-    return outcome(traffic.answers, at)
+        until(lambda: told[-1][1], "the probe does not see that all is well again")
+        watching.set()
+        probes.join()
+    result = outcome(traffic.answers, at)
+    if code is None:
+        assert all(well for _, well in told)
+        return result
+    unhealthy = next(when for when, well in told if not well)
+    healthy = next(when for when, well in told if well and when > result.back)
+    assert healthy < result.back + 10
+    return replace(result, unhealthy=unhealthy, healthy=healthy)
 
 
 def outcome(answers: Sequence[Answer], at: float) -> Outcome:

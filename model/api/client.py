@@ -418,7 +418,8 @@ def _mapped_errors(model: str) -> Iterator[None]:
             raise RequestTimeoutError(message) from error
         if status in ("UNAUTHENTICATED", "PERMISSION_DENIED", "401", "403"):
             raise AccessDeniedError(message) from error
-        if status in ("UNAVAILABLE", "429", "502", "503", "504") or re.search("is not (at )?ready|has no available versions", message):
+        unavailable = ("UNAVAILABLE", "429", "502", "503", "504")
+        if status in unavailable or re.search("is not (at )?ready|has no available versions", message):
             raise UnavailableError(message) from error
         # gRPC has no status of its own for a request that is too large for a proxy.
         not_understood = ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "400", "404", "405", "413")
