@@ -212,10 +212,15 @@ def test_dead_stub_ends_the_server_with_the_reason() -> None:
 
 def test_hanging_stubs_end_the_server_with_the_reason() -> None:
     with running() as (process, _):
-        for stub in stubs_of(process):
+        stubs = stubs_of(process)
+        for stub in stubs:
             os.kill(stub, signal.SIGSTOP)
         _, output = process.communicate(timeout=60)
         assert process.returncode == 1
+        deadline = time.monotonic() + 10
+        while any(map(serve.arguments_of, stubs)):
+            assert time.monotonic() < deadline, "stubs are left behind"
+            time.sleep(0.1)
         assert re.search(r"npair: the golden photo has failed for 10 s \(.*\); the server was ended", output)
 
 

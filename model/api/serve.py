@@ -439,6 +439,8 @@ class Supervisor:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # a stub that hangs does not notice that its server has gone
         self.log.join(timeout=2)
 
     def _log(self, stream: IO[bytes]) -> None:
