@@ -12,7 +12,7 @@ Exceptions, all of them NpairError::
     ├── UnavailableError     nobody answers, or the model is not served; may pass (the client has retried)
     │   └── VersionGoneError the model is served, but not in the version that the call is pinned to
     ├── RequestTimeoutError  no answer in time; the server may still be working on it
-    └── ServerFaultError     the server failed, or answered what this client does not understand
+    └── ServerFaultError     the server failed, or answered what this client does not understand; names the request as its log does
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import re
 import ssl
 import sys
 import time
+import uuid
 import zipfile
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -282,10 +283,13 @@ class NpairClient:
         request that timed out may still be in work, and repeating it would add to the load that delays it."""
         tensor = self._protocol.InferInput("IMAGE", [len(photos), 1], "BYTES")
         tensor.set_data_from_numpy(np.array(photos, dtype=np.object_).reshape(-1, 1))
+        request_id = uuid.uuid4().hex
         for attempt in range(retries + 1):
             try:
-                with _mapped_errors(self.model):
-                    answer = self._client.infer(self.model, [tensor], model_version=version or "", **self._extra)
+                with _mapped_errors(self.model, request_id):
+                    answer = self._client.infer(
+                        self.model, [tensor], model_version=version or "", request_id=request_id, **self._extra
+                    )
                 break
             except (UnavailableError, InvalidRequestError) as error:
                 if version and (served := self._served()) and version not in served:
@@ -297,7 +301,8 @@ class NpairClient:
         head = answer.get_response(**self._as_json)
         vectors = answer.as_numpy("EMBEDDING")
         if vectors is None or vectors.shape[:1] != (len(photos),) or vectors.ndim != 2:
-            raise ServerFaultError(f"expected {len(photos)} embeddings, got {None if vectors is None else vectors.shape}")
+            shape = None if vectors is None else vectors.shape
+            raise ServerFaultError(f"expected {len(photos)} embeddings, got {shape} (request {request_id})")
         return Embeddings(vectors, str(head["model_version"]))
 
     def _served(self) -> list[str]:
@@ -406,7 +411,7 @@ def _read(photo: Photo) -> bytes:
 
 
 @contextlib.contextmanager
-def _mapped_errors(model: str) -> Iterator[None]:
+def _mapped_errors(model: str, request_id: str = "") -> Iterator[None]:
     """The one place where errors of tritonclient, its transports and the server become this client's."""
     try:
         yield
@@ -425,7 +430,8 @@ def _mapped_errors(model: str) -> Iterator[None]:
         not_understood = ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "400", "404", "405", "413")
         if status in not_understood or message.endswith("header with status: 413"):
             raise InvalidRequestError(f"model {model}: {message}") from error
-        raise ServerFaultError(f"{status or 'error'}: {message}") from error
+        quoted = f" (request {request_id})" if request_id else ""
+        raise ServerFaultError(f"{status or 'error'}: {message}{quoted}") from error
     except TimeoutError as error:
         raise RequestTimeoutError(f"no answer in time: {error}") from error
     except Exception as error:  # the HTTP library has errors of its own for a connection that broke off

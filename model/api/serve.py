@@ -36,6 +36,7 @@ import time
 from array import array
 from collections import deque
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO
 
@@ -49,6 +50,11 @@ FALLBACK = "fallback.json"  # beside config.pbtxt: the configuration of the vers
 
 # What CUDA builds of the server call an error on every machine without a GPU.
 NOISE = "CudaDriverHelper has not been initialized"
+
+# Triton's log lines: a level, date and time, process, source and what is said, in quotes like JSON's.
+LOG_LINE = re.compile(r"([IWEF])\d{4} [\d:.]+ \d+ ([^:\]]+):\d+\] (.*)")
+LEVELS = {"I": "info", "W": "warning", "E": "error", "F": "error"}
+ABOUT_REQUEST = re.compile(r"(photo refused|request failed): (\{.*\})")  # as a version's model.py says it
 
 WATCH_INTERVAL = 1.0  # seconds between two golden photos
 PROBE_TIMEOUT = 5.0  # seconds for one golden photo
@@ -98,7 +104,7 @@ def main() -> int:
     except BusyError:
         return 0  # to be restarted would help nobody
     except (ServeError, ProbeError) as error:
-        say(str(error))
+        say(str(error), "error")
         return 1
 
 
@@ -125,10 +131,33 @@ def parse_arguments() -> argparse.Namespace:
         help="GRPC_TLS_CLIENT_CA, certificates (PEM) of who signs clients': others are refused",
     )
     parser.add_argument("--drain", type=int, default=env.get("DRAIN_SECONDS", "7"), help="DRAIN_SECONDS, to stop in (%(default)s)")
-    parser.add_argument("--verbose", action="store_true", help="show all that the server logs, not only warnings and errors")
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        default=env.get("VERBOSE") == "1",
+        help="VERBOSE=1, show all that the server logs, not only warnings and errors",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default=env.get("LOG_FORMAT") or "text",
+        help="LOG_FORMAT, of a line (%(default)s)",
+    )
+    parser.add_argument(
+        "--trace-url", default=env.get("TRACE_URL"), help="TRACE_URL, an OpenTelemetry collector's, like http://host:4318/v1/traces"
+    )
+    parser.add_argument(
+        "--trace-rate", type=int, default=env.get("TRACE_RATE") or "100", help="TRACE_RATE, one of so many is traced (%(default)s)"
+    )
     parser.add_argument("--check", action="store_true", help="only tell whether the server can run on this platform")
     parser.add_argument("--health", action="store_true", help="only tell whether a running server embeds its golden photo right")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.log_format not in ("text", "json"):
+        parser.error(f"LOG_FORMAT must be text or json, got {options.log_format}")
+    if options.trace_rate < 1:
+        parser.error(f"TRACE_RATE must be at least 1, got {options.trace_rate}")
+    Log.as_json = options.log_format == "json"
+    return options
 
 
 def check_platform() -> None:
@@ -314,7 +343,10 @@ def command(options: argparse.Namespace, triton: Triton, secret: str) -> list[st
         "--exit-timeout-secs": options.drain,
         **protection,
     }
-    given = (flag if value is None else f"{flag}={value}" for flag, value in flags.items() if flag in known)
+    given = [flag if value is None else f"{flag}={value}" for flag, value in flags.items() if flag in known]
+    if options.trace_url:
+        tracing = ["mode=opentelemetry", "level=TIMESTAMPS", f"rate={options.trace_rate}", f"opentelemetry,url={options.trace_url}"]
+        given += [f"--trace-config={setting}" for setting in [*tracing, f"opentelemetry,resource=service.name={MODEL}"]]
     return [str(triton.program), *given]
 
 
@@ -406,7 +438,8 @@ class Supervisor:
             return f"{refused}, and no other was served before"
         except (OSError, http.client.HTTPException, ProbeError, ValueError, LookupError) as error:
             return f"{refused}, and so was the one that was served before, by {path}: {error}"
-        say(f"WARNING: {refused}; version {version}, which was served before, is served instead, until another is promoted")
+        served = f"version {version}, which was served before, is served instead, until another is promoted"
+        say(f"WARNING: {refused}; {served}", "warning")
         return ""
 
     def _announce(self, version: str) -> None:
@@ -445,17 +478,19 @@ class Supervisor:
 
     def _log(self, stream: IO[bytes]) -> None:
         """Passes on warnings, errors and what is no log line, such as a stub's last words; everything with --verbose."""
-        shown = self.options.verbose
+        shown, level = self.options.verbose, "info"
         for line in stream:
             text = line.decode(errors="replace").rstrip()
-            level = re.match(r"([IWEF])\d{4} \d\d:", text)
-            if level:
+            parts = LOG_LINE.fullmatch(text)
+            if parts:
                 self._hide_secret()
-                shown = self.options.verbose or level[1] != "I"
+                level = LEVELS[parts[1]]
+                shown = self.options.verbose or level != "info"
+            shaped = Log.shaped(level, text, parts)
             if shown and text and NOISE not in text:
-                print(text, file=sys.stderr, flush=True)
+                print(shaped, file=sys.stderr, flush=True)
             elif text:
-                self.unshown.append(text)
+                self.unshown.append(shaped)
 
     def _hide_secret(self) -> None:
         """Once the server logs, it has parsed its command line."""
@@ -625,8 +660,34 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def say(sentence: str) -> None:
-    print(f"npair: {sentence}", file=sys.stderr, flush=True)
+class Log:
+    """How lines on stderr look: as text, or each as a JSON object. That escapes all but ASCII, so no line can look like another."""
+
+    as_json = False
+
+    @classmethod
+    def shaped(cls, level: str, text: str, parts: re.Match[str] | None) -> str:
+        """A line of the server's. parts: of LOG_LINE, or None for what is no log line, such as a stub's last words."""
+        if not cls.as_json:
+            return text
+        source, message, facts = "triton", text, {}
+        if parts:
+            source, message = "npair" if parts[2] == "model.py" else "triton", parts[3]
+            with contextlib.suppress(ValueError):
+                message = str(json.loads(message))
+            about = ABOUT_REQUEST.fullmatch(message) if source == "npair" else None
+            if about:
+                message, facts = about[1], json.loads(about[2])
+        return cls.line(level, source, message, facts)
+
+    @staticmethod
+    def line(level: str, source: str, message: str, facts: dict[str, object]) -> str:
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        return json.dumps({"time": now, "level": level, "source": source, "message": message, **facts})
+
+
+def say(sentence: str, level: str = "info") -> None:
+    print(Log.line(level, "npair", sentence, {}) if Log.as_json else f"npair: {sentence}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
