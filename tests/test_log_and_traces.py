@@ -31,7 +31,7 @@ HOSTILE = {
     b"new\\nline\\r\\n": "new\nline\r\n",
     b'quo\\"te\\\\': 'quo"te\\',
     b'\\", \\"level\\": \\"error': '", "level": "error',
-    b"\\nE1125 15:03:25.517639 1 model.py:8] \\u0022request failed: {}": '\nE1125 15:03:25.517639 1 model.py:8] "request failed: {}',
+    b"\\nE1125 15:03:25.517639 1 model.py:8] \\u0022failed: {}": '\nE1125 15:03:25.517639 1 model.py:8] "failed: {}',
     "ü€😀".encode(): "ü€😀",
     b"\xff\xfe": "(not UTF-8)",
     b"\\u0000": "",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
 from conftest import ROOT, free_ports, lines_until_ready, start
+
+from npair.config import parse, with_release
 
 PUBLISH = (ROOT / ".github/workflows/docker-publish-model.yml").read_text()
 PAGE = (ROOT / "docs/ci-cd.md").read_text()
@@ -48,13 +51,15 @@ def test_promotion_takes_a_digest_alone(digest: str) -> None:
     assert "not a digest" in result.stderr
 
 
-def test_dashboard_and_alerts_read_metrics_that_the_server_has() -> None:
+def test_dashboard_and_alerts_read_metrics_that_the_server_has(published: Path, tmp_path: Path) -> None:
     dashboard = json.loads((ROOT / "monitoring/grafana/dashboards/npair.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    wanted = set(re.findall(r"nv_\w+", " ".join(expressions) + (ROOT / "monitoring/alerts.yml").read_text()))
-    assert len(wanted) > 5
+    wanted = set(re.findall(r"(?:nv|npair)_\w+", " ".join(expressions) + (ROOT / "monitoring/alerts.yml").read_text()))
+    assert len(wanted) > 12
+    models = shutil.copytree(published, tmp_path / "models/npair")
+    (models / "config.pbtxt").write_text(with_release((models / "config.pbtxt").read_text(), [1], {}))
     ports = free_ports()
-    server = start(**ports)
+    server = start(**ports, MODEL_REPOSITORY=str(models.parent))
     try:
         lines_until_ready(server)
         metrics = urlopen(f"http://127.0.0.1:{ports['METRICS_PORT']}/metrics").read().decode()
@@ -62,3 +67,8 @@ def test_dashboard_and_alerts_read_metrics_that_the_server_has() -> None:
         server.terminate()
         server.wait(timeout=30)
     assert {name for name in wanted if f"\n{name}" not in metrics} == set()
+
+
+def test_the_alert_knows_how_long_the_queue_may_be() -> None:
+    limit = parse((ROOT / "model_repository/npair/config.pbtxt").read_text()).dynamic_batching.default_queue_policy.max_queue_size
+    assert f"> 0.9 * {limit}\n" in (ROOT / "monitoring/alerts.yml").read_text()

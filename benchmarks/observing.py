@@ -1,0 +1,86 @@
+"""What a version's metrics cost: a server with them beside one without, in turn, as ratios. Nothing else should run, for two minutes.
+
+.venv/bin/python benchmarks/observing.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from costs import cpu_seconds
+
+import npair.serving
+from npair.artifact import CODE, write_manifest
+from npair.load import closed
+from npair.tune import serving
+
+ROOT = Path(__file__).resolve().parents[1]
+CONNECTIONS = (1, 16)
+SILENT = """
+
+class Silent:
+    def __init__(self, *_):
+        pass
+
+    def batch(self, *_):
+        pass
+
+    close = batch
+
+
+Report = Silent
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each server and number of connections (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=3, help="of a turn (%(default)s)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {name: prepared(Path(scratch, name), code) for name, code in {"without": SILENT, "with": ""}.items()}
+        with serving(folders["without"]) as without, serving(folders["with"]) as observed:
+            servers = {"without": without, "with": observed}
+            photos = [path.read_bytes() for path in sorted(folders["with"].glob("npair/*/golden/*.jpg"))]
+            print("| connections | photos a second, without | of that, with | CPU ms a photo, without | of that, with |")
+            print("| --- | --- | --- | --- | --- |")
+            for connections in CONNECTIONS:
+                rates: dict[str, list[float]] = {name: [] for name in servers}
+                costs: dict[str, list[float]] = {name: [] for name in servers}
+                for turn in range(-1, arguments.rounds):  # the first warms up
+                    for name in sorted(servers, reverse=turn % 2 == 0):
+                        before = sum(cpu_seconds(servers[name].pid).values())
+                        load = closed(servers[name].http, photos, connections, arguments.seconds)
+                        if turn >= 0:
+                            rates[name].append(load.rate)
+                            used = sum(cpu_seconds(servers[name].pid).values()) - before
+                            costs[name].append(1e3 * used / (load.rate * arguments.seconds))
+                paired = [
+                    median(on / off for on, off in zip(figures["with"], figures["without"], strict=True))
+                    for figures in (rates, costs)
+                ]
+                print(
+                    f"| {connections} | {median(rates['without']):.0f} | {paired[0]:.3f} "
+                    f"| {median(costs['without']):.2f} | {paired[1]:.3f} |"
+                )
+
+
+def prepared(models: Path, code: str) -> Path:
+    """A copy of the models, served by the present code with ``code`` after it."""
+    shutil.copytree(ROOT / "model_repository", models)
+    version = next((models / "npair").glob("[0-9]*"))
+    for name in CODE:
+        shutil.copyfile(Path(npair.serving.__path__[0]) / name, version / name)
+    with (version / "model.py").open("a") as file:
+        file.write(code)
+    write_manifest(version, json.loads((version / "manifest.json").read_text()))
+    return models
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Each alert, caused: Debian's Prometheus reads the real server's metrics with this repository's own configuration and rules.
+
+Only their durations are shortened. Needs Prometheus: apt-get install --no-install-recommends prometheus
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import pytest
+import serve
+from conftest import ROOT, SHIPPED, free_ports, lines_until_ready, start
+from PIL import Image
+from test_log_and_traces import BREAKS, BROKEN
+
+import npair.serving
+from npair.artifact import CODE, write_manifest
+from npair.client import NpairClient, NpairError
+from npair.drawings import encode
+from npair.serving.embedder import read_manifest
+
+SHORTENED = {"15s": "1s", "1m": "3s", "2m": "4s", "5m": "10s", "30m": "90s", "1h": "10s", "1d": "20s"}
+RULES = (ROOT / "monitoring/alerts.yml").read_text()
+ALERTS = re.findall(r"alert: (\w+)", RULES)
+PHOTOS = [path.read_bytes() for path in sorted((SHIPPED / "golden").iterdir()) if path.suffix != ".npy"]
+
+
+def shortened(text: str) -> str:
+    return re.sub(r"(?<=[\[ ])(\d+[smhd])(?=[\]\n)])", lambda found: SHORTENED[found[1]], text)
+
+
+class World:
+    """A server that is started anew when it ends, as a container's is, and Prometheus beside it."""
+
+    def __init__(self, models: Path, folder: Path) -> None:
+        self.models, self.ports = models, free_ports()
+        self.url = f"http://127.0.0.1:{self.ports['HTTP_PORT']}"
+        self.prometheus = f"http://127.0.0.1:{free_ports()['HTTP_PORT']}"
+        (folder / "alerts.yml").write_text(shortened(RULES))
+        settings = shortened((ROOT / "monitoring/prometheus.yml").read_text())
+        (folder / "prometheus.yml").write_text(settings.replace("model_api:8002", f"127.0.0.1:{self.ports['METRICS_PORT']}"))
+        self.start()
+        self.monitor = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={folder}/prometheus.yml",
+                f"--storage.tsdb.path={folder}/data",
+                f"--web.listen-address={self.prometheus.removeprefix('http://')}",
+            ],
+            stderr=subprocess.DEVNULL,
+        )
+
+    def start(self) -> None:
+        self.server = start(**self.ports, MODEL_REPOSITORY=str(self.models), NPAIR_CONTROL_SECRET="secret")
+        lines_until_ready(self.server)
+        threading.Thread(target=self.server.communicate, daemon=True).start()
+
+    def end(self) -> None:
+        for process in (self.server, self.monitor):
+            process.terminate()
+            process.wait(timeout=30)
+
+    def firing(self) -> set[str]:
+        with contextlib.suppress(OSError):
+            alerts = json.load(urlopen(f"{self.prometheus}/api/v1/alerts", timeout=10))["data"]["alerts"]
+            return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
+        return set()
+
+    def fires(self, name: str, within: float) -> None:
+        deadline = time.monotonic() + within
+        while name not in self.firing():
+            assert time.monotonic() < deadline, f"{name} does not fire, but {self.firing()}"
+            time.sleep(0.2)
+
+    @contextlib.contextmanager
+    def sending(self, photos: list[bytes], clients: int = 1, pause: float = 0.0) -> Iterator[None]:
+        """Requests of these photos, from so many clients, until the end of the block; what the server answers does not matter."""
+        done = threading.Event()
+
+        def client() -> None:
+            with NpairClient(self.url, retries=0, batch_size=64) as connection:
+                while not done.wait(pause):
+                    with contextlib.suppress(NpairError):
+                        connection._embed_batch(photos, None, 0)
+
+        threads = [threading.Thread(target=client) for _ in range(clients)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """The shipped network with the present code, which fails on one photo."""
+    if not shutil.which("prometheus"):
+        pytest.fail("Prometheus is missing: apt-get install --no-install-recommends prometheus")
+    folder = tmp_path_factory.mktemp("alerts")
+    model = folder / "models/npair"
+    shutil.copytree(ROOT / "model_repository/npair", model)
+    for name in CODE:
+        shutil.copyfile(Path(npair.serving.__path__[0]) / name, model / SHIPPED.name / name)
+    with (model / SHIPPED.name / "embedder.py").open("a") as code:
+        code.write(BROKEN)
+    write_manifest(model / SHIPPED.name, read_manifest(model / SHIPPED.name))
+    world = World(model.parent, folder)
+    yield world
+    world.end()
+
+
+def changed(world: World) -> None:
+    noise = encode(Image.effect_noise((300, 300), 100), "JPEG")
+    with world.sending([noise] * 8):
+        world.fires("NpairPhotosChanged", 40)
+
+
+def refused(world: World) -> None:
+    """Few requests, of many bad photos."""
+    with world.sending(PHOTOS, pause=0.05), world.sending([b"no photo"] * 64, pause=0.5):
+        world.fires("NpairPhotosRefused", 40)
+        assert "NpairRequestsFail" not in world.firing()
+
+
+def failing(world: World) -> None:
+    with world.sending([BREAKS], pause=0.2):
+        world.fires("NpairRequestsFail", 40)
+
+
+def queued(world: World) -> None:
+    with world.sending(PHOTOS * 8, clients=8):
+        world.fires("NpairQueueGrows", 40)
+        assert "NpairQueueFull" not in world.firing()
+
+
+def turned_away(world: World) -> None:
+    with world.sending(PHOTOS, clients=250, pause=0.2):
+        world.fires("NpairQueueFull", 40)
+
+
+def killed(world: World) -> None:
+    for _ in range(2):
+        (server,) = serve.children(world.server.pid)
+        os.kill(serve.children(server)[0], 9)
+        assert world.server.wait(timeout=30) == 1
+        world.start()
+        time.sleep(2)
+    world.fires("NpairRestarts", 20)
+
+
+def stopped(world: World) -> None:
+    world.server.terminate()
+    world.server.wait(timeout=30)
+    world.fires("NpairDown", 20)
+
+
+def unloaded(world: World) -> None:
+    """serve.py would end this server after 10 seconds."""
+    world.start()
+    headers = {serve.CONTROL_HEADER: "secret"}
+    urlopen(Request(f"{world.url}/v2/repository/models/npair/unload", b"{}", headers), timeout=60)
+    world.fires("NpairNotServed", 20)
+
+
+CAUSES: dict[str, Callable[[World], None]] = {
+    "NpairPhotosChanged": changed,
+    "NpairPhotosRefused": refused,
+    "NpairRequestsFail": failing,
+    "NpairQueueGrows": queued,
+    "NpairQueueFull": turned_away,
+    "NpairRestarts": killed,
+    "NpairDown": stopped,
+    "NpairNotServed": unloaded,
+}
+
+
+def test_silent_while_all_is_well(world: World) -> None:
+    """For as long as the longest window and offset need."""
+    with world.sending(PHOTOS, pause=0.05):
+        for _ in range(35):
+            time.sleep(1)
+            assert world.firing() == set()
+
+
+@pytest.mark.parametrize("alert", CAUSES)
+def test_fires_when_caused_and_not_before(world: World, alert: str) -> None:
+    """One after another, since the server is the same; the order is that of the damage."""
+    assert alert not in world.firing()
+    CAUSES[alert](world)
+
+
+def test_every_alert_is_caused() -> None:
+    assert set(CAUSES) == set(ALERTS)
