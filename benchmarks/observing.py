@@ -1,4 +1,4 @@
-"""What a version's metrics cost: a server with them beside one without, in turn, as ratios. Nothing else should run, for two minutes.
+"""What a version's metrics cost: a server with them beside one without, in turn, as ratios. Nothing else should run meanwhile.
 
 .venv/bin/python benchmarks/observing.py
 """
@@ -9,14 +9,19 @@ import argparse
 import json
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
 from costs import cpu_seconds
+from PIL import Image, ImageFilter
 
 import npair.serving
 from npair.artifact import CODE, write_manifest
+from npair.data import read_dataset
+from npair.drawings import encode
 from npair.load import closed
+from npair.serving.embedder import UNLIMITED, Embedder
 from npair.tune import serving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,8 +29,8 @@ CONNECTIONS = (1, 16)
 SILENT = """
 
 class Silent:
-    def __init__(self, *_):
-        pass
+    def __init__(self, embedder, _):
+        embedder._count = self.batch
 
     def batch(self, *_):
         pass
@@ -41,7 +46,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=8, help="turns of each server and number of connections (%(default)s)")
     parser.add_argument("--seconds", type=float, default=3, help="of a turn (%(default)s)")
+    parser.add_argument("--data", type=Path, help="a data set whose val photos are embedded, changed in several ways")
     arguments = parser.parse_args()
+    if arguments.data:
+        lengths(read_dataset(arguments.data).splits["val"].paths)
+        return
     with tempfile.TemporaryDirectory() as scratch:
         folders = {name: prepared(Path(scratch, name), code) for name, code in {"without": SILENT, "with": ""}.items()}
         with serving(folders["without"]) as without, serving(folders["with"]) as observed:
@@ -68,6 +77,25 @@ def main() -> None:
                     f"| {connections} | {median(rates['without']):.0f} | {paired[0]:.3f} "
                     f"| {median(costs['without']):.2f} | {paired[1]:.3f} |"
                 )
+
+
+def lengths(paths: Sequence[Path]) -> None:
+    changes: dict[str, Callable[[Image.Image], Image.Image]] = {
+        "as they are": lambda image: image,
+        "grey": lambda image: image.convert("L"),
+        "blurred": lambda image: image.filter(ImageFilter.GaussianBlur(12)),
+        "a quarter as bright": lambda image: image.point(lambda level: level // 4),
+        "black": lambda image: image.point(lambda _: 0),
+        "noise": lambda image: Image.effect_noise(image.size, 100),
+    }
+    print("| photos | mean length |\n| --- | --- |")
+    for name, change in changes.items():
+        embedder = Embedder(next((ROOT / "model_repository/npair").glob("[0-9]*")), cores=2)
+        for path in paths:
+            with Image.open(path) as image:
+                embedder.embed_photos([encode(change(image.convert("RGB")), "JPEG", quality=90)], UNLIMITED)
+        print(f"| {name} | {embedder.work.norm / embedder.work.photos:.2f} |")
+        embedder.close()
 
 
 def prepared(models: Path, code: str) -> Path:
