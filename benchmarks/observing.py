@@ -1,4 +1,4 @@
-"""What a version's metrics cost: a server with them beside one without, in turn, as ratios. Nothing else should run meanwhile.
+"""What a version's metrics cost: a server with them beside one without, in turns, as ratios. Nothing else should run meanwhile.
 
 .venv/bin/python benchmarks/observing.py
 """
