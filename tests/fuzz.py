@@ -467,7 +467,7 @@ def say(sentence: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="*", choices=["decode", "http", "grpc"], default=["decode", "http", "grpc"])
+    parser.add_argument("target", nargs="?", choices=["decode", "http", "grpc", "all"], default="all", help="(%(default)s)")
     parser.add_argument("--runs", type=int, default=5_000, help="inputs of each target (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--first", type=int, default=0, help="number of the first request (%(default)s)")
@@ -476,7 +476,8 @@ def main() -> int:
         fuzz_decode(options.seed, options.runs)
         if target == "decode"
         else fuzz_server(target, options.seed, options.first, options.runs)
-        for target in options.targets
+        for target in ("decode", "http", "grpc")
+        if options.target in (target, "all")
     ]
     return max(map(abs, codes))
 
