@@ -6,6 +6,7 @@ Every photo is drawn here, so the file needs nothing beside it but client.py and
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
@@ -21,12 +22,16 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+import tritonclient.grpc
+import tritonclient.http
 from client import InvalidPhotoError, InvalidRequestError, NpairClient, VersionGoneError
 from PIL import Image, ImageDraw, ImageFilter
+from tritonclient.utils import InferenceServerException
 
 SERVE = Path(__file__).with_name("serve.py")
 
@@ -264,6 +269,27 @@ HOSTILE = {
 }
 
 
+def framed(body: bytes, **fields: object) -> bytes:
+    """What follows the request line and the host."""
+    lines = {"Content-Length": len(body)} | {name.replace("_", "-"): value for name, value in fields.items()}
+    return "".join(f"{name}: {value}\r\n" for name, value in lines.items()).encode() + b"\r\n" + body
+
+
+FRAMES = {
+    "deep json": framed(b"[" * 10_000),
+    "deep data": framed(b'{"inputs":[{"name":"IMAGE","shape":[1,1],"datatype":"BYTES","data":' + b"[" * 500 + b"]" * 500 + b"}]}"),
+    "not json": framed(b"\xff\xfe{"),
+    "many chunks": b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n[\r\n" * 1000 + b"0\r\n\r\n",
+    "negative header length": framed(JPEG, Inference_Header_Content_Length=-1),
+    "header longer than the body": framed(JPEG, Inference_Header_Content_Length=10**20),
+    "less than was announced": framed(JPEG, Content_Length=10**6),
+    "far more announced": framed(JPEG, Content_Length=10**15),
+    "not as it is said to be coded": framed(JPEG, Content_Encoding="gzip", Inference_Header_Content_Length=0),
+    "an unknown coding": framed(JPEG, Content_Encoding="br"),
+    "many headers": framed(b"{}", **{f"X-{number}": "x" for number in range(1000)}),
+}
+
+
 class TestHostile:
     @pytest.mark.parametrize("kind", HOSTILE)
     def test_refused_with_index_and_reason(self, client: NpairClient, kind: str) -> None:
@@ -335,6 +361,31 @@ class TestHostile:
         connection.close()
         with NpairClient(urls["http"]) as client:
             assert client.ready()
+
+    @pytest.mark.parametrize("kind", FRAMES)
+    def test_malformed_requests_are_refused(self, urls: dict[str, str], kind: str) -> None:
+        """An error or an end of the connection, and then all is as before."""
+        parts = urlsplit(urls["http"])
+        with socket.create_connection((parts.hostname, parts.port), timeout=30) as connection:
+            connection.sendall(b"POST /v2/models/npair/infer HTTP/1.1\r\nHost: npair\r\n" + FRAMES[kind])
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)  # to tell that no more is coming
+            with contextlib.suppress(ConnectionError):
+                answer = connection.recv(100)
+                assert not answer or re.match(rb"HTTP/1.1 [45]", answer)
+        with NpairClient(urls["http"]) as client:
+            assert client.embed(JPEG).vectors.shape == (1, 128)
+
+    @pytest.mark.parametrize("protocol", ["http", "grpc"])
+    def test_compressed_photos_that_are_refused(self, urls: dict[str, str], protocol: str) -> None:
+        triton: Any = {"http": tritonclient.http, "grpc": tritonclient.grpc}[protocol]
+        image = triton.InferInput("IMAGE", [1, 1], "BYTES")
+        image.set_data_from_numpy(np.array([[bytes(1_000_000)]], dtype=np.object_))
+        with triton.InferenceServerClient(urlsplit(urls[protocol]).netloc) as client:
+            keyword = "request_compression_algorithm" if protocol == "http" else "compression_algorithm"
+            with pytest.raises(InferenceServerException, match="not a JPEG, PNG or WebP"):
+                client.infer("npair", [image], **{keyword: "gzip"})
+            assert client.is_model_ready("npair")
 
     def test_right_content_counts_not_the_name(self, client: NpairClient, tmp_path: Path) -> None:
         disguised = tmp_path / "photo.png"
