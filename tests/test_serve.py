@@ -276,6 +276,48 @@ def test_busy_is_told_from_dead_whichever_request_waits(
         server.shutdown()
 
 
+def test_working_is_told_from_hanging(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Stubs that compute without an answer, as for a request of many large photos, are left alone, though not for ever."""
+
+    class Silent(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if not self.path.endswith("/stats"):
+                time.sleep(2)
+                return
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"model_stats": []}')
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(serve, "PROBE_TIMEOUT", 1)
+    compute = "import os\n[os.fork() for _ in range(2)]\nwhile True: pass"
+    with (
+        http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server,
+        subprocess.Popen([sys.executable, "-c", compute], start_new_session=True) as process,
+    ):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            prober = serve.GoldenProber(tmp_path, "127.0.0.1", server.server_port)
+            with pytest.raises(serve.ProbeError, match="no answer"):
+                prober.probe()  # it does not know the server's process
+            prober.server = process.pid
+            with pytest.raises(serve.BusyError):
+                prober.probe()
+            monkeypatch.setattr(serve, "WORKING_FOR", 1)
+            with pytest.raises(serve.ProbeError, match="no answer"):
+                prober.probe()
+            monkeypatch.undo()
+            monkeypatch.setattr(serve, "PROBE_TIMEOUT", 1)
+            os.killpg(process.pid, signal.SIGSTOP)
+            with pytest.raises(serve.ProbeError, match="no answer"):
+                prober.probe()
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            server.shutdown()
+
+
 def test_killed_parent_leaves_no_server() -> None:
     with running() as (process, urls):
         process.kill()

@@ -60,6 +60,7 @@ WATCH_INTERVAL = 1.0  # seconds between two golden photos
 PROBE_TIMEOUT = 5.0  # seconds for one golden photo
 LOAD_TIMEOUT = 120.0  # seconds for loading another version than the pinned one
 UNHEALTHY_AFTER = 10.0  # seconds of failing golden photos after which the server is ended
+WORKING_FOR = 600.0  # the same where the stubs compute all the time: a request of 64 of the largest photos takes minutes
 
 # The wheel's Python backend was built for numpy 1, which Python 3.13 has no build of.
 WHEEL_PYTHONS = ((3, 10), (3, 12))
@@ -512,7 +513,7 @@ class FullError(ProbeError):
 
 
 class BusyError(RuntimeError):
-    """The golden photo was refused or not answered in time, but other photos were answered: a long queue, not a dead model."""
+    """The golden photo was refused or not answered in time, but others were answered, or the stubs compute: no dead model."""
 
 
 class GoldenProber:
@@ -524,6 +525,7 @@ class GoldenProber:
     def __init__(self, model_folder: Path | None, host: str, port: int) -> None:
         self.model_folder = model_folder
         self.server: int | None = None
+        self.working_since: float | None = None  # without an answer
         # A wildcard address cannot be called; loopback then reaches the same listener.
         self.host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         self.port = port
@@ -531,15 +533,23 @@ class GoldenProber:
     def probe(self) -> str:
         """Returns: the version that answered. Raises: BusyError, ProbeError."""
         try:
-            answered = self._answered()
+            answered, worked, began = self._answered(), self._worked(), time.monotonic()
             try:
-                return self._embed_golden()
+                version = self._embed_golden()
             except (TimeoutError, FullError) as error:
                 if isinstance(error, FullError):
                     time.sleep(WATCH_INTERVAL)  # it comes at once, and the model needs time to answer the next photo
                 if self._answered() > answered:
+                    self.working_since = None
                     raise BusyError from None
+                now = time.monotonic()
+                if self._worked() - worked > (now - began) / 10:  # which waiting does not take
+                    self.working_since = self.working_since or began
+                    if now - self.working_since < WORKING_FOR:
+                        raise BusyError from None
                 raise
+            self.working_since = None
+            return version
         except TimeoutError as error:
             raise ProbeError(f"no answer within {PROBE_TIMEOUT:.0f} s") from error
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
@@ -602,6 +612,15 @@ class GoldenProber:
         """The number of requests that the server has embedded so far."""
         statistics = json.loads(self._request("GET", f"/v2/models/{MODEL}/stats")[1])["model_stats"]
         return sum(entry["inference_stats"]["success"]["count"] for entry in statistics)
+
+    def _worked(self) -> float:
+        """Seconds that the stubs' threads have computed so far; 0 where the server is not known."""
+        with contextlib.suppress(OSError):
+            stubs = children(self.server) if self.server else []
+            stats = [Path(f"/proc/{stub}/stat").read_text(encoding="utf-8", errors="replace") for stub in stubs]
+            ticks = [stat.rpartition(")")[2].split()[11:13] for stat in stats]  # utime and stime, proc(5)
+            return sum(int(user) + int(system) for user, system in ticks) / os.sysconf("SC_CLK_TCK")
+        return 0.0
 
     def _request(
         self,
