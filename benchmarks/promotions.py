@@ -34,7 +34,7 @@ from npair.tune import serving
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "benchmark"
-KILLS = {"promote": 4.0, "publish": 40.0}  # by step, the seconds within which it is killed; some live to the end
+STEPS = ("promote", "publish")
 REFERENCE = 10  # the reload whose memory the last one's is compared with
 
 
@@ -50,9 +50,11 @@ def main() -> int:
         with serving(scratch / "models") as running:
             server = Server(running.http, repository.name, secret=SECRET)
             rows, good = under_load(repository, server, [running.http, running.grpc], running.pid, arguments.switches)
-            for step, seconds in KILLS.items():
-                done, sound = killed(step, repository, server, scratch, arguments.kills)
-                rows.append((f"kill -9 of npair {step} within {seconds:.0f} s", f"{arguments.kills}, of which {done} had ended"))
+            for step in STEPS:
+                seconds, done, sound = killed(step, repository, server, scratch, arguments.kills)
+                rows.append(
+                    (f"kill -9 of npair {step}, which takes {seconds:.0f} s", f"{arguments.kills}, of which {done} had ended")
+                )
                 good &= sound
         rows.append(("everything verifies and serves after each", "yes" if good else "NO"))
     print("| | |", "| --- | --- |", *(f"| {what} | {value} |" for what, value in rows), sep="\n")
@@ -135,10 +137,11 @@ def under_load(
     return rows, not problems and min(count.values(), default=0) > 0 and grown < 1.1
 
 
-def killed(step: str, repository: Repository, server: Server, scratch: Path, kills: int) -> tuple[int, bool]:
-    """Returns: how many had ended by themselves before, and whether all that was left verifies and serves."""
-    dice, done = random.Random(0), 0
-    for turn in range(kills):
+def killed(step: str, repository: Repository, server: Server, scratch: Path, kills: int) -> tuple[float, int, bool]:
+    """Returns: the seconds that the step takes, within which it was killed at random; how often it had ended by itself before; and
+    whether all that was left verifies and serves."""
+    dice, done, seconds = random.Random(0), 0, 0.0
+    for turn in range(-1, kills):  # the first lives, and tells the time
         target = 1 + turn % 2
         words: dict[str, list[object]] = {
             "promote": ["promote", target, "--url", server.url],
@@ -148,13 +151,15 @@ def killed(step: str, repository: Repository, server: Server, scratch: Path, kil
             ],
         }
         command = [sys.executable, "-m", "npair.cli", *map(str, words[step]), "--repository", repository.location]
+        began = time.monotonic()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            process.wait(dice.uniform(0, KILLS[step]))
-            done += 1
+            process.wait(dice.uniform(0, seconds) if turn >= 0 else None)
+            done += turn >= 0
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        seconds = seconds or time.monotonic() - began
         try:
             pins = check_pins(repository)
             for number, complete in repository.versions().items():
@@ -167,8 +172,8 @@ def killed(step: str, repository: Repository, server: Server, scratch: Path, kil
             check_server(repository, server)
         except Exception as error:
             print(f"after kill {turn + 1} of {step}: {error!r}", file=sys.stderr)
-            return done, False
-    return done, True
+            return seconds, done, False
+    return seconds, done, True
 
 
 if __name__ == "__main__":

@@ -290,7 +290,7 @@ def served(location: str, endpoint: str, tmp_path: Path) -> Iterator[Server]:
     ports = {name.lower(): int(port) for name, port in free_ports().items()}
     place = location.replace("s3://", f"s3://{endpoint}/").removesuffix("/npair")  # Triton's way to name a server that is not AWS's
     tls = dict.fromkeys(("grpc_cert", "grpc_key", "grpc_client_ca"))
-    options = argparse.Namespace(model_repository=place, host="127.0.0.1", drain=7, **ports, **tls)
+    options = argparse.Namespace(model_repository=place, host="127.0.0.1", drain=7, trace_url=None, **ports, **tls)
     triton = serve.find_triton(tmp_path)
     process = subprocess.Popen(
         serve.command(options, triton, SECRET), env=triton.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
