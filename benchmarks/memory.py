@@ -4,7 +4,7 @@
 
 Each case has a server of its own. Prints a table in Markdown, of MB above what the idle server has: at the peak, and ten seconds
 after the answer. Memory is the proportional set size of serve.py and all below it, read every 20 ms. A case that takes longer than
-half a minute is cut off: by then everything that decodes at once has done so. Exits 1 where a peak is beyond its bound.
+a minute is cut off: by then everything that decodes at once has done so. Exits 1 where a peak is beyond its bound.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import numpy as np
 from bench import ROOT, proportional_memory, say
 from PIL import Image
 
-from npair.client import InvalidPhotoError, NpairClient, NpairError, RequestTimeoutError
+from npair.client import InvalidPhotoError, NpairClient, NpairError, RequestTimeoutError, UnavailableError
 from npair.serving.engine import cores
 from npair.serving.preprocess import LARGE
 from npair.tune import Server, serving
 
 PIXEL = 21  # bytes that decoding takes for each, at worst: of a WebP with transparency, five pictures of four bytes a pixel
 COPIES = 5  # of a request's photos, at most: as they came, for the backend, in memory shared with a stub, and in the stub
-SECONDS, AFTER = 30.0, 10.0
+SECONDS, AFTER = 60.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
 
 def measured(server: Server, case: Case, protocol: str) -> tuple[float, str, str]:
     """Returns: MB at the peak above idle, the same some time after, and what was answered."""
-    idle, peaks, done = proportional_memory(server.pid), [0.0], threading.Event()
+    idle, done = proportional_memory(server.pid), threading.Event()
+    peaks = [idle]
 
     def watch() -> None:
         while not done.wait(0.02):
@@ -117,8 +118,10 @@ def measured(server: Server, case: Case, protocol: str) -> tuple[float, str, str
                 return "refused by the model"
             except RequestTimeoutError:
                 return "cut off"
-            except NpairError as error:
-                return f"refused: {error}"
+            except UnavailableError:
+                return "refused: waited too long"
+            except NpairError:
+                return "refused by Triton"
         return "embedded"
 
     watcher = threading.Thread(target=watch)
