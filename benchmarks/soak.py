@@ -28,6 +28,7 @@ from costs import descendants, pyplot
 
 from npair.client import InvalidPhotoError, NpairClient, NpairError, Vectors
 from npair.drawings import draw, encode
+from npair.serve import arguments_of
 from npair.tune import serving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,16 +165,17 @@ def read(pid: int, load: Load, minutes: float) -> Iterator[Reading]:
         now, (answered, latencies) = time.monotonic(), load.take()
         p50, p99 = np.percentile(latencies or [np.nan], (50, 99))
         rate = (answered - before) / (now - last)
-        yield Reading((now - began) / 60, proportional_memory(pid), shared(), open_files(pid), rate, float(p50), float(p99))
+        yield Reading((now - began) / 60, proportional_memory(pid), shared(pid), open_files(pid), rate, float(p50), float(p99))
         before, last = answered, now
 
 
-def shared() -> float:
-    """MB that Triton's regions take in /dev/shm."""
+def shared(pid: int) -> float:
+    """MB that the regions take which the server shares with its stubs, whose command lines name them."""
     total = 0
-    for path in Path("/dev/shm").glob("triton_python_backend_shm_region_*"):
-        with suppress(OSError):
-            total += path.stat().st_blocks * 512
+    for process in descendants(pid):
+        for name in {argument for argument in arguments_of(process) if argument.startswith("triton_python_backend_shm_region_")}:
+            with suppress(OSError):
+                total += Path("/dev/shm", name).stat().st_blocks * 512
     return total / 1e6
 
 
