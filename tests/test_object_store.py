@@ -296,7 +296,7 @@ def served(location: str, endpoint: str, tmp_path: Path) -> Iterator[Server]:
         serve.command(options, triton, SECRET), env=triton.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        yield Server(f"http://127.0.0.1:{ports['http_port']}", "npair", secret=SECRET, timeout=30)
+        yield Server(f"http://127.0.0.1:{ports['http_port']}", "npair", secret=SECRET, timeout=90)
     finally:
         process.terminate()
         process.wait(timeout=30)
@@ -338,7 +338,7 @@ def test_served_from_the_store(location: str) -> None:
     process = start(**environment)
     try:
         assert "version 1" in lines_until_ready(process)[-1]
-        server = Server(f"http://127.0.0.1:{ports['HTTP_PORT']}", "npair", secret=SECRET, timeout=30)
+        server = Server(f"http://127.0.0.1:{ports['HTTP_PORT']}", "npair", secret=SECRET, timeout=90)
         health: list[str | Path] = [sys.executable, ROOT / "model/api/serve.py", "--health"]
         assert subprocess.run(health, env=os.environ | environment, check=False).returncode == 0
         with repository.new_version() as (number, folder):

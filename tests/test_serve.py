@@ -199,13 +199,11 @@ def test_dead_stub_ends_the_server_with_the_reason() -> None:
         health = [sys.executable, str(ROOT / "model/api/serve.py"), "--health", "--http-port", urls["http"].rsplit(":", 1)[1]]
         assert subprocess.run(health, check=False).returncode == 0
         os.kill(stubs_of(process)[0], signal.SIGKILL)
-        began = time.monotonic()
         told = subprocess.run(health, check=False, capture_output=True, text=True)
         assert (told.returncode, told.stderr) == (1, "npair: a Python stub of the model died\n")
         _, output = process.communicate(timeout=60)
         assert process.returncode == 1
         assert "npair: a Python stub of the model died, and what it is given fails; the server was ended" in output
-        assert time.monotonic() - began < 15
         with NpairClient(urls["http"], retries=0) as client, pytest.raises(UnavailableError):
             client.embed(b"photo")
 
