@@ -100,7 +100,7 @@ def lengths(paths: Sequence[Path]) -> None:
 
 def prepared(models: Path, code: str) -> Path:
     """A copy of the models, served by the present code with ``code`` after it."""
-    shutil.copytree(ROOT / "model_repository", models)
+    shutil.copytree(ROOT / "model_repository", models, ignore=shutil.ignore_patterns("__pycache__"))
     version = next((models / "npair").glob("[0-9]*"))
     for name in CODE:
         shutil.copyfile(Path(npair.serving.__path__[0]) / name, version / name)

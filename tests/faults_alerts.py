@@ -111,7 +111,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         pytest.fail("Prometheus is missing: apt-get install --no-install-recommends prometheus")
     folder = tmp_path_factory.mktemp("alerts")
     model = folder / "models/npair"
-    shutil.copytree(ROOT / "model_repository/npair", model)
+    shutil.copytree(ROOT / "model_repository/npair", model, ignore=shutil.ignore_patterns("__pycache__"))
     for name in CODE:
         shutil.copyfile(Path(npair.serving.__path__[0]) / name, model / SHIPPED.name / name)
     with (model / SHIPPED.name / "embedder.py").open("a") as code:

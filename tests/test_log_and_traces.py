@@ -112,7 +112,7 @@ def flat(item: dict[str, Any]) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def server(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     models = tmp_path_factory.mktemp("observed")
-    shutil.copytree(published, models / "npair")
+    shutil.copytree(published, models / "npair", ignore=shutil.ignore_patterns("__pycache__"))
     config = models / "npair/config.pbtxt"
     config.write_text(with_release(config.read_text(), [1], {}))
     with (models / "npair/1/embedder.py").open("a") as code:

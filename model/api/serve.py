@@ -464,7 +464,9 @@ class Supervisor:
         if self.ready:
             with contextlib.suppress(OSError, http.client.HTTPException, ProbeError, ValueError):
                 self.drained = self.prober.unload(self.secret, self.options.drain)
-        self.process.terminate()
+                if not self.drained:
+                    return self.process.kill()  # it has had its time: a dead stub never unloads
+        return self.process.terminate()
 
     def _end(self) -> None:
         try:
