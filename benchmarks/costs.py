@@ -297,10 +297,10 @@ def cpu_seconds(pid: int) -> dict[str, float]:
     kinds = {"python": "watch (serve.py)", "tritonserver": "Triton", "triton_python_b": "model instances"}
     used = dict.fromkeys(kinds.values(), 0.0)
     for process in [pid, *descendants(pid)]:
-        head, _, tail = Path(f"/proc/{process}/stat").read_text().rpartition(")")
-        kind = next((kind for start, kind in kinds.items() if head.partition("(")[2].startswith(start)), None)
+        name = Path(f"/proc/{process}/comm").read_text()
+        kind = next((kind for start, kind in kinds.items() if name.startswith(start)), None)
         if kind:
-            used[kind] += sum(map(int, tail.split()[11:13])) / os.sysconf("SC_CLK_TCK")
+            used[kind] += serve.cpu_seconds(process)
     return used
 
 

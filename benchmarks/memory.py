@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import re
 import sys
 import threading
 import time
@@ -25,9 +24,10 @@ from bench import ROOT, proportional_memory, say
 from PIL import Image
 
 from npair.client import InvalidPhotoError, NpairClient, NpairError, RequestTimeoutError, UnavailableError
+from npair.config import parameters, parse
 from npair.serving.engine import cores
 from npair.serving.preprocess import LARGE
-from npair.tune import Server, serving
+from npair.tune import Server, read_setting, serving
 
 PIXEL = 21  # bytes that decoding takes for each, at worst: of a WebP with transparency, five pictures of four bytes a pixel
 COPIES = 5  # of a request's photos, at most: as they came, for the backend, in memory shared with a stub, and in the stub
@@ -54,8 +54,8 @@ def main() -> int:
     parser.add_argument("--models", type=Path, default=ROOT / "model_repository", help="(%(default)s)")
     models = parser.parse_args().models
     config = (models / "npair/config.pbtxt").read_text()
-    max_bytes, max_pixels = (int(re.search(rf'"{key}".*"(\d+)"', config)[1]) for key in ("max_bytes", "max_pixels"))  # type: ignore[index]
-    batch, instances = (int(re.search(rf"\b{key}: (\d+)", config)[1]) for key in ("max_batch_size", "count"))  # type: ignore[index]
+    max_bytes, max_pixels = (int(parameters(config)[key]) for key in ("max_bytes", "max_pixels"))
+    batch, instances = parse(config).max_batch_size, read_setting(config).instances
     threads = instances * max(1, cores() // instances)
     decoding = PIXEL * (instances * max_pixels + (threads - instances) * min(LARGE, max_pixels)) / 1e6
     say(f"{threads} threads of {instances} instances decode photos of at most {max_pixels:,} pixels: {decoding:,.0f} MB")

@@ -26,7 +26,7 @@ import numpy as np
 from bench import proportional_memory
 from costs import descendants, pyplot
 
-from npair.client import InvalidPhotoError, NpairClient, NpairError, Vectors
+from npair.client import SUFFIXES, InvalidPhotoError, NpairClient, NpairError, Vectors
 from npair.drawings import draw, encode
 from npair.serve import arguments_of
 from npair.tune import serving
@@ -82,7 +82,7 @@ def photos(folder: Path | None) -> Iterator[bytes]:
         yield encode(draw(number, 0, size), image_format)
     yield encode(draw(0, 1, LARGE), "JPEG")
     if folder:
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         yield from (path.read_bytes() for path in found[:: max(1, len(found) // 100)])
 
 
@@ -188,23 +188,21 @@ def open_files(pid: int) -> int:
 
 
 def report(readings: Sequence[Reading], load: Load) -> int:
-    """Prints the first tenth after warming up beside the last. Returns: the exit code."""
+    """Prints the second tenth, after warming up, beside the last. Returns: the exit code."""
     tenth = max(1, len(readings) // 10)
-    rows = []
+    ratios, rows = {}, []
     for field in fields(Reading)[1:]:
         first, last = (
             median(getattr(reading, field.name) for reading in of) for of in (readings[tenth : 2 * tenth], readings[-tenth:])
         )
+        ratios[field.name] = last / first
         rows.append(f"| {field.name} | {first:,.1f} | {last:,.1f} | {last / first:.3f} |")
-    grown = median(reading.memory for reading in readings[-tenth:]) / median(
-        reading.memory for reading in readings[tenth : 2 * tenth]
-    )
     print(f"{readings[-1].minute:.0f} minutes, {load.answered:,} photos embedded, {load.refused:,} bad photos refused,", end=" ")
     print(f"{load.problems.total()} requests answered otherwise than they should be\n")
     print("| | second tenth | last tenth | ratio |", "| --- | ---: | ---: | ---: |", *rows, sep="\n")
     for problem, times in load.problems.most_common(10):
         print(f"{times} x {problem}", file=sys.stderr)
-    return int(bool(load.problems) or grown >= 1 + GROWTH)
+    return int(bool(load.problems) or ratios["memory"] >= 1 + GROWTH)
 
 
 def plot(readings: Sequence[Reading], path: Path) -> None:

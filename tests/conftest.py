@@ -10,7 +10,8 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from ipaddress import IPv4Address
@@ -23,12 +24,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from npair.artifact import write_manifest
 from npair.data import Dataset
 from npair.drawings import draw, encode, write_dataset
 from npair.pixels import default_cache
 from npair.publish import publish
 from npair.repository import open_repository
 from npair.run import TrainConfig
+from npair.serving.embedder import read_manifest
 from npair.serving.preprocess import Limits, Preprocessing
 from npair.train import train
 
@@ -153,6 +156,36 @@ def many_scans(count: int) -> bytes:
     head = b"\xff\xd8" + segment(0xC2, struct.pack(">BHHB3B", 8, 800, 800, 1, 1, 0x11, 0)) + b"".join(tables)
     first = segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + bytes(10_000 // 8)
     return head + first + (segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + b"\x3f\xff") * (count - 1) + b"\xff\xd9"
+
+
+def eventually(true: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+BREAKS = b"the network fails on this"  # a fault that cannot be made for real: such a network would not be loaded
+BROKEN = f"""
+
+embed_photos = Embedder.embed_photos
+
+
+def broken(self, photos, limits):
+    if {BREAKS!r} in photos:
+        raise ArithmeticError("the network's output is zero or not finite")
+    return embed_photos(self, photos, limits)
+
+
+Embedder.embed_photos = broken
+"""
+
+
+def let_fail(version: Path) -> None:
+    """Change a version so that it is served, and fails on BREAKS."""
+    with (version / "embedder.py").open("a") as code:
+        code.write(BROKEN)
+    write_manifest(version, read_manifest(version))
 
 
 def free_ports() -> dict[str, str]:

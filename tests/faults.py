@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 import serve
 from conftest import ROOT, free_ports
+from costs import descendants
 
 from npair.client import NpairClient, NpairError, RequestTimeoutError, UnavailableError
 from npair.drawings import draw, encode
@@ -84,11 +85,6 @@ class Service:
     def healthy(self) -> bool:
         command: list[str | Path] = [sys.executable, ROOT / "model/api/serve.py", "--health"]
         return subprocess.run(command, env=os.environ | self.ports, check=False, capture_output=True).returncode == 0
-
-    @property
-    def supervisor(self) -> int:
-        """serve.py's own process, below what wraps it."""
-        return self.process.pid
 
     @property
     def server(self) -> int:
@@ -283,7 +279,7 @@ class TestKilled:
 
     def test_supervisor(self, service: Service, table: list[str]) -> None:
         """Its server dies with it, or would hold the ports."""
-        result = cause(service, lambda: kill(service.supervisor), code=-signal.SIGKILL)
+        result = cause(service, lambda: kill(service.process.pid), code=-signal.SIGKILL)
         table.append(result.row("serve.py is killed (-9)", "connections break off"))
         assert result.errors
         assert not result.silent
@@ -306,7 +302,7 @@ def memory_group(pid: int, room: int) -> Iterator[None]:
     limit = group / ("memory.limit_in_bytes" if version_1 else "memory.max")
     group.mkdir()
     try:
-        for process in family(pid):
+        for process in [pid, *descendants(pid)]:
             (group / "cgroup.procs").write_text(str(process))
         limit.write_text(str(room))  # what they have already stays with the group in which it was touched first
         yield
@@ -317,10 +313,6 @@ def memory_group(pid: int, room: int) -> Iterator[None]:
     finally:
         until(lambda: not (group / "cgroup.procs").read_text(), "processes are left in the memory group")
         group.rmdir()
-
-
-def family(pid: int) -> list[int]:
-    return [pid, *(member for child in serve.children(pid) for member in family(child))]
 
 
 class TestMemory:
@@ -341,16 +333,16 @@ class TestMemory:
         assert not result.silent
 
 
-def in_small_folders(*folders: str) -> list[str]:
-    """A command that runs another with tmpfs of 64 MB in place of these folders, which others do not see."""
-    mounts = " && ".join(f"mount -t tmpfs -o size=64m,mode=1777 tmpfs {folder}" for folder in folders)
+def with_mounts(mounts: str) -> list[str]:
+    """A command that runs another after these, which others do not see."""
     return ["unshare", "--mount", "--propagation", "private", "sh", "-c", f'{mounts} && exec "$@"', "sh"]
 
 
 class TestDisk:
     @pytest.mark.parametrize("folder", ["/dev/shm", "/tmp"])
     def test_full(self, tmp_path_factory: pytest.TempPathFactory, table: list[str], folder: str) -> None:
-        with Service(tmp_path_factory.mktemp("full"), in_small_folders(folder)) as service:
+        small = with_mounts(f"mount -t tmpfs -o size=64m,mode=1777 tmpfs {folder}")
+        with Service(tmp_path_factory.mktemp("full"), small) as service:
             there = Path(f"/proc/{service.process.pid}/root{folder}/filler")
 
             def fault() -> None:
@@ -366,11 +358,9 @@ class TestDisk:
         assert not result.errors
 
     def test_read_only(self, tmp_path: Path, table: list[str]) -> None:
-        """Everything but /tmp and /dev/shm."""
         models = shutil.copytree(ROOT / "model_repository", tmp_path / "models")
         mounts = f"mount --bind {models} {models} && mount -o remount,bind,ro {models}"
-        wrapped = ["unshare", "--mount", "--propagation", "private", "sh", "-c", f'{mounts} && exec "$@"', "sh"]
-        with Service(tmp_path, wrapped, {"MODEL_REPOSITORY": str(models)}) as service:
+        with Service(tmp_path, with_mounts(mounts), {"MODEL_REPOSITORY": str(models)}) as service:
             result = cause(service, lambda: None)
         table.append(result.row("the repository is read-only", "nothing"))
         assert not result.errors

@@ -19,15 +19,13 @@ from urllib.request import Request, urlopen
 
 import pytest
 import serve
-from conftest import ROOT, SHIPPED, free_ports, lines_until_ready, start
+from conftest import BREAKS, ROOT, SHIPPED, free_ports, let_fail, lines_until_ready, start
 from PIL import Image
-from test_log_and_traces import BREAKS, BROKEN
 
 import npair.serving
-from npair.artifact import CODE, write_manifest
+from npair.artifact import CODE
 from npair.client import NpairClient, NpairError
 from npair.drawings import encode
-from npair.serving.embedder import read_manifest
 
 SHORTENED = {"15s": "1s", "1m": "3s", "2m": "4s", "5m": "10s", "30m": "90s", "1h": "10s", "1d": "20s"}
 RULES = (ROOT / "monitoring/alerts.yml").read_text()
@@ -114,9 +112,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     shutil.copytree(ROOT / "model_repository/npair", model, ignore=shutil.ignore_patterns("__pycache__"))
     for name in CODE:
         shutil.copyfile(Path(npair.serving.__path__[0]) / name, model / SHIPPED.name / name)
-    with (model / SHIPPED.name / "embedder.py").open("a") as code:
-        code.write(BROKEN)
-    write_manifest(model / SHIPPED.name, read_manifest(model / SHIPPED.name))
+    let_fail(model / SHIPPED.name)
     world = World(model.parent, folder)
     yield world
     world.end()

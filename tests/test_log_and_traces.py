@@ -11,20 +11,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from conftest import ROOT, free_ports, lines_until_ready, start
+from conftest import BREAKS, ROOT, eventually, free_ports, let_fail, lines_until_ready, start
 
-from npair.artifact import write_manifest
 from npair.client import InvalidPhotoError, NpairClient, ServerFaultError
 from npair.config import with_release
 from npair.drawings import draw, encode
-from npair.serving.embedder import read_manifest
 
 PHOTO = encode(draw(0, 0), "JPEG")
 HOSTILE = {
@@ -37,20 +35,6 @@ HOSTILE = {
     b"\\u0000": "",
     b"x" * 1_000_000: "x" * 100,
 }
-BREAKS = b"the network fails on this"  # a fault that cannot be made for real: such a network would not be loaded
-BROKEN = f"""
-
-embed_photos = Embedder.embed_photos
-
-
-def broken(self, photos, limits):
-    if {BREAKS!r} in photos:
-        raise ArithmeticError("the network's output is zero or not finite")
-    return embed_photos(self, photos, limits)
-
-
-Embedder.embed_photos = broken
-"""
 
 
 class Server:
@@ -72,13 +56,6 @@ class Server:
         tensor = b'{"name": "IMAGE", "datatype": "BYTES", "shape": [1, 1], "data": ["no photo"]}'
         with pytest.raises(HTTPError, match="400"):
             self.post(b'{"id": "' + request_id + b'", "inputs": [' + tensor + b"]}", {})
-
-
-def eventually(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -115,9 +92,7 @@ def server(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     shutil.copytree(published, models / "npair", ignore=shutil.ignore_patterns("__pycache__"))
     config = models / "npair/config.pbtxt"
     config.write_text(with_release(config.read_text(), [1], {}))
-    with (models / "npair/1/embedder.py").open("a") as code:
-        code.write(BROKEN)
-    write_manifest(models / "npair/1", read_manifest(models / "npair/1"))
+    let_fail(models / "npair/1")
     seen, ports = Server(), free_ports()
     seen.urls = {"http": f"http://127.0.0.1:{ports['HTTP_PORT']}", "grpc": f"grpc://127.0.0.1:{ports['GRPC_PORT']}"}
     with collector(seen.spans) as url:

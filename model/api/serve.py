@@ -261,8 +261,7 @@ def hide_secret(server: int) -> None:
     Raises: OSError where that is not permitted.
     """
     command_line = Path(f"/proc/{server}/cmdline").read_bytes()
-    fields = Path(f"/proc/{server}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    start = int(fields[45])  # arg_start, proc(5)
+    start = int(stat_of(server)[45])  # arg_start
     with Path(f"/proc/{server}/mem").open("r+b", buffering=0) as memory:
         for secret in re.finditer(rb"(?<=%s=)[^\0]+" % CONTROL_HEADER.encode(), command_line):
             memory.seek(start + secret.start())
@@ -460,13 +459,14 @@ class Supervisor:
             self._drain()
 
     def _drain(self) -> None:
-        """The server itself would go on answering clients that keep their connections, and then cut them off."""
+        """Unloads the model, then ends the server, which by itself would go on answering clients that keep their connections, and
+        then cut them off."""
         if self.ready:
             with contextlib.suppress(OSError, http.client.HTTPException, ProbeError, ValueError):
                 self.drained = self.prober.unload(self.secret, self.options.drain)
                 if not self.drained:
-                    return self.process.kill()  # it has had its time: a dead stub never unloads
-        return self.process.terminate()
+                    self.process.kill()  # it has had its time: a dead stub never unloads
+        self.process.terminate()
 
     def _end(self) -> None:
         try:
@@ -618,10 +618,7 @@ class GoldenProber:
     def _worked(self) -> float:
         """Seconds that the stubs' threads have computed so far; 0 where the server is not known."""
         with contextlib.suppress(OSError):
-            stubs = children(self.server) if self.server else []
-            stats = [Path(f"/proc/{stub}/stat").read_text(encoding="utf-8", errors="replace") for stub in stubs]
-            ticks = [stat.rpartition(")")[2].split()[11:13] for stat in stats]  # utime and stime, proc(5)
-            return sum(int(user) + int(system) for user, system in ticks) / os.sysconf("SC_CLK_TCK")
+            return sum(cpu_seconds(stub) for stub in children(self.server)) if self.server else 0.0
         return 0.0
 
     def _request(
@@ -651,6 +648,16 @@ def children(pid: int) -> list[int]:
     return [int(child) for task in tasks for child in (task / "children").read_text(encoding="ascii").split()]
 
 
+def stat_of(pid: int) -> list[str]:
+    """The fields of a process's stat file from the third on, its state (proc(5)). Raises: OSError where it has ended."""
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+
+
+def cpu_seconds(pid: int) -> float:
+    """That a process's threads have computed so far. Raises: OSError where it has ended."""
+    return sum(map(int, stat_of(pid)[11:13])) / os.sysconf("SC_CLK_TCK")  # utime and stime
+
+
 def arguments_of(pid: int) -> list[str]:
     """A process's command line, empty where it has ended."""
     try:
@@ -670,8 +677,7 @@ def dead_stub(server: int | None) -> bool:
     instances answer most of them."""
     with contextlib.suppress(OSError):
         for child in children(server) if server else []:
-            state = Path(f"/proc/{child}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
-            if state == "Z":
+            if stat_of(child)[0] == "Z":
                 return True
     return False
 

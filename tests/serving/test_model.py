@@ -7,14 +7,14 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
-from conftest import free_ports, lines_until_ready, many_scans, start
+from conftest import eventually, free_ports, lines_until_ready, many_scans, start
 from PIL import Image
 
 from npair.client import InvalidPhotoError, NpairClient
@@ -79,13 +79,6 @@ def served(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     finally:
         process.terminate()
         process.wait(timeout=30)
-
-
-def eventually(true: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_counts_what_it_embeds(served: Served, published: Path) -> None:
