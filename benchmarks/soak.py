@@ -4,7 +4,8 @@
 
 Clients of both protocols send one photo or many, in all formats and from small to 12 megapixels, good ones and bad ones. Every
 vector is compared with the first that the photo got, and every refusal with the reason that it must have. Every few seconds, what
-the server holds is read. The exit code is 1 where a vector was wrong, a request failed that should not, or memory grew by GROWTH
+the server holds is read. To warm up, all clients at once send the largest requests that may come, for what the server keeps for
+reuse has the size of these. The exit code is 1 where a vector was wrong, a request failed that should not, or memory grew by GROWTH
 or more from the second tenth of the time to the last. The clients take their share of the cores, so this does not measure speed.
 """
 
@@ -17,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -65,6 +67,7 @@ def main() -> int:
     good = list(photos(options.photos))
     with serving(ROOT / "model_repository") as server:
         load = Load(good, [server.http, server.grpc], options.clients)
+        load.warm_up()
         with load:
             readings = list(read(server.pid, load, options.minutes))
     if options.csv:
@@ -101,12 +104,26 @@ class Load:
 
     def __init__(self, good: Sequence[bytes], urls: Sequence[str], clients: int) -> None:
         self.good, self.bad = good, bad_photos(good[3])
+        self.urls = [urls[client % len(urls)] for client in range(clients)]
         self.answered, self.refused, self.problems = 0, 0, Counter[str]()
         self.latencies: list[float] = []
         self.stopping, self.lock = threading.Event(), threading.Lock()
         with NpairClient(urls[0]) as client:
             self.expected: Vectors = np.concatenate([client.embed(photo).vectors for photo in good])
-        self.threads = [threading.Thread(target=self._ask, args=(urls[i % len(urls)], i)) for i in range(clients)]
+        self.threads = [threading.Thread(target=self._ask, args=(url, seed)) for seed, url in enumerate(self.urls)]
+
+    def warm_up(self) -> None:
+        too_large = max(self.bad, key=len)
+        largest = [[too_large]] * 40 + [[max(self.good, key=len)] * (max(BATCHES) - 1) + [too_large]] * 4
+
+        def ask(url: str) -> None:
+            with NpairClient(url, retries=0, timeout=60) as client:
+                for batch in largest:
+                    with suppress(InvalidPhotoError):
+                        client.embed(batch)
+
+        with ThreadPoolExecutor(len(self.urls)) as pool:
+            list(pool.map(ask, self.urls))
 
     def __enter__(self) -> None:
         for thread in self.threads:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,13 @@ def test_version_is_complete(published: Path) -> None:
     verification = manifest["metrics"]["val"]["verification"]
     assert manifest["thresholds"]["far_1_percent"] is None, "240 pairs of different products are too few"
     assert verification["negatives"] == 240
+
+
+def test_no_file_names_a_folder_of_its_publisher(published: Path) -> None:
+    with zipfile.ZipFile(published / "1/network.pt2") as graph:
+        contents = {name: graph.read(name) for name in graph.namelist()}
+    contents |= {path.name: path.read_bytes() for path in (published / "1").rglob("*") if path.is_file()}
+    assert not [name for name, content in contents.items() if bytes(ROOT) in content or sys.prefix.encode() in content]
 
 
 def test_engines_are_measured(published: Path) -> None:

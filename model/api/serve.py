@@ -46,6 +46,9 @@ CONTROL_APIS = "model-repository,shared-memory,trace,logging"
 CONTROL_HEADER = "npair-control-secret"
 # Of one HTTP request, in bytes, where Triton has a limit (2.51 has none): three photos of the largest size, or 64 of 1 MiB.
 MAX_REQUEST_BYTES = 64 << 20
+# glibc would by itself come to keep what the largest requests took, hundreds of MB. Where both are given, they stay as they are
+# (mallopt(3)): pieces of 8 MiB or more go back to the system when they are freed, and each arena keeps no more than 16 MiB free.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 20)}
 FALLBACK = "fallback.json"  # beside config.pbtxt: the configuration of the version that was served before
 
 # What CUDA builds of the server call an error on every machine without a GPU.
@@ -202,7 +205,8 @@ def find_triton(scratch: Path) -> Triton:
 
     Raises: ServeError where there is none.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "NPAIR_CONTROL_SECRET"}  # no stub needs it
+    environment = ALLOCATOR | os.environ
+    environment.pop("NPAIR_CONTROL_SECRET", None)  # no stub needs it
     if (IMAGE_SERVER / "bin/tritonserver").is_file():
         return Triton(IMAGE_SERVER / "bin/tritonserver", IMAGE_SERVER / "backends", environment)
     package = importlib.util.find_spec("pytriton")

@@ -111,6 +111,8 @@ def export(network: EmbeddingNetwork, size: int, path: Path) -> None:
     with torch.no_grad():
         program = torch.export.export(network.eval(), (example,), dynamic_shapes=({0: batch},))
     program.example_inputs = None  # they alone would be pickled
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it names folders of the machine that publishes
     torch.export.save(program, path)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import eventually, free_ports, lines_until_ready, many_scans, start
 from PIL import Image
+from soak import shared
 
 from npair.client import InvalidPhotoError, NpairClient
 from npair.config import with_release
@@ -40,8 +41,8 @@ REFUSED = {
 class Served:
     """A server, and what its metrics say."""
 
-    def __init__(self, models: Path, ports: dict[str, str]) -> None:
-        self.models, self.url = models, f"http://127.0.0.1:{ports['HTTP_PORT']}"
+    def __init__(self, models: Path, ports: dict[str, str], pid: int) -> None:
+        self.pid, self.models, self.url = pid, models, f"http://127.0.0.1:{ports['HTTP_PORT']}"
         self.metrics = f"http://127.0.0.1:{ports['METRICS_PORT']}/metrics"
         self.control = Server(self.url, "npair", secret="secret", timeout=60)
 
@@ -74,7 +75,7 @@ def served(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     process = start(**(ports := free_ports()), MODEL_REPOSITORY=str(models), NPAIR_CONTROL_SECRET="secret")
     try:
         lines_until_ready(process)
-        yield Served(models, ports)
+        yield Served(models, ports, process.pid)
         assert process.poll() is None
     finally:
         process.terminate()
@@ -127,6 +128,15 @@ def test_counts_refusals_by_reason(served: Served) -> None:
                 client.embed([PHOTO, *[photo] * number])
     expected = {reason: before[reason] + number for number, reason in enumerate(REFUSED, 1)}
     eventually(lambda: {reason: served.total("npair_photos_rejected_total", reason=reason) for reason in REASONS} == expected)
+
+
+def test_refused_photos_leave_no_memory_behind(served: Served) -> None:
+    """If something kept them until the garbage collector comes, each would have shared memory of its own, which is never returned."""
+    with NpairClient(served.url) as client:
+        for _ in range(40):
+            with pytest.raises(InvalidPhotoError):
+                client.embed(bytes(5_000_000))
+    assert shared(served.pid) < 2 * 5 * 5, "MB: two instances, and five times the photo for each"
 
 
 def test_batches_are_a_histogram(served: Served) -> None:
