@@ -131,7 +131,7 @@ def test_counts_refusals_by_reason(served: Served) -> None:
 
 
 def test_refused_photos_leave_no_memory_behind(served: Served) -> None:
-    """If something kept them until the garbage collector comes, each would have shared memory of its own, which is never returned."""
+    """Whatever keeps them until the garbage collector comes gives each shared memory of its own, which is never returned."""
     with NpairClient(served.url) as client:
         for _ in range(40):
             with pytest.raises(InvalidPhotoError):

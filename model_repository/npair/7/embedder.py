@@ -179,7 +179,9 @@ class Embedder:
         try:
             return decode(photo, self.preprocessing, limits, self.large)
         except PhotoError as error:
-            return error
+            # A new one: the frames of its traceback, and of its cause's, would keep the photos, and the memory that the server
+            # shares, until the garbage collector comes.
+            return PhotoError(error.reason, str(error))
 
     def _embed(self, pixels: Sequence[Pixels], alone: bool) -> list[Vector]:
         """The vectors of BATCH photos at once, or of any other number one by one."""
