@@ -188,11 +188,11 @@ def read(pid: int, load: Load, minutes: float) -> Iterator[Reading]:
 
 def shared(pid: int) -> float:
     """MB that the regions take which the server shares with its stubs, whose command lines name them."""
+    names = {argument for process in descendants(pid) for argument in arguments_of(process) if argument.startswith("npair_")}
     total = 0
-    for process in descendants(pid):
-        for name in {argument for argument in arguments_of(process) if argument.startswith("triton_python_backend_shm_region_")}:
-            with suppress(OSError):
-                total += Path("/dev/shm", name).stat().st_blocks * 512
+    for name in names:
+        with suppress(OSError):
+            total += Path("/dev/shm", name).stat().st_blocks * 512
     return total / 1e6
 
 

@@ -328,6 +328,31 @@ def test_killed_parent_leaves_no_server() -> None:
         pytest.fail("the server outlived its parent")
 
 
+def test_the_next_removes_what_the_killed_left() -> None:
+    """In a pod, /dev/shm outlives the containers."""
+    ports = free_ports()
+
+    def regions() -> set[Path]:
+        return set(Path("/dev/shm").glob(f"{serve.shared_regions(int(ports['HTTP_PORT']))}*"))
+
+    process = start(**ports)
+    lines_until_ready(process)
+    server = serve.server_at(int(ports["HTTP_PORT"]))
+    assert server
+    process.kill()
+    os.killpg(server, signal.SIGKILL)
+    process.communicate()
+    left = regions()
+    assert left
+    following = start(**ports)
+    lines_until_ready(following)
+    assert regions()
+    assert not regions() & left
+    following.terminate()
+    following.communicate(timeout=30)
+    assert not regions()
+
+
 def test_control_apis_open_with_the_secret_alone(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("open sesame\n")
     with running(NPAIR_CONTROL_SECRET_FILE=str(tmp_path / "secret")) as (process, urls):

@@ -46,9 +46,9 @@ CONTROL_APIS = "model-repository,shared-memory,trace,logging"
 CONTROL_HEADER = "npair-control-secret"
 # Of one HTTP request, in bytes, where Triton has a limit (2.51 has none): three photos of the largest size, or 64 of 1 MiB.
 MAX_REQUEST_BYTES = 64 << 20
-# glibc would by itself come to keep what the largest requests took, hundreds of MB. Where both are given, they stay as they are
-# (mallopt(3)): pieces of 8 MiB or more go back to the system when they are freed, and each arena keeps no more than 16 MiB free.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 20)}
+# glibc would by itself come to keep what the largest requests took, hundreds of MB. With these (mallopt(3)), pieces of 8 MiB or
+# more go back to the system when they are freed, and of the rest each arena keeps no more than 16 MiB at its end.
+ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 20)}
 FALLBACK = "fallback.json"  # beside config.pbtxt: the configuration of the version that was served before
 
 # What CUDA builds of the server call an error on every machine without a GPU.
@@ -296,6 +296,19 @@ def grpc_tls(options: argparse.Namespace) -> dict[str, object]:
     return given | {"--grpc-use-ssl-mutual" if options.grpc_client_ca else "--grpc-use-ssl": "true"}
 
 
+def shared_regions(port: int) -> str:
+    """How the names begin of what the server with this HTTP port shares with its stubs: no other server can have both this port and
+    this network namespace."""
+    return f"npair_{Path('/proc/self/ns/net').stat().st_ino}_{port}_"
+
+
+def remove_shared_regions(port: int) -> None:
+    """Those that a server has left which was killed. In a pod, the next one would find them in its /dev/shm."""
+    for region in Path("/dev/shm").glob(f"{shared_regions(port)}*"):
+        with contextlib.suppress(OSError):
+            region.unlink()
+
+
 def as_triton_reads(repository: str) -> str:
     """Triton knows no AWS_ENDPOINT_URL: another S3 server than AWS's stands in the location itself."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
@@ -324,6 +337,7 @@ def command(options: argparse.Namespace, triton: Triton, secret: str) -> list[st
     flags = {
         "--model-repository": as_triton_reads(options.model_repository),
         "--backend-directory": triton.backends,
+        "--backend-config": f"python,shm-region-prefix-name={shared_regions(options.http_port)}",
         # config.pbtxt is complete; to complete it, the server would import the model, and torch, once more.
         "--disable-auto-complete-config": None,
         # Versions are loaded when they are asked for, never because a file appeared.
@@ -364,6 +378,7 @@ class Supervisor:
         self.began = time.monotonic()
         self.stopping = threading.Event()
         self.ready = self.drained = False
+        remove_shared_regions(options.http_port)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         # A session of its own: Ctrl-C reaches this process alone, which forwards it once.
@@ -481,6 +496,7 @@ class Supervisor:
             self.process.wait()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # a stub that hangs does not notice that its server has gone
+        remove_shared_regions(self.options.http_port)
         self.log.join(timeout=2)
 
     def _log(self, stream: IO[bytes]) -> None:

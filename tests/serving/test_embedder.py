@@ -46,7 +46,7 @@ def test_a_bad_photo_keeps_its_place(version: Path) -> None:
             np.testing.assert_allclose(answers[n], expected[n], atol=1e-4)  # type: ignore[arg-type]
     (only,) = embedder.embed_photos([b""], LIMITS)
     assert isinstance(only, PhotoError)
-    assert only.__traceback__ is only.__cause__ is only.__context__ is None, "their frames would keep the photos"
+    assert (only.__traceback__, only.__cause__, only.__context__) == (None, None, None), "their frames would keep the photos"
 
 
 @pytest.mark.parametrize("name", ["model.py", "network.pt2", "golden/photo.jpg", "golden/embeddings.npy"])
