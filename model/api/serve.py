@@ -302,9 +302,17 @@ def shared_regions(port: int) -> str:
     return f"npair_{Path('/proc/self/ns/net').stat().st_ino}_{port}_"
 
 
-def remove_shared_regions(port: int) -> None:
-    """Those that a server has left which was killed. In a pod, the next one would find them in its /dev/shm."""
-    for region in Path("/dev/shm").glob(f"{shared_regions(port)}*"):
+def remove_remains(port: int) -> None:
+    """Of a server that was killed: its stubs, which may wait for it for ever, and what it shared with them, which in a pod outlives
+    the container."""
+    if server_at(port):  # one that is starting, too
+        return
+    name = shared_regions(port)
+    for process in processes():
+        if any(argument.startswith(name) for argument in arguments_of(process)):
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+    for region in Path("/dev/shm").glob(f"{name}*"):
         with contextlib.suppress(OSError):
             region.unlink()
 
@@ -378,7 +386,7 @@ class Supervisor:
         self.began = time.monotonic()
         self.stopping = threading.Event()
         self.ready = self.drained = False
-        remove_shared_regions(options.http_port)
+        remove_remains(options.http_port)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         # A session of its own: Ctrl-C reaches this process alone, which forwards it once.
@@ -496,7 +504,7 @@ class Supervisor:
             self.process.wait()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # a stub that hangs does not notice that its server has gone
-        remove_shared_regions(self.options.http_port)
+        remove_remains(self.options.http_port)
         self.log.join(timeout=2)
 
     def _log(self, stream: IO[bytes]) -> None:
@@ -686,10 +694,14 @@ def arguments_of(pid: int) -> list[str]:
         return []
 
 
+def processes() -> list[int]:
+    """All that this user can see."""
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+
+
 def server_at(port: int) -> int | None:
     """The server that listens on this HTTP port, where this user can see it."""
-    everyone = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal())
-    return next((pid for pid in everyone if f"--http-port={port}" in arguments_of(pid)), None)
+    return next((pid for pid in processes() if f"--http-port={port}" in arguments_of(pid)), None)
 
 
 def dead_stub(server: int | None) -> bool:
