@@ -39,7 +39,7 @@ serve: .venv/serve ## Start Triton with model_repository/ (HTTP_PORT, GRPC_PORT,
 	@exec $(BIN)/python model/api/serve.py
 
 test: .venv/dev ## Run all tests, on real servers
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-faults: .venv/dev ## Cause faults on a real server under load (needs root, faketime, nginx and prometheus)
 	$(BIN)/python -m pytest tests/faults*.py $(ARGS)

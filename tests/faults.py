@@ -51,19 +51,28 @@ class Service:
     environment: dict[str, str] = field(default_factory=dict)
     codes: list[int] = field(default_factory=list)
 
-    def __enter__(self) -> Service:
-        self.ports, self.stopping = free_ports(), threading.Event()
+    def __post_init__(self) -> None:
+        self.ports, self.log = free_ports(), self.folder / "log"
         self.urls = {
             "http": f"http://127.0.0.1:{self.ports['HTTP_PORT']}",
             "grpc": f"grpc://127.0.0.1:{self.ports['GRPC_PORT']}",
         }
-        self.log = self.folder / "log"
-        self.keeper = threading.Thread(target=self._keep)
-        self.keeper.start()
-        until(self.ready, "the server did not start", self.log.read_text)
+
+    def __enter__(self) -> Service:
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        self.stopping = threading.Event()
+        self.keeper = threading.Thread(target=self._keep)
+        self.keeper.start()
+        until(self.ready, "the server did not start", self.log.read_text)
+
+    def stop(self) -> None:
+        """And start no other."""
         self.stopping.set()
         self.process.terminate()
         self.keeper.join(30)
@@ -461,9 +470,7 @@ def test_stop(tmp_path: Path, table: list[str]) -> None:
         until(traffic.well, "clients are not answered")
         time.sleep(SECONDS)
         at = time.monotonic()
-        service.stopping.set()
-        service.process.send_signal(signal.SIGTERM)
-        service.keeper.join(30)
+        service.stop()
         took = time.monotonic() - at
     result = outcome(traffic.answers, at)
     seen = f"ended after {took:.1f} s with exit code {service.codes[-1]}; whoever comes later finds nobody"

@@ -19,7 +19,8 @@ from urllib.request import Request, urlopen
 
 import pytest
 import serve
-from conftest import BREAKS, ROOT, SHIPPED, free_ports, let_fail, lines_until_ready, start
+from conftest import BREAKS, ROOT, SHIPPED, free_ports, let_fail
+from faults import Service, until
 from PIL import Image
 
 import npair.serving
@@ -37,36 +38,30 @@ def shortened(text: str) -> str:
     return re.sub(r"(?<=[\[ ])(\d+[smhd])(?=[\]\n)])", lambda found: SHORTENED[found[1]], text)
 
 
-class World:
+class World(Service):
     """A server that is started anew when it ends, as a container's is, and Prometheus beside it."""
 
-    def __init__(self, models: Path, folder: Path) -> None:
-        self.models, self.ports = models, free_ports()
-        self.url = f"http://127.0.0.1:{self.ports['HTTP_PORT']}"
-        self.prometheus = f"http://127.0.0.1:{free_ports()['HTTP_PORT']}"
-        (folder / "alerts.yml").write_text(shortened(RULES))
-        settings = shortened((ROOT / "monitoring/prometheus.yml").read_text())
-        (folder / "prometheus.yml").write_text(settings.replace("model_api:8002", f"127.0.0.1:{self.ports['METRICS_PORT']}"))
+    def __enter__(self) -> World:
         self.start()
+        self.prometheus = f"http://127.0.0.1:{free_ports()['HTTP_PORT']}"
+        (self.folder / "alerts.yml").write_text(shortened(RULES))
+        settings = shortened((ROOT / "monitoring/prometheus.yml").read_text())
+        (self.folder / "prometheus.yml").write_text(settings.replace("model_api:8002", f"127.0.0.1:{self.ports['METRICS_PORT']}"))
         self.monitor = subprocess.Popen(
             [
                 "prometheus",
-                f"--config.file={folder}/prometheus.yml",
-                f"--storage.tsdb.path={folder}/data",
+                f"--config.file={self.folder}/prometheus.yml",
+                f"--storage.tsdb.path={self.folder}/data",
                 f"--web.listen-address={self.prometheus.removeprefix('http://')}",
             ],
             stderr=subprocess.DEVNULL,
         )
+        return self
 
-    def start(self) -> None:
-        self.server = start(**self.ports, MODEL_REPOSITORY=str(self.models), NPAIR_CONTROL_SECRET="secret")
-        lines_until_ready(self.server)
-        threading.Thread(target=self.server.communicate, daemon=True).start()
-
-    def end(self) -> None:
-        for process in (self.server, self.monitor):
-            process.terminate()
-            process.wait(timeout=30)
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self.monitor.terminate()
+        self.monitor.wait(timeout=30)
 
     def firing(self) -> set[str]:
         with contextlib.suppress(OSError):
@@ -86,7 +81,7 @@ class World:
         done = threading.Event()
 
         def client() -> None:
-            with NpairClient(self.url, retries=0, batch_size=64) as connection:
+            with NpairClient(self.urls["http"], retries=0, batch_size=64) as connection:
                 while not done.wait(pause):
                     with contextlib.suppress(NpairError):
                         connection._embed_batch(photos, None, 0)
@@ -113,9 +108,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     for name in CODE:
         shutil.copyfile(Path(npair.serving.__path__[0]) / name, model / SHIPPED.name / name)
     let_fail(model / SHIPPED.name)
-    world = World(model.parent, folder)
-    yield world
-    world.end()
+    with World(folder, environment={"MODEL_REPOSITORY": str(model.parent), "NPAIR_CONTROL_SECRET": "secret"}) as world:
+        yield world
 
 
 def changed(world: World) -> None:
@@ -148,18 +142,20 @@ def turned_away(world: World) -> None:
 
 
 def killed(world: World) -> None:
-    for _ in range(2):
-        (server,) = serve.children(world.server.pid)
-        os.kill(serve.children(server)[0], 9)
-        assert world.server.wait(timeout=30) == 1
-        world.start()
+    def kill() -> None:
+        ended = len(world.codes)
+        os.kill(world.stubs[0], 9)
+        until(lambda: world.codes[ended:] == [1], "the server goes on without its stub", world.log.read_text)
+        until(world.ready, "the server did not start", world.log.read_text)
         time.sleep(2)
+
+    kill()
+    kill()
     world.fires("NpairRestarts", 20)
 
 
 def stopped(world: World) -> None:
-    world.server.terminate()
-    world.server.wait(timeout=30)
+    world.stop()
     world.fires("NpairDown", 20)
 
 
@@ -167,7 +163,7 @@ def unloaded(world: World) -> None:
     """serve.py would end this server after 10 seconds."""
     world.start()
     headers = {serve.CONTROL_HEADER: "secret"}
-    urlopen(Request(f"{world.url}/v2/repository/models/npair/unload", b"{}", headers), timeout=60)
+    urlopen(Request(f"{world.urls['http']}/v2/repository/models/npair/unload", b"{}", headers), timeout=60)
     world.fires("NpairNotServed", 20)
 
 
