@@ -36,16 +36,17 @@ SECONDS, AFTER = 60.0, 10.0
 
 @dataclass(frozen=True)
 class Case:
-    """So many requests at once, each with these photos."""
+    """So many requests at once, and so many times, each with these photos."""
 
     name: str
     photos: list[bytes]
     protocols: tuple[str, ...] = ("http", "grpc")
     at_once: int = 1
+    times: int = 1
 
     @property
     def sent(self) -> int:
-        """Bytes."""
+        """Bytes, at once."""
         return self.at_once * sum(map(len, self.photos))
 
 
@@ -90,6 +91,7 @@ def cases(max_bytes: int, max_pixels: int, batch: int) -> Iterator[Case]:
     yield Case(f"{max_bytes / 1e6:.0f} MB: 8 requests at once", [largest], at_once=8)
     yield Case("beyond: one row of pixels more", [encoded(Image.new("RGBA", (side, max_pixels // side + 1)), "PNG")])
     yield Case("beyond: one byte more", [largest + b"\0"])
+    yield Case("beyond: one byte more, 100 times", [largest + b"\0"], times=100)
     yield Case("beyond: one photo more", [encoded(Image.new("RGB", (64, 64)), "PNG")] * (batch + 1))
     yield Case("beyond: one photo of 1 GB", [bytes(10**9)])
 
@@ -127,7 +129,7 @@ def measured(server: Server, case: Case, protocol: str) -> tuple[float, str, str
     watcher = threading.Thread(target=watch)
     watcher.start()
     with ThreadPoolExecutor(case.at_once) as pool:
-        outcomes = sorted(set(pool.map(send, range(case.at_once))))
+        outcomes = sorted({outcome for _ in range(case.times) for outcome in pool.map(send, range(case.at_once))})
     done.set()
     watcher.join()
     time.sleep(AFTER)

@@ -6,6 +6,7 @@ import http.server
 import json
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from conftest import ROOT, SHIPPED, running
+from conftest import ROOT, SHIPPED, certificate, running
 
 from npair.client import (
     IN_FLIGHT,
@@ -97,10 +98,14 @@ def embeddings_of(version: str, photos: PHOTOS, _path: str) -> tuple[int, str]:
 
 
 @contextmanager
-def serving(answer: Callable[[PHOTOS, str], tuple[int, str]]) -> Iterator[tuple[str, FakeServer]]:
+def serving(
+    answer: Callable[[PHOTOS, str], tuple[int, str]], tls: ssl.SSLContext | None = None
+) -> Iterator[tuple[str, FakeServer]]:
     server = FakeServer(answer)
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", server
+    yield f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}", server
     server.shutdown()
 
 
@@ -310,6 +315,7 @@ class TestErrors:
         [
             *({"url": "ftp://a"}, {"url": "localhost:8000"}, {"timeout": 0}, {"retries": -1}, {"batch_size": 0}),
             *({"batch_bytes": 0}, {"api_key": "two words"}, {"api_key": "clé"}, {"ca": "/nowhere.pem"}, {"ca": __file__}),
+            {"cert": (__file__, __file__)},
         ],
     )
     def test_senseless_arguments(self, arguments: dict[str, object]) -> None:
@@ -327,6 +333,29 @@ class TestErrors:
             with pytest.raises(LookupError):
                 EmbeddingStream(client, []).version  # noqa: B018
             assert server.batches == []
+
+
+def test_shows_its_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its copies do, and command lines."""
+    cert, key = certificate(tmp_path)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=cert)
+    tls.load_cert_chain(cert, key)
+    tls.verify_mode = ssl.CERT_REQUIRED
+    with serving(lambda photos, _: embeddings(photos), tls) as (url, _):
+        with NpairClient(url, ca=cert, cert=(cert, key)) as client, client.copy() as copy:
+            assert copy.embed(b"abc").vectors[0, 0] == 3
+        with NpairClient(url, ca=cert, retries=0) as client, pytest.raises(UnavailableError):
+            client.embed(b"abc")
+        command = [sys.executable, str(ROOT / "model/api/client.py"), "ready", "--url", url]
+        monkeypatch.setenv("NPAIR_CA", str(cert))
+        monkeypatch.setenv("NPAIR_CERT", str(cert))
+        monkeypatch.setenv("NPAIR_KEY", str(key))
+        assert subprocess.run(command, check=False).returncode == 0
+        both = tmp_path / "both.pem"
+        both.write_text(cert.read_text() + key.read_text())
+        monkeypatch.setenv("NPAIR_CERT", str(both))
+        monkeypatch.delenv("NPAIR_KEY")
+        assert subprocess.run(command, check=False).returncode == 0
 
 
 class TestApiKey:

@@ -144,6 +144,7 @@ class NpairClient:
         batch_size: int = 32,
         batch_bytes: int = 16_000_000,
         ca: str | os.PathLike[str] | None = None,
+        cert: tuple[str | os.PathLike[str], str | os.PathLike[str]] | None = None,
         api_key: str | None = None,
     ) -> None:
         """url: http://, https://, grpc:// or grpcs:// and host:port.
@@ -152,6 +153,7 @@ class NpairClient:
         timeout: seconds for one request. retries: how often a request is repeated while nobody answers.
         batch_size, batch_bytes: the most photos, and the most bytes, of one request; a photo larger than that travels alone.
         ca: certificates (PEM) to trust over https:// and grpcs:// in place of the usual ones.
+        cert: the certificate and the private key (PEM, without a password) to show to a server that asks for one.
         api_key: sent as "Authorization: Bearer KEY" with every call, for a proxy before the server.
         Raises: ValueError for a URL, a limit, a key or certificates that make no sense.
         """
@@ -162,12 +164,17 @@ class NpairClient:
             raise ValueError("batch_size, batch_bytes and timeout must be positive, and retries must not be negative")
         if api_key and not re.fullmatch("[!-~]+", api_key):
             raise ValueError("api_key must be printable ASCII without blanks")
-        if ca is not None:
-            try:
-                ssl.create_default_context(cafile=ca)  # gRPC itself would call the server unavailable
-            except OSError as error:
-                raise ValueError(f"ca must be a file of certificates (PEM), and {ca} is not: {error}") from error
-        self.ca, self.api_key = ca, api_key
+        try:  # gRPC itself would call the server unavailable
+            if ca is not None:
+                ssl.create_default_context(cafile=ca)
+        except OSError as error:
+            raise ValueError(f"ca must be a file of certificates (PEM), and {ca} is not: {error}") from error
+        try:
+            if cert is not None:
+                ssl.create_default_context().load_cert_chain(*cert, password="")
+        except OSError as error:
+            raise ValueError(f"cert must be the files (PEM) of a certificate and its key, and {cert} are not: {error}") from error
+        self.ca, self.cert, self.api_key = ca, cert, api_key
         self.url, self.model, self.version, self.timeout, self.retries = url, model, version, timeout, retries
         self.batch_size, self.batch_bytes = batch_size, batch_bytes
         self._protocol: Any
@@ -176,7 +183,11 @@ class NpairClient:
         if parts.scheme.startswith("grpc"):
             self._protocol = tritonclient.grpc
             self._client: Any = tritonclient.grpc.InferenceServerClient(
-                parts.netloc, ssl=parts.scheme == "grpcs", root_certificates=None if ca is None else os.fspath(ca)
+                parts.netloc,
+                ssl=parts.scheme == "grpcs",
+                root_certificates=None if ca is None else os.fspath(ca),
+                certificate_chain=None if cert is None else os.fspath(cert[0]),
+                private_key=None if cert is None else os.fspath(cert[1]),
             )
             self._extra, self._as_json = {"client_timeout": timeout}, {"as_json": True}
         else:
@@ -184,7 +195,10 @@ class NpairClient:
             self._client = tritonclient.http.InferenceServerClient(
                 parts.netloc + parts.path.rstrip("/"),
                 ssl=parts.scheme == "https",
-                ssl_options=None if ca is None else {"ca_certs": os.fspath(ca)},
+                ssl_options={
+                    **({} if ca is None else {"ca_certs": os.fspath(ca)}),
+                    **({} if cert is None else {"certfile": os.fspath(cert[0]), "keyfile": os.fspath(cert[1])}),
+                },
                 connection_timeout=timeout,
                 network_timeout=timeout,
             )
@@ -212,6 +226,7 @@ class NpairClient:
             batch_size=self.batch_size,
             batch_bytes=self.batch_bytes,
             ca=self.ca,
+            cert=self.cert,
             api_key=self.api_key,
         )
 
@@ -442,9 +457,11 @@ EXIT_OK, EXIT_PHOTOS, EXIT_USAGE, EXIT_SERVER = 0, 1, 2, 3
 
 
 def from_environment() -> dict[str, Any]:
-    """NpairClient's arguments that command lines take from the environment: NPAIR_CA, and NPAIR_API_KEY, which users of this
-    machine could read on a command line."""
-    given = {"ca": os.environ.get("NPAIR_CA"), "api_key": os.environ.get("NPAIR_API_KEY")}
+    """NpairClient's arguments that command lines take from the environment: NPAIR_CA; NPAIR_CERT, with the key in the same file or
+    in NPAIR_KEY; and NPAIR_API_KEY, which users of this machine could read on a command line."""
+    certificate = os.environ.get("NPAIR_CERT")
+    cert = (certificate, os.environ.get("NPAIR_KEY") or certificate) if certificate else None
+    given = {"ca": os.environ.get("NPAIR_CA"), "cert": cert, "api_key": os.environ.get("NPAIR_API_KEY")}
     return {name: value for name, value in given.items() if value}
 
 
@@ -468,7 +485,8 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Embed and compare photos with an npair server.",
-        epilog="For https:// and grpcs://, NPAIR_CA names certificates (PEM) to trust; NPAIR_API_KEY is sent as a bearer token. "
+        epilog="For https:// and grpcs://, NPAIR_CA names certificates (PEM) to trust, NPAIR_CERT and NPAIR_KEY the ones to show; "
+        "NPAIR_API_KEY is sent as a bearer token. "
         "Exit code: 0 done, 1 a photo could not be embedded, 2 wrong usage, 3 the server did not do its part.",
     )
     shared = argparse.ArgumentParser(add_help=False)
