@@ -24,7 +24,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from npair.artifact import write_manifest
+import npair.serving
+from npair.artifact import CODE, write_manifest
 from npair.data import Dataset
 from npair.drawings import draw, encode, write_dataset
 from npair.pixels import default_cache
@@ -166,6 +167,7 @@ def eventually(true: Callable[[], object], seconds: float = 20) -> None:
 
 
 BREAKS = b"the network fails on this"  # a fault that cannot be made for real: such a network would not be loaded
+HANGS = b"the network never ends on this"
 BROKEN = f"""
 
 embed_photos = Embedder.embed_photos
@@ -174,6 +176,8 @@ embed_photos = Embedder.embed_photos
 def broken(self, photos, limits):
     if {BREAKS!r} in photos:
         raise ArithmeticError("the network's output is zero or not finite")
+    if {HANGS!r} in photos:
+        threading.Event().wait()
     return embed_photos(self, photos, limits)
 
 
@@ -182,10 +186,19 @@ Embedder.embed_photos = broken
 
 
 def let_fail(version: Path) -> None:
-    """Change a version so that it is served, and fails on BREAKS."""
+    """Change a version so that it is served, fails on BREAKS and hangs on HANGS."""
     with (version / "embedder.py").open("a") as code:
         code.write(BROKEN)
     write_manifest(version, read_manifest(version))
+
+
+def broken_models(folder: Path) -> Path:
+    """A model repository with the shipped network and the present code, broken as by let_fail."""
+    models = Path(shutil.copytree(ROOT / "model_repository", folder / "models", ignore=shutil.ignore_patterns("__pycache__")))
+    for name in CODE:
+        shutil.copyfile(Path(npair.serving.__path__[0]) / name, models / "npair" / SHIPPED.name / name)
+    let_fail(models / "npair" / SHIPPED.name)
+    return models
 
 
 def free_ports() -> dict[str, str]:

@@ -26,10 +26,10 @@ from statistics import median
 import numpy as np
 import pytest
 import serve
-from conftest import ROOT, free_ports
+from conftest import HANGS, ROOT, broken_models, free_ports
 from costs import descendants
 
-from npair.client import NpairClient, NpairError, RequestTimeoutError, UnavailableError
+from npair.client import NpairClient, NpairError, RequestTimeoutError, ServerFaultError, UnavailableError
 from npair.drawings import draw, encode
 
 SECONDS = float(os.environ.get("FAULTS_SECONDS", "3"))
@@ -298,6 +298,21 @@ def test_all_stubs_hang(service: Service, table: list[str]) -> None:
     result = cause(service, lambda: stop(service.stubs), code=1)
     table.append(result.row("all stubs hang (SIGSTOP)", "no answer for 10 to 15 s, then connections break off"))
     assert "the golden photo has failed" in service.log.read_text()
+    assert result.errors
+    assert not result.silent
+
+
+def test_one_stub_hangs(tmp_path: Path, table: list[str]) -> None:
+    models = broken_models(tmp_path)
+    with Service(tmp_path, environment={"MODEL_REPOSITORY": str(models)}) as service:
+
+        def fault() -> None:
+            with NpairClient(service.urls["http"], retries=0, timeout=TIMEOUT) as client, pytest.raises(ServerFaultError):
+                client.embed(HANGS)
+
+        result = cause(service, fault, code=1)
+        assert "a batch has made no progress for 10 s" in service.log.read_text()
+    table.append(result.row("one stub hangs", "no answer to requests inside it for 10 s, then errors; the server is begun anew"))
     assert result.errors
     assert not result.silent
 

@@ -14,17 +14,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
 import serve
-from conftest import BREAKS, ROOT, SHIPPED, free_ports, let_fail
+from conftest import BREAKS, ROOT, SHIPPED, broken_models, free_ports
 from faults import Service, until
 from PIL import Image
 
-import npair.serving
-from npair.artifact import CODE
 from npair.client import NpairClient, NpairError
 from npair.drawings import encode
 
@@ -103,12 +100,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     if not shutil.which("prometheus"):
         pytest.fail("Prometheus is missing: apt-get install --no-install-recommends prometheus")
     folder = tmp_path_factory.mktemp("alerts")
-    model = folder / "models/npair"
-    shutil.copytree(ROOT / "model_repository/npair", model, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in CODE:
-        shutil.copyfile(Path(npair.serving.__path__[0]) / name, model / SHIPPED.name / name)
-    let_fail(model / SHIPPED.name)
-    with World(folder, environment={"MODEL_REPOSITORY": str(model.parent), "NPAIR_CONTROL_SECRET": "secret"}) as world:
+    with World(folder, environment={"MODEL_REPOSITORY": str(broken_models(folder)), "NPAIR_CONTROL_SECRET": "secret"}) as world:
         yield world
 
 

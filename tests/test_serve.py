@@ -318,11 +318,12 @@ def test_working_is_told_from_hanging(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_killed_parent_leaves_no_server() -> None:
     with running() as (process, urls):
+        stubs = stubs_of(process)
         process.kill()
         port = int(urls["http"].rsplit(":", 1)[1])
         deadline = time.monotonic() + 5
-        while serve.server_at(port):
-            assert time.monotonic() < deadline, "the server outlived its parent"
+        while serve.server_at(port) or any(map(serve.arguments_of, stubs)):
+            assert time.monotonic() < deadline, "the server or its stubs outlived serve.py"
             time.sleep(0.1)
         serve.remove_remains(port)
 
