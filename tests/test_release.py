@@ -235,6 +235,7 @@ class TestPromote:
                 rollback(repository, [server])
             retire(repository, 2, [server])
             assert [line.name for line in versions(repository, [server])] == ["1"]
+            assert {path.name for path in models.iterdir()} == {"config.pbtxt", "1"}
 
     def test_two_side_by_side(self, models: Path) -> None:
         repository = open_repository(models)
@@ -264,6 +265,13 @@ class TestPromote:
         assert pinned((models / "config.pbtxt").read_text()) == [2]
         with served(models) as (server, _):
             assert server.serving() == [2]
+
+    def test_retiring_leaves_no_trace(self, models: Path) -> None:
+        repository, before = open_repository(models), (models / "config.pbtxt").read_text()
+        promote(repository, 2, [])
+        retire(repository, 1, [])
+        assert {path.name for path in models.iterdir()} == {"config.pbtxt", "2"}
+        assert set(parameters((models / "config.pbtxt").read_text())) == set(parameters(before))
 
     def test_broken_is_refused_before_a_server_hears_of_it(self, broken: Path) -> None:
         before = (broken / "config.pbtxt").read_bytes()

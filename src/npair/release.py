@@ -228,16 +228,21 @@ def rollback(repository: Repository, servers: Sequence[Server]) -> int:
 
 
 def retire(repository: Repository, number: int, servers: Sequence[Server]) -> None:
-    """Remove a version that is not served. Raises: ReleaseError where it is, or is not there; RepositoryError."""
+    """Remove a version that is not served. Raises: ReleaseError where it is, or is not there; RepositoryError, ConfigError."""
     with repository.exclusive():
         if number not in repository.versions():
             raise ReleaseError(f"there is no version {number} in {repository.location}")
-        if number in pinned(_config(repository)):
+        config = _config(repository)
+        if number in pinned(config):
             raise ReleaseError(f"version {number} is the one that config.pbtxt pins; promote another first")
         for server in servers:
             if number in server.serving():
                 raise ReleaseError(f"version {number} is still served by {server.url}")
-        _write_fallback(repository, [version for version in _served_before(repository) if version != number])
+        history = [version for version in _served_before(repository) if version != number]
+        _write_fallback(repository, history)
+        repository.write("config.pbtxt", with_release(config, pinned(config), _served_before_as(history)).encode())
+        if not history:
+            repository.delete(FALLBACK)
         repository.remove(number)
 
 
@@ -334,7 +339,7 @@ def as_dicts(lines: Sequence[Version]) -> list[dict[str, Any]]:
 def _serve(repository: Repository, number: int, servers: Sequence[Server], *, keep: int | None, history: Sequence[int]) -> None:
     config, there = _config(repository), repository.versions()
     fallback = _read_if_there(repository, FALLBACK)
-    values: dict[str, str | None] = {"served_before": ",".join(map(str, history)) or None}
+    values = _served_before_as(history)
     for old in parameters(config):
         if old.startswith("manifest_sha256_"):
             values[old] = None
@@ -354,6 +359,8 @@ def _serve(repository: Repository, number: int, servers: Sequence[Server], *, ke
             for server in servers:
                 server.load()
                 server.check(folder)
+            if not history:
+                repository.delete(FALLBACK)
         except BaseException as error:
             reason = _put_back(repository, config, fallback, servers)
             if not isinstance(error, Exception):
@@ -381,7 +388,7 @@ def _write_fallback(repository: Repository, history: Sequence[int]) -> None:
     """The configuration of the version that was served last of these, for servers that start and find the pinned one broken."""
     if not history:
         return
-    values = client_parameters(_manifest(repository, history[-1])) | {"served_before": ",".join(map(str, history[:-1])) or None}
+    values = client_parameters(_manifest(repository, history[-1])) | _served_before_as(history[:-1])
     repository.write(FALLBACK, as_json(with_release(_config(repository), history[-1:], values)).encode())
 
 
@@ -389,6 +396,11 @@ def _served_before(repository: Repository) -> list[int]:
     there = repository.versions()
     history = parameters(_config(repository)).get("served_before", "")
     return [int(number) for number in history.split(",") if number and there.get(int(number))]
+
+
+def _served_before_as(history: Sequence[int]) -> dict[str, str | None]:
+    """The parameter of config.pbtxt that _served_before reads."""
+    return {"served_before": ",".join(map(str, history)) or None}
 
 
 def _config(repository: Repository) -> str:

@@ -37,6 +37,9 @@ class Repository(Protocol):
     def write(self, path: str, content: bytes) -> None:
         """In one step: whoever reads it finds the old content or the new one. For one writer at a time, see ``exclusive``."""
 
+    def delete(self, path: str) -> None:
+        """A file in the model's folder, where it is there."""
+
     def versions(self) -> dict[int, bool]:
         """Their numbers, ascending, and whether each is complete."""
 
@@ -80,6 +83,10 @@ class Folder(Repository):
             unfinished.replace(self.folder / path)
         finally:
             unfinished.unlink(missing_ok=True)
+        _sync(self.folder)
+
+    def delete(self, path: str) -> None:
+        (self.folder / path).unlink(missing_ok=True)
         _sync(self.folder)
 
     def versions(self) -> dict[int, bool]:
@@ -175,6 +182,10 @@ class Store(Repository):
 
     def write(self, path: str, content: bytes) -> None:
         self._ask("pipe_file", f"{self.root}/{path}", content)
+
+    def delete(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._ask("rm_file", f"{self.root}/{path}")
 
     def versions(self) -> dict[int, bool]:
         files = self._files()
