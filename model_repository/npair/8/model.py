@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
@@ -20,6 +22,7 @@ from .engine import cores
 from .preprocess import REASONS, Limits, PhotoError
 
 REPORT_INTERVAL = 1.0  # seconds between two updates of the server's metrics
+STALLED_FOR = 10  # seconds in which a batch makes no progress, after which its process ends itself
 LOGGED = 5  # lines of a kind about requests in that time, the rest being only counted: no client can flood the log
 LOGGED_LENGTH = 100  # characters of a request's id, which its sender may make as long as a photo, and of an error
 BATCHES = [1, 2, 4, 8, 16, 32, 64]  # the histogram's bounds, in photos
@@ -48,9 +51,19 @@ class TritonPythonModel:
         for name, reason in self.embedder.passed_over.items():
             pb_utils.Logger.log_warn(f"version {folder.name} is served by {self.embedder.engine}, not by {name}: {reason}")
         self.report = Report(self.embedder, folder.name)
+        self.watchdog = Watchdog()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response per request, in order; a bad photo fails its own request alone."""
+        with self.watchdog:
+            return self._execute(requests)
+
+    def finalize(self) -> None:
+        self.watchdog.close()
+        self.report.close()
+        self.embedder.close()
+
+    def _execute(self, requests: Sequence[Any]) -> list[Any]:
         batches = [pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy().ravel() for request in requests]
         try:
             answers = self.embedder.embed_photos([photo for batch in batches for photo in batch], self.limits)
@@ -63,9 +76,42 @@ class TritonPythonModel:
         self.report.batch(requests, parts)
         return [_response(part) for part in parts]
 
-    def finalize(self) -> None:
-        self.report.close()
-        self.embedder.close()
+
+class Watchdog:
+    """Ends this process where a batch hangs, so that its clients get an error instead of silence, and serve.py sees a dead process
+    instead of one that others answer for; and where the server was killed.
+
+    Seconds count only while this thread runs: whoever freezes a container has done nothing wrong.
+    """
+
+    def __init__(self) -> None:
+        self.batches, self.working = 0, False
+        self.server = os.getppid()
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def __enter__(self) -> None:
+        self.batches, self.working = self.batches + 1, True
+
+    def __exit__(self, *_: object) -> None:
+        self.working = False
+
+    def close(self) -> None:
+        self.closing.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        stalled, batches, computed = 0, 0, 0.0
+        while not self.closing.wait(1.0):
+            if os.getppid() != self.server:
+                os._exit(1)  # Triton's own way out waits for ever where a metric was to be updated
+            moved = self.batches != batches or time.process_time() - computed > 0.01  # threads that wait take far less
+            stalled = stalled + 1 if self.working and not moved else 0
+            batches, computed = self.batches, time.process_time()
+            if stalled == STALLED_FOR:
+                print(f"npair: a batch has made no progress for {STALLED_FOR} s; its process ends", file=sys.stderr, flush=True)
+                os._exit(1)
 
 
 class Report:
