@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from npair.repository import RepositoryError, open_repository
+from npair.repository import Folder, RepositoryError, open_repository
 
 PUBLISHER = """
 import sys, time
@@ -179,6 +179,15 @@ def test_publishers_and_removers_side_by_side(repository: Path) -> None:
     with ThreadPoolExecutor(3) as threads:
         assert all(future.result() for future in [threads.submit(publish_and_remove) for _ in range(3)])
     assert names(repository) == {"config.pbtxt"}
+
+
+def test_a_number_that_was_published_meanwhile(repository: Path) -> None:
+    """After a publisher has looked which numbers there are: its claim leaves nothing behind."""
+    opened = open_repository(repository)
+    assert isinstance(opened, Folder)
+    (repository / "1").mkdir()
+    assert opened._claim(1) is None
+    assert names(repository) == {"config.pbtxt", "1"}
 
 
 def test_one_at_a_time(repository: Path) -> None:

@@ -143,9 +143,11 @@ class Folder(Repository):
             handle = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
         except (FileExistsError, FileNotFoundError):  # another publisher cleans meanwhile
             return None
-        with contextlib.suppress(FileNotFoundError):
-            if _locked(handle) and os.path.samestat(staging.stat(), os.fstat(handle)) and not (self.folder / str(number)).exists():
-                return handle
+        with contextlib.suppress(OSError):
+            if _locked(handle) and os.path.samestat(staging.stat(), os.fstat(handle)):
+                if not (self.folder / str(number)).exists():
+                    return handle
+                staging.rmdir()  # another has published this number since it was chosen
         os.close(handle)
         return None
 
