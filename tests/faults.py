@@ -365,7 +365,11 @@ def with_mounts(mounts: str) -> list[str]:
 class TestDisk:
     @pytest.mark.parametrize("folder", ["/dev/shm", "/tmp"])
     def test_full(self, tmp_path_factory: pytest.TempPathFactory, table: list[str], folder: str) -> None:
-        small = with_mounts(f"mount -t tmpfs -o size=64m,mode=1777 tmpfs {folder}")
+        # A checkout that lies below the folder stays where it is.
+        small = with_mounts(
+            f"mount --bind {ROOT} /mnt && mount -t tmpfs -o size=64m,mode=1777 tmpfs {folder} "
+            f"&& mkdir -p {ROOT} && mount --move /mnt {ROOT}"
+        )
         with Service(tmp_path_factory.mktemp("full"), small) as service:
             there = Path(f"/proc/{service.process.pid}/root{folder}/filler")
 
