@@ -349,7 +349,7 @@ def test_the_next_removes_what_the_killed_left() -> None:
     lines_until_ready(following)
     assert regions()
     assert not regions() & left
-    assert not any(map(serve.arguments_of, stubs))
+    eventually(lambda: not any(map(serve.arguments_of, stubs)))
     following.terminate()
     following.communicate(timeout=30)
     assert not regions()
