@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from statistics import median
+from urllib.parse import urlsplit
 
 import numpy as np
 from bench import proportional_memory
@@ -30,8 +31,8 @@ from costs import descendants, pyplot
 
 from npair.client import SUFFIXES, InvalidPhotoError, NpairClient, NpairError, Vectors
 from npair.drawings import draw, encode
-from npair.serve import arguments_of
-from npair.tune import serving
+from npair.serve import shared_regions
+from npair.tune import Server, serving
 
 ROOT = Path(__file__).resolve().parents[1]
 GROWTH = 0.02
@@ -69,7 +70,7 @@ def main() -> int:
         load = Load(good, [server.http, server.grpc], options.clients)
         load.warm_up()
         with load:
-            readings = list(read(server.pid, load, options.minutes))
+            readings = list(read(server, load, options.minutes))
     if options.csv:
         with options.csv.open("w", newline="") as file:
             writer = csv.writer(file)
@@ -174,7 +175,7 @@ class Load:
             return self.answered, latencies
 
 
-def read(pid: int, load: Load, minutes: float) -> Iterator[Reading]:
+def read(server: Server, load: Load, minutes: float) -> Iterator[Reading]:
     began = last = time.monotonic()
     before, _ = load.take()
     while last - began < 60 * minutes:
@@ -182,18 +183,14 @@ def read(pid: int, load: Load, minutes: float) -> Iterator[Reading]:
         now, (answered, latencies) = time.monotonic(), load.take()
         p50, p99 = np.percentile(latencies or [np.nan], (50, 99))
         rate = (answered - before) / (now - last)
-        yield Reading((now - began) / 60, proportional_memory(pid), shared(pid), open_files(pid), rate, float(p50), float(p99))
+        held = proportional_memory(server.pid), shared(server.http), open_files(server.pid)
+        yield Reading((now - began) / 60, *held, rate, float(p50), float(p99))
         before, last = answered, now
 
 
-def shared(pid: int) -> float:
-    """MB that the regions take which the server shares with its stubs, whose command lines name them."""
-    names = {argument for process in descendants(pid) for argument in arguments_of(process) if argument.startswith("npair_")}
-    total = 0
-    for name in names:
-        with suppress(OSError):
-            total += Path("/dev/shm", name).stat().st_blocks * 512
-    return total / 1e6
+def shared(url: str) -> float:
+    """MB that the server at this HTTP address shares with its stubs."""
+    return sum(region.stat().st_blocks * 512 for region in shared_regions(urlsplit(url).port or 80)) / 1e6
 
 
 def open_files(pid: int) -> int:

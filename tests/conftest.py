@@ -24,8 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-import npair.serving
-from npair.artifact import CODE, write_manifest
+from npair.artifact import write_manifest
 from npair.data import Dataset
 from npair.drawings import draw, encode, write_dataset
 from npair.pixels import default_cache
@@ -190,15 +189,6 @@ def let_fail(version: Path) -> None:
     with (version / "embedder.py").open("a") as code:
         code.write(BROKEN)
     write_manifest(version, read_manifest(version))
-
-
-def broken_models(folder: Path) -> Path:
-    """A model repository with the shipped network and the present code, broken as by let_fail."""
-    models = Path(shutil.copytree(ROOT / "model_repository", folder / "models", ignore=shutil.ignore_patterns("__pycache__")))
-    for name in CODE:
-        shutil.copyfile(Path(npair.serving.__path__[0]) / name, models / "npair" / SHIPPED.name / name)
-    let_fail(models / "npair" / SHIPPED.name)
-    return models
 
 
 def free_ports() -> dict[str, str]:

@@ -26,8 +26,9 @@ from statistics import median
 import numpy as np
 import pytest
 import serve
-from conftest import HANGS, ROOT, broken_models, free_ports
+from conftest import HANGS, ROOT, SHIPPED, free_ports, let_fail
 from costs import descendants
+from observing import prepared
 
 from npair.client import NpairClient, NpairError, RequestTimeoutError, ServerFaultError, UnavailableError
 from npair.drawings import draw, encode
@@ -104,6 +105,13 @@ class Service:
     @property
     def stubs(self) -> list[int]:
         return serve.children(self.server)
+
+
+def broken_models(folder: Path) -> Path:
+    """A model repository with the shipped network and the present code, broken as by let_fail."""
+    models = prepared(folder / "models", "")
+    let_fail(models / "npair" / SHIPPED.name)
+    return models
 
 
 def until(condition: Callable[[], bool], what: str, more: Callable[[], str] = str) -> None:

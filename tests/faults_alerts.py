@@ -18,8 +18,8 @@ from urllib.request import Request, urlopen
 
 import pytest
 import serve
-from conftest import BREAKS, ROOT, SHIPPED, broken_models, free_ports
-from faults import Service, until
+from conftest import BREAKS, ROOT, SHIPPED, free_ports
+from faults import Service, broken_models, until
 from PIL import Image
 
 from npair.client import NpairClient, NpairError

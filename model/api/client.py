@@ -175,6 +175,8 @@ class NpairClient:
         except OSError as error:
             raise ValueError(f"cert must be the files (PEM) of a certificate and its key, and {cert} are not: {error}") from error
         self.ca, self.cert, self.api_key = ca, cert, api_key
+        trusted = None if ca is None else os.fspath(ca)
+        shown, key = (None, None) if cert is None else (os.fspath(cert[0]), os.fspath(cert[1]))
         self.url, self.model, self.version, self.timeout, self.retries = url, model, version, timeout, retries
         self.batch_size, self.batch_bytes = batch_size, batch_bytes
         self._protocol: Any
@@ -185,20 +187,18 @@ class NpairClient:
             self._client: Any = tritonclient.grpc.InferenceServerClient(
                 parts.netloc,
                 ssl=parts.scheme == "grpcs",
-                root_certificates=None if ca is None else os.fspath(ca),
-                certificate_chain=None if cert is None else os.fspath(cert[0]),
-                private_key=None if cert is None else os.fspath(cert[1]),
+                root_certificates=trusted,
+                certificate_chain=shown,
+                private_key=key,
             )
             self._extra, self._as_json = {"client_timeout": timeout}, {"as_json": True}
         else:
             self._protocol = tritonclient.http
+            files = {"ca_certs": trusted, "certfile": shown, "keyfile": key}
             self._client = tritonclient.http.InferenceServerClient(
                 parts.netloc + parts.path.rstrip("/"),
                 ssl=parts.scheme == "https",
-                ssl_options={
-                    **({} if ca is None else {"ca_certs": os.fspath(ca)}),
-                    **({} if cert is None else {"certfile": os.fspath(cert[0]), "keyfile": os.fspath(cert[1])}),
-                },
+                ssl_options={name: file for name, file in files.items() if file is not None},
                 connection_timeout=timeout,
                 network_timeout=timeout,
             )

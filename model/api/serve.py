@@ -296,10 +296,15 @@ def grpc_tls(options: argparse.Namespace) -> dict[str, object]:
     return given | {"--grpc-use-ssl-mutual" if options.grpc_client_ca else "--grpc-use-ssl": "true"}
 
 
-def shared_regions(port: int) -> str:
+def region_prefix(port: int) -> str:
     """How the names begin of what the server with this HTTP port shares with its stubs: no other server can have both this port and
     this network namespace."""
     return f"npair_{Path('/proc/self/ns/net').stat().st_ino}_{port}_"
+
+
+def shared_regions(port: int) -> set[Path]:
+    """What the server with this HTTP port shares with its stubs, or one that was killed has left."""
+    return set(Path("/dev/shm").glob(f"{region_prefix(port)}*"))
 
 
 def remove_remains(port: int) -> None:
@@ -307,12 +312,12 @@ def remove_remains(port: int) -> None:
     the container."""
     if server_at(port):  # one that is starting, too
         return
-    name = shared_regions(port)
+    prefix = region_prefix(port)
     for process in processes():
-        if any(argument.startswith(name) for argument in arguments_of(process)):
+        if any(argument.startswith(prefix) for argument in arguments_of(process)):
             with contextlib.suppress(OSError):
                 os.kill(process, signal.SIGKILL)
-    for region in Path("/dev/shm").glob(f"{name}*"):
+    for region in shared_regions(port):
         with contextlib.suppress(OSError):
             region.unlink()
 
@@ -345,7 +350,7 @@ def command(options: argparse.Namespace, triton: Triton, secret: str) -> list[st
     flags = {
         "--model-repository": as_triton_reads(options.model_repository),
         "--backend-directory": triton.backends,
-        "--backend-config": f"python,shm-region-prefix-name={shared_regions(options.http_port)}",
+        "--backend-config": f"python,shm-region-prefix-name={region_prefix(options.http_port)}",
         # config.pbtxt is complete; to complete it, the server would import the model, and torch, once more.
         "--disable-auto-complete-config": None,
         # Versions are loaded when they are asked for, never because a file appeared.

@@ -41,8 +41,8 @@ REFUSED = {
 class Served:
     """A server, and what its metrics say."""
 
-    def __init__(self, models: Path, ports: dict[str, str], pid: int) -> None:
-        self.pid, self.models, self.url = pid, models, f"http://127.0.0.1:{ports['HTTP_PORT']}"
+    def __init__(self, models: Path, ports: dict[str, str]) -> None:
+        self.models, self.url = models, f"http://127.0.0.1:{ports['HTTP_PORT']}"
         self.metrics = f"http://127.0.0.1:{ports['METRICS_PORT']}/metrics"
         self.control = Server(self.url, "npair", secret="secret", timeout=60)
 
@@ -75,7 +75,7 @@ def served(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     process = start(**(ports := free_ports()), MODEL_REPOSITORY=str(models), NPAIR_CONTROL_SECRET="secret")
     try:
         lines_until_ready(process)
-        yield Served(models, ports, process.pid)
+        yield Served(models, ports)
         assert process.poll() is None
     finally:
         process.terminate()
@@ -136,7 +136,7 @@ def test_refused_photos_leave_no_memory_behind(served: Served) -> None:
         for _ in range(40):
             with pytest.raises(InvalidPhotoError):
                 client.embed(bytes(5_000_000))
-    assert shared(served.pid) < 2 * 5 * 5, "MB: two instances, and five times the photo for each"
+    assert shared(served.url) < 2 * 5 * 5, "MB: two instances, and five times the photo for each"
 
 
 def test_batches_are_a_histogram(served: Served) -> None:
