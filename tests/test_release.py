@@ -312,6 +312,7 @@ class TestPromote:
             ):
                 promote(repository, 2, [server])
             assert (models / "config.pbtxt").read_bytes() == before
+            assert {path.name for path in models.iterdir()} == {"config.pbtxt", "1", "2"}
             assert client.embed(photos).version == "1"
             assert urllib.request.urlopen(urls["http"] + "/v2/health/ready").status == 200
 
@@ -322,6 +323,7 @@ class TestPromote:
                 with pytest.raises(ReleaseError, match=reason):
                     promote(open_repository(models), 2, [Server(urls["http"], "npair", secret=secret)])
                 assert (models / "config.pbtxt").read_bytes() == before
+                assert {path.name for path in models.iterdir()} == {"config.pbtxt", "1", "2"}
 
     def test_one_at_a_time(self, models: Path) -> None:
         repository = open_repository(models)

@@ -94,7 +94,7 @@ def main() -> int:
         prober = GoldenProber(folder, options.host, options.http_port)
         if options.health:
             prober.server = server_at(options.http_port)
-            if dead_stub(prober.server):
+            if dead_stubs(prober.server):
                 raise ProbeError("a Python stub of the model died")
             prober.probe()
             return 0
@@ -424,13 +424,13 @@ class Supervisor:
 
     def _watch(self) -> str:
         """Blocks until the server should not go on; returns why."""
-        failing_since, dead_for = None, 0
+        failing_since, dead = None, set[int]()
         while not self.stopping.wait(WATCH_INTERVAL if self.ready else 0.1):
             if self.process.poll() is not None:
                 when = "" if self.ready else " before the model was ready"
                 return f"the server ended by itself{when} (exit code {self.process.returncode})"
-            dead_for = dead_for + 1 if self.ready and dead_stub(self.process.pid) else 0
-            if dead_for == 2:  # at once, the server may only not have noticed yet
+            dead, dead_before = dead_stubs(self.process.pid) if self.ready else set(), dead
+            if dead & dead_before:  # others are a replaced version's, which the server is about to notice
                 self._drain()  # the model's other instances answer what they have accepted
                 return "a Python stub of the model died, and what it is given fails; the server was ended"
             try:
@@ -709,14 +709,15 @@ def server_at(port: int) -> int | None:
     return next((pid for pid in processes() if f"--http-port={port}" in arguments_of(pid)), None)
 
 
-def dead_stub(server: int | None) -> bool:
-    """Whether a child of the server is dead, which the server leaves as it is: golden photos alone would not tell, since the other
+def dead_stubs(server: int | None) -> set[int]:
+    """The children of the server that are dead, which it leaves as they are: golden photos alone would not tell, since the other
     instances answer most of them."""
+    dead = set()
     with contextlib.suppress(OSError):
         for child in children(server) if server else []:
             if stat_of(child)[0] == "Z":
-                return True
-    return False
+                dead.add(child)
+    return dead
 
 
 def die_with_parent() -> None:

@@ -371,7 +371,9 @@ def _serve(repository: Repository, number: int, servers: Sequence[Server], *, ke
 def _put_back(repository: Repository, config: str, fallback: bytes | None, servers: Sequence[Server]) -> str:
     """Returns: what became of it."""
     repository.write("config.pbtxt", config.encode())
-    if fallback is not None:
+    if fallback is None:
+        repository.delete(FALLBACK)
+    else:
         repository.write(FALLBACK, fallback)
     number = pinned(config)[-1]
     try:
