@@ -148,7 +148,8 @@ def test_refused_photos_leave_no_memory_behind(served: Served) -> None:
 def test_batches_are_a_histogram(served: Served) -> None:
     def counted() -> dict[str, float]:
         series = served.series()
-        return {bound: series.total("npair_batch_photos_bucket", le=bound) for bound in ("32", "64", "+Inf")}
+        buckets = {bound: series.total("npair_batch_photos_bucket", le=bound) for bound in ("32", "64", "+Inf")}
+        return buckets | {"count": series.total("npair_batch_photos_count")}
 
     before = counted()
     with NpairClient(served.url, batch_size=64) as client:
@@ -156,7 +157,7 @@ def test_batches_are_a_histogram(served: Served) -> None:
     eventually(lambda: counted()["64"] - before["64"] > counted()["32"] - before["32"])
     after = counted()
     assert after["64"] - before["64"] == after["32"] - before["32"] + 1
-    assert after["64"] == after["+Inf"]
+    assert after["64"] == after["+Inf"] == after["count"]
 
 
 def test_instances_add_up(served: Served) -> None:
@@ -195,6 +196,11 @@ def test_versions_are_apart_and_gone_when_unloaded(served: Served) -> None:
     """Under load: a series that outlived its process, or the other way round, could end the server."""
     stop, failures = False, list[Any]()
 
+    def processes(*versions: str) -> set[str]:
+        """All that there are, where they serve these versions and no other; else none."""
+        series = served.series()
+        return series.label_values("process") if series.label_values("version") == {*versions} else set()
+
     def load() -> None:
         with NpairClient(served.url, retries=10) as client:
             while not stop:
@@ -208,19 +214,13 @@ def test_versions_are_apart_and_gone_when_unloaded(served: Served) -> None:
             pool.submit(load)
         try:
             served.serve(1, 2)
-            eventually(
-                lambda: served.series().label_values("version") == {"1", "2"} and len(served.series().label_values("process")) == 4
-            )
+            eventually(lambda: len(processes("1", "2")) == 4)
             eventually(lambda: served.series().total("npair_photos_total", version="2") > 30)
             served.serve(2)
-            eventually(
-                lambda: served.series().label_values("version") == {"2"} and len(served.series().label_values("process")) == 2
-            )
-            before = served.series().label_values("process")
+            eventually(lambda: len(processes("2")) == 2)
+            before = processes("2")
             served.serve(2)
-            eventually(
-                lambda: not served.series().label_values("process") & before and len(served.series().label_values("process")) == 2
-            )
+            eventually(lambda: len(now := processes("2")) == 2 and not now & before)
             eventually(lambda: served.series().total("npair_photos_total", version="2") > 30)
         finally:
             stop = True
