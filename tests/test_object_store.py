@@ -10,15 +10,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import s3fs
 import serve
 from conftest import ROOT, SHIPPED, free_ports, lines_until_ready, rewrite_manifest, start
+from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 
 from npair.config import with_release
@@ -45,7 +48,15 @@ def endpoint() -> Iterator[str]:
     server = ThreadedMotoServer("127.0.0.1", 0)
     server.start()
     host, port = server.get_host_and_port()
+    put, lock = S3Response._key_response_put, threading.Lock()
+
+    def one_at_a_time(*arguments: Any) -> Any:
+        """As in S3, whose conditional writes are atomic: moto looks whether there is the object, then writes it."""
+        with lock:
+            return put(*arguments)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S3Response, "_key_response_put", one_at_a_time)
         for name, value in {
             "AWS_ENDPOINT_URL": f"http://{host}:{port}",
             "AWS_ACCESS_KEY_ID": "test",
