@@ -380,7 +380,7 @@ def check_recovery(tag: str) -> None:
         assert stub, "no stub runs"
         began = time.monotonic()
         os.kill(int(stub[1]), signal.SIGKILL)
-        wait_for("the end of the old server", lambda: not works())
+        wait_for("the end of the old server", lambda: embed(port) == 0)
         wait_for("the new server", works)
         took = time.monotonic() - began
         print(f"inference answered again {took:.1f} s after a stub was killed")

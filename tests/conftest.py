@@ -192,11 +192,12 @@ def let_fail(version: Path) -> None:
 
 
 def free_ports() -> dict[str, str]:
-    """Not of those that the system gives to whoever connects: one of them might be taken again before a server starts."""
+    """Neither such as the system gives to whoever connects nor another worker's, which might be taken before a server starts."""
     ports: dict[str, str] = {}
+    lowest = 15_000 + 4_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 4)
     with ExitStack() as listeners:
         while len(ports) < len(PORTS):
-            port = random.randrange(15_000, 32_000)
+            port = random.randrange(lowest, lowest + 4_000)
             with suppress(OSError):
                 listeners.enter_context(socket.create_server(("127.0.0.1", port)))
                 ports[PORTS[len(ports)]] = str(port)

@@ -36,6 +36,7 @@ from npair.drawings import draw, encode
 SECONDS = float(os.environ.get("FAULTS_SECONDS", "3"))
 RECOVERY = 60.0  # seconds within which all must be well again; what it took is in the table
 TIMEOUT = 20.0  # seconds after which a client takes silence for an answer; no request may come to that
+REFUSED = "has no available versions"  # what Triton says to whom it did not accept
 PHOTOS = [encode(draw(product, 0, 200), "JPEG") for product in range(16)]
 LARGE = encode(draw(0, 0, 6000), "PNG")  # 36 megapixels, which take 108 MB decoded
 
@@ -70,7 +71,11 @@ class Service:
         self.stopping = threading.Event()
         self.keeper = threading.Thread(target=self._keep)
         self.keeper.start()
-        until(self.ready, "the server did not start", self.log.read_text)
+        try:
+            until(self.ready, "the server did not start", self.log.read_text)
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """And start no other."""
@@ -235,14 +240,17 @@ def cause(service: Service, fault: Callable[[], object], *, code: int | None = N
 
         probes = threading.Thread(target=watch)
         probes.start()
-        fault()
-        if code is not None:
-            until(lambda: service.codes[ended:] == [code], "serve.py goes on", service.log.read_text)
-        time.sleep(SECONDS)
-        until(traffic.well, "all was not well again", service.log.read_text)
-        until(lambda: bool(told) and told[-1][1], "the probe does not see that all is well again")
-        watching.set()
-        probes.join()
+        try:
+            fault()
+            if code is not None:
+                until(lambda: service.codes[ended:] == [code], "serve.py goes on", service.log.read_text)
+            time.sleep(SECONDS)
+            until(traffic.well, "all was not well again", service.log.read_text)
+            settled = time.monotonic() - at
+            until(lambda: bool(told) and told[-1][0] > settled and told[-1][1], "the probe does not see that all is well again")
+        finally:
+            watching.set()
+            probes.join()
     result = outcome(traffic.answers, at)
     if code is None:
         assert all(well for _, well in told)
@@ -259,7 +267,7 @@ def outcome(answers: Sequence[Answer], at: float) -> Outcome:
     assert not [answer for answer in answers if answer.error and answer.ended < at], "nothing failed before"
     assert not [answer for answer in answers if answer.error == "wrong vectors"]
     silent = [answer for answer in failed if answer.error.startswith(RequestTimeoutError.__name__)]
-    lost = [answer for answer in failed if answer.sent < at and answer not in silent]
+    lost = [answer for answer in failed if answer.sent < at and answer not in silent and REFUSED not in answer.error]
     return Outcome(
         len(after),
         len(lost),
@@ -330,7 +338,7 @@ def memory_group(pid: int, room: int) -> Iterator[None]:
     """The process and its descendants in a control group that has this many bytes beyond what they have."""
     root = Path("/sys/fs/cgroup")
     version_1 = (root / "memory").is_dir()
-    group = root / ("memory/npair-faults" if version_1 else "npair-faults")
+    group = root / (f"memory/npair-{pid}" if version_1 else f"npair-{pid}")
     limit = group / ("memory.limit_in_bytes" if version_1 else "memory.max")
     group.mkdir()
     try:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
@@ -53,6 +54,7 @@ class World(Service):
             ],
             stderr=subprocess.DEVNULL,
         )
+        until(self.scraped, "Prometheus does not read the server's metrics")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,11 +62,16 @@ class World(Service):
         self.monitor.terminate()
         self.monitor.wait(timeout=30)
 
-    def firing(self) -> set[str]:
+    def asked(self, what: str) -> Any:
+        return json.load(urlopen(f"{self.prometheus}/api/v1/{what}", timeout=10))["data"]
+
+    def scraped(self) -> bool:
         with contextlib.suppress(OSError):
-            alerts = json.load(urlopen(f"{self.prometheus}/api/v1/alerts", timeout=10))["data"]["alerts"]
-            return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
-        return set()
+            return any(series["value"][1] == "1" for series in self.asked("query?query=up")["result"])
+        return False
+
+    def firing(self) -> set[str]:
+        return {alert["labels"]["alertname"] for alert in self.asked("alerts")["alerts"] if alert["state"] == "firing"}
 
     def fires(self, name: str, within: float) -> None:
         deadline = time.monotonic() + within

@@ -142,7 +142,7 @@ class TestBuild:
 
 
 def test_goes_on_where_it_was_killed(client: NpairClient, tmp_path: Path) -> None:
-    photos, index, rows = folders(tmp_path / "photos", classes=10, photos=40), tmp_path / "index", 8
+    photos, index, rows = folders(tmp_path / "photos", classes=10, photos=80), tmp_path / "index", 8
     code = (
         f"from pathlib import Path; from npair import gallery; from npair.client import NpairClient; gallery.ROWS = {rows};"
         f"client = NpairClient({client.url!r}, batch_size=8); gallery.build(Path({str(photos)!r}), Path({str(index)!r}), client)"
@@ -154,11 +154,11 @@ def test_goes_on_where_it_was_killed(client: NpairClient, tmp_path: Path) -> Non
             time.sleep(0.002)
         process.kill()
         assert process.wait() == -9, "it must not have come to its end"
-        assert kept < count(index) < 400, "what was stored stays"
+        assert kept < count(index) < 800, "what was stored stays"
         kept = count(index)
     with pytest.raises(GalleryError, match="there is no gallery"):
         Gallery(index)
-    assert build(photos, index, client) == Built(OLD, 400, 400 - kept, {})
+    assert build(photos, index, client) == Built(OLD, 800, 800 - kept, {})
     assert stored(index) == {str(path): label for path, label in labels_of(photos).items()}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from npair import repository as repository_module
 from npair.repository import Folder, RepositoryError, open_repository
 
 PUBLISHER = """
@@ -90,9 +91,11 @@ def test_killed_publishers_leave_nothing_that_counts(repository: Path) -> None:
     alive = publisher(repository, 2.0)
     assert alive.stdout is not None
     alive.stdout.readline()
+    alive.send_signal(signal.SIGSTOP)
     with open_repository(repository).new_version() as (_, folder):
         (folder / "manifest.json").write_text("{}")
     assert len(open_repository(repository).unfinished()) == 1, "what the killed ones left is removed, and not what is being written"
+    alive.send_signal(signal.SIGCONT)
     assert alive.wait() == 0
     assert not open_repository(repository).unfinished()
 
@@ -179,6 +182,22 @@ def test_publishers_and_removers_side_by_side(repository: Path) -> None:
     with ThreadPoolExecutor(3) as threads:
         assert all(future.result() for future in [threads.submit(publish_and_remove) for _ in range(3)])
     assert names(repository) == {"config.pbtxt"}
+
+
+def test_cleaning_spares_what_is_claimed_meanwhile(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed publisher left was opened, to be locked next, when another removed it and claimed the same number."""
+    opened, locked = Folder(repository), repository_module._locked
+    (repository / "staging-1").mkdir()
+    with contextlib.ExitStack() as other:
+
+        def late(handle: int) -> bool:
+            monkeypatch.undo()
+            other.enter_context(opened.new_version())[1].joinpath("manifest.json").write_text("{}")
+            return locked(handle)
+
+        monkeypatch.setattr(repository_module, "_locked", late)
+        opened._clean()
+    assert opened.versions() == {1: True}
 
 
 def test_a_number_that_was_published_meanwhile(repository: Path) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ import pytest
 import serve
 import tritonclient.grpc
 from conftest import PORTS, ROOT, SHIPPED, eventually, free_ports, lines_until_ready, rewrite_manifest, running, start
+from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from npair.client import NpairClient, UnavailableError
@@ -41,6 +43,11 @@ def child_of(process: subprocess.Popen[str]) -> int:
 
 def stubs_of(process: subprocess.Popen[str]) -> list[int]:
     return serve.children(child_of(process))
+
+
+def computed(process: subprocess.Popen[str]) -> float:
+    """Seconds of CPU that the stubs have used so far."""
+    return sum(map(serve.cpu_seconds, stubs_of(process)))
 
 
 class TestRefusals:
@@ -128,17 +135,67 @@ def test_stops_in_order_although_an_idle_client_holds_its_connection() -> None:
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_answers_what_it_accepted_before_it_stops(protocol: str) -> None:
-    photos = [encode(draw(product, 0), "JPEG") for product in range(64)]
-    with running() as (process, urls), NpairClient(urls[protocol], batch_size=64) as client:
+    photos = [encode(Image.new("RGB", (4100, 4100)), "PNG")] * 16  # so large that they are decoded one after another
+    with running(DRAIN_SECONDS="30") as (process, urls), NpairClient(urls[protocol], batch_size=64) as client:
         answers: list[int] = []
         request = threading.Thread(target=lambda: answers.append(len(client.embed(photos).vectors)))
+        worked = computed(process)
         request.start()
-        time.sleep(0.2)  # decoding and embedding 64 photos takes longer than this
+        eventually(lambda: computed(process) > worked + 0.2)  # it is accepted, and takes seconds; a golden photo takes less
+        assert not answers
         process.send_signal(signal.SIGTERM)
-        request.join(timeout=30)
+        request.join(timeout=60)
         client.close()
-        assert answers == [64]
+        assert answers == [16]
         assert process.wait(timeout=30) == 0
+
+
+def test_a_load_that_ends_between_two_questions_is_not_taken_for_refused() -> None:
+    """After each "no" of the server's, time stands still until it has loaded: where its port opens in just that moment."""
+    code = """
+import sys, time, serve
+
+green = serve.GoldenProber.green
+
+
+def slowly(self, path):
+    answer = green(self, path)
+    while not answer and not green(self, "/v2/health/live"):
+        time.sleep(0.05)
+    return answer
+
+
+serve.GoldenProber.green = slowly
+sys.exit(serve.main())
+"""
+    environment = os.environ | free_ports() | {"PYTHONPATH": str(ROOT / "model/api")}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        lines_until_ready(process)
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+def test_stops_in_order_before_it_has_started_a_server() -> None:
+    code = """
+import os, signal, sys, serve
+
+command = serve.command
+
+
+def stopped(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return command(*arguments)
+
+
+serve.command = stopped
+sys.exit(serve.main())
+"""
+    environment = os.environ | free_ports() | {"PYTHONPATH": str(ROOT / "model/api")}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 def test_ctrl_c() -> None:
@@ -223,19 +280,18 @@ def test_hanging_stubs_end_the_server_with_the_reason() -> None:
 
 
 def test_load_is_not_taken_for_death() -> None:
-    """The watch's own photo waits in the same queue as everybody's."""
+    """The watch's own photo waits in the same queue as everybody's, longer than a dead model would be left alone."""
     photos = [encode(draw(0, 0, 1500), "PNG")] * 64
     with running() as (process, urls):
+        end = time.monotonic() + 1.5 * serve.UNHEALTHY_AFTER
 
-        def load() -> None:
-            with NpairClient(urls["http"], batch_size=64, batch_bytes=1 << 30, timeout=120) as client:
-                client.embed(photos)
+        def load(_: int) -> None:
+            with NpairClient(urls["http"], batch_size=64, batch_bytes=1 << 30, timeout=120, retries=10) as client:
+                while time.monotonic() < end:
+                    client.embed(photos)
 
-        threads = [threading.Thread(target=load) for _ in range(5)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(5) as threads:
+            list(threads.map(load, range(5)))
         assert process.poll() is None
 
 
@@ -253,7 +309,7 @@ def test_busy_is_told_from_dead_whichever_request_waits(
                 if status:
                     self.send_error(status)
                 else:
-                    time.sleep(1)
+                    time.sleep(4)
                 return
             self.send_response(200)
             self.end_headers()
@@ -262,7 +318,7 @@ def test_busy_is_told_from_dead_whichever_request_waits(
         def log_message(self, *_: object) -> None:
             pass
 
-    monkeypatch.setattr(serve, "PROBE_TIMEOUT", 0.2)
+    monkeypatch.setattr(serve, "PROBE_TIMEOUT", 1)
     monkeypatch.setattr(serve, "WATCH_INTERVAL", 0.1)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Statistics) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -345,6 +401,7 @@ def test_the_next_removes_what_the_killed_left() -> None:
     process.communicate()
     left = regions()
     assert len(left) == len(stubs)
+    eventually(lambda: not serve.server_at(int(ports["HTTP_PORT"])))
     following = start(**ports)
     lines_until_ready(following)
     assert regions()

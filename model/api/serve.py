@@ -35,9 +35,12 @@ import threading
 import time
 from array import array
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import FrameType
 from typing import IO
 
 MODEL = "npair"
@@ -381,6 +384,11 @@ def command(options: argparse.Namespace, triton: Triton, secret: str) -> list[st
     return [str(triton.program), *given]
 
 
+def on_stop(handler: Callable[[int, FrameType | None], object]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
 class Supervisor:
     """Runs one server: starts it, says when it is ready, watches it, and ends it in order."""
 
@@ -389,11 +397,10 @@ class Supervisor:
         self.prober = prober
         self.secret = given_secret() or secrets.token_urlsafe(32)
         self.began = time.monotonic()
-        self.stopping = threading.Event()
-        self.ready = self.drained = False
+        self.wake: SimpleQueue[None] = SimpleQueue()  # an event's lock could be held by what a signal interrupts
+        self.stopping = self.ready = self.drained = False
         remove_remains(options.http_port)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
+        on_stop(lambda *_: sys.exit(0))  # there is no server yet
         # A session of its own: Ctrl-C reaches this process alone, which forwards it once.
         self.process = subprocess.Popen(
             command(options, triton, self.secret),
@@ -403,6 +410,7 @@ class Supervisor:
             start_new_session=True,
             preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads yet)
         )
+        on_stop(self._stop)
         prober.server = self.process.pid
         self.hidden = False  # the secret, in the server's command line
         self.unshown: deque[str] = deque(maxlen=20)
@@ -415,7 +423,7 @@ class Supervisor:
             reason = self._watch()
         finally:
             self._end()
-        if self.stopping.is_set():
+        if self.stopping:
             drained = self.drained or self.process.returncode == 0
             say("stopped" if drained else f"stopped with requests in flight (exit code {self.process.returncode})")
             return 0 if drained else 1
@@ -425,7 +433,7 @@ class Supervisor:
     def _watch(self) -> str:
         """Blocks until the server should not go on; returns why."""
         failing_since, dead = None, set[int]()
-        while not self.stopping.wait(WATCH_INTERVAL if self.ready else 0.1):
+        while not self._stops_within(WATCH_INTERVAL if self.ready else 0.1):
             if self.process.poll() is not None:
                 when = "" if self.ready else " before the model was ready"
                 return f"the server ended by itself{when} (exit code {self.process.returncode})"
@@ -439,9 +447,10 @@ class Supervisor:
                 failing_since = None
                 continue
             except ProbeError as error:
-                if not self.ready and not self.prober.green(f"/v2/models/{MODEL}/ready"):
-                    # The server is alive as from when loading has ended.
-                    if self.prober.green("/v2/health/live") and (problem := self._fall_back()):
+                # The server is alive as from when loading has ended: asked second, it could have come to be in between.
+                loaded = self.ready or self.prober.green("/v2/health/live")
+                if not self.ready and not (loaded and self.prober.green(f"/v2/models/{MODEL}/ready")):
+                    if loaded and (problem := self._fall_back()):
                         self.process.terminate()
                         return problem
                     continue
@@ -455,6 +464,11 @@ class Supervisor:
                 self.ready = True
                 self._announce(version)
         return "stopped"
+
+    def _stops_within(self, seconds: float) -> bool:
+        with contextlib.suppress(Empty):
+            self.wake.get(timeout=seconds)
+        return self.stopping
 
     def _fall_back(self) -> str:
         """Has the version loaded that was served before the one that was just refused. Returns: why that fails, empty where not."""
@@ -484,10 +498,11 @@ class Supervisor:
 
     def _stop(self, _number: int, _frame: object) -> None:
         """At once, whatever the watch is waiting for; a second signal does not wait for the drain."""
-        if self.stopping.is_set():
+        if self.stopping:
             self.process.kill()
         else:
-            self.stopping.set()
+            self.stopping = True
+            self.wake.put(None)
             self._drain()
 
     def _drain(self) -> None:

@@ -157,7 +157,8 @@ class Folder(Repository):
             with contextlib.suppress(OSError):
                 handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
                 try:
-                    if _locked(handle):
+                    # Or another has cleaned since it was opened, and a publisher may write under the same name.
+                    if _locked(handle) and os.path.samestat(path.stat(), os.fstat(handle)):
                         shutil.rmtree(path)
                 finally:
                     os.close(handle)

@@ -215,10 +215,9 @@ def _medians(runs: Iterable[Iterable[Point]]) -> Iterator[Point]:
 @contextlib.contextmanager
 def serving(models: Path) -> Iterator[Server]:
     """A server of this model repository, from when it embeds. Raises: TuneError with what it said where it ends instead."""
-    ports = {}
-    for name in ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT"):
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            ports[name] = str(listener.getsockname()[1])
+    with contextlib.ExitStack() as listeners:  # all at once, or one port could be given twice
+        names = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
+        ports = {name: str(listeners.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]) for name in names}
     url = f"http://127.0.0.1:{ports['HTTP_PORT']}"
     with tempfile.TemporaryFile("w+") as log:
         environment = {**os.environ, **ports, "MODEL_REPOSITORY": str(models), "BIND_ADDRESS": "127.0.0.1"}

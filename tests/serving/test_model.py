@@ -96,7 +96,7 @@ def test_counts_what_it_embeds(served: Served, published: Path) -> None:
         return tuple(series.total(f"npair_{name}", version="1", engine=embedder.engine) for name in names)
 
     own, golden = norm(PHOTO), norm((published / "1/golden/photo.jpg").read_bytes())
-    assert abs(own - 1) > 0.05, "else these lengths could be those of the answers"
+    assert 64 * abs(own - 1) > 4 * golden, "else these lengths could be those of the answers"
     time.sleep(1.5)
     before, began = counted(), time.monotonic()
     with NpairClient(served.url, batch_size=64) as client:
@@ -106,7 +106,8 @@ def test_counts_what_it_embeds(served: Served, published: Path) -> None:
     photos, decode_seconds, network_seconds, norms = np.subtract(counted(), before)
     elapsed = time.monotonic() - began
     assert 64 <= photos <= 64 + elapsed + 2
-    assert norms == pytest.approx(64 * own + (photos - 64) * golden, rel=0.01)
+    # A reading may come between a golden photo's count and its length.
+    assert norms == pytest.approx(64 * own + (photos - 64) * golden, abs=1.5 * golden)
     assert 0 < decode_seconds < 16 * elapsed
     assert 0 < network_seconds < 16 * elapsed
 
