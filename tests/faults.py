@@ -530,5 +530,7 @@ def test_clock_jumps(tmp_path: Path, table: list[str], jump: str) -> None:
     }
     with Service(tmp_path, ["env", *(f"{key}={value}" for key, value in environment.items())]) as service:
         result = cause(service, lambda: clock.write_text(jump))
+        port = int(service.ports["HTTP_PORT"])
+    serve.remove_remains(port)  # serve.py does not come to that: faketime takes an absolute time that has passed for a bad one
     table.append(result.row(f"the clock jumps by {jump}", "nothing"))
     assert not result.errors

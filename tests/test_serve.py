@@ -265,6 +265,26 @@ def test_dead_stub_ends_the_server_with_the_reason() -> None:
             client.embed(b"photo")
 
 
+def test_what_others_compute_beside_a_dead_stub_is_answered() -> None:
+    photos = [encode(Image.new("RGB", (4100, 4100)), "PNG")] * 32
+    with running(DRAIN_SECONDS="30") as (process, urls), NpairClient(urls["http"], batch_size=32) as client:
+        answers: list[int] = []
+        request = threading.Thread(target=lambda: answers.append(len(client.embed(photos).vectors)))
+        before = {stub: serve.cpu_seconds(stub) for stub in stubs_of(process)}
+
+        def busy() -> list[int]:
+            return [stub for stub in before if serve.cpu_seconds(stub) > before[stub] + 0.5]
+
+        request.start()
+        eventually(busy)
+        os.kill(next(stub for stub in before if stub not in busy()), signal.SIGKILL)
+        _, output = process.communicate(timeout=60)
+        request.join(timeout=60)
+        assert "npair: a Python stub of the model died" in output
+        assert process.returncode == 1
+        assert answers == [32]
+
+
 def test_hanging_stubs_end_the_server_with_the_reason() -> None:
     with running() as (process, _):
         stubs = stubs_of(process)

@@ -67,6 +67,7 @@ PROBE_TIMEOUT = 5.0  # seconds for one golden photo
 LOAD_TIMEOUT = 120.0  # seconds for loading another version than the pinned one
 UNHEALTHY_AFTER = 10.0  # seconds of failing golden photos after which the server is ended
 WORKING_FOR = 600.0  # the same where the stubs compute all the time: a request of 64 of the largest photos takes minutes
+IDLE_AFTER = 0.5  # seconds in which stubs compute next to nothing, after which none of them has a request
 
 # The wheel's Python backend was built for numpy 1, which Python 3.13 has no build of.
 WHEEL_PYTHONS = ((3, 10), (3, 12))
@@ -512,7 +513,7 @@ class Supervisor:
             with contextlib.suppress(OSError, http.client.HTTPException, ProbeError, ValueError):
                 self.drained = self.prober.unload(self.secret, self.options.drain)
                 if not self.drained:
-                    self.process.kill()  # it has had its time: a dead stub never unloads
+                    self.process.kill()  # it has had its time
         self.process.terminate()
 
     def _end(self) -> None:
@@ -621,11 +622,18 @@ class GoldenProber:
     def unload(self, secret: str, seconds: float) -> bool:
         """Unload the model: what comes from then on is refused. Returns: whether all that it had accepted was answered in time.
 
+        A dead stub never unloads: beside one, no more is to come when the others no longer compute.
+
         Raises: ProbeError, OSError, HTTPException.
         """
         deadline = time.monotonic() + seconds
         self._request("POST", f"/v2/repository/models/{MODEL}/unload", b"{}", {CONTROL_HEADER: secret}, seconds)
-        while time.monotonic() < deadline:
+        worked, looked = self._worked(), time.monotonic()
+        while (now := time.monotonic()) < deadline:
+            if now > looked + IDLE_AFTER:
+                worked, before, looked = self._worked(), worked, now
+                if dead_stubs(self.server) and worked - before < IDLE_AFTER / 10:
+                    return False
             index = json.loads(self._request("POST", "/v2/repository/index", b"{}", {CONTROL_HEADER: secret})[1])
             if all(entry.get("state") == "UNAVAILABLE" for entry in index):
                 return True
