@@ -20,7 +20,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from conftest import ROOT, SHIPPED, certificate, running
+from conftest import ROOT, SHIPPED, certificate, eventually, running
 
 from npair.client import (
     IN_FLIGHT,
@@ -280,6 +280,13 @@ class TestErrors:
             with pytest.raises(UnavailableError):
                 client.embed(b"photo")
             assert not client.ready()
+
+    def test_a_server_that_was_away_for_long_is_found_at_once(self) -> None:
+        """gRPC looks for it each second, and not after 1, 1.6, 2.6, ... s."""
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            calls = ThreadPoolExecutor(1).submit(lambda: [listener.accept()[0].close() for _ in range(10)])
+            with NpairClient(f"grpc://127.0.0.1:{listener.getsockname()[1]}", retries=0) as client:
+                eventually(lambda: client.ready() or calls.done())
 
     @pytest.mark.parametrize("scheme", ["http", "grpc"])
     def test_no_answer_in_time_is_not_repeated(self, scheme: str) -> None:

@@ -190,6 +190,8 @@ class NpairClient:
                 root_certificates=trusted,
                 certificate_chain=shown,
                 private_key=key,
+                # By itself, gRPC would come to look for a server that is away every two minutes only.
+                channel_args=[("grpc.max_reconnect_backoff_ms", 1000)],
             )
             self._extra, self._as_json = {"client_timeout": timeout}, {"as_json": True}
         else:
