@@ -531,6 +531,8 @@ def test_clock_jumps(tmp_path: Path, table: list[str], jump: str) -> None:
     with Service(tmp_path, ["env", *(f"{key}={value}" for key, value in environment.items())]) as service:
         result = cause(service, lambda: clock.write_text(jump))
         port = int(service.ports["HTTP_PORT"])
-    serve.remove_remains(port)  # serve.py does not come to that: faketime takes an absolute time that has passed for a bad one
+    # serve.py does not come to that: faketime takes an absolute time that has passed for a bad one.
+    until(lambda: not serve.server_at(port), "the server outlives serve.py")
+    serve.remove_remains(port)
     table.append(result.row(f"the clock jumps by {jump}", "nothing"))
     assert not result.errors

@@ -284,7 +284,12 @@ class TestErrors:
     def test_a_server_that_was_away_for_long_is_found_at_once(self) -> None:
         """gRPC looks for it each second, and not after 1, 1.6, 2.6, ... s."""
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            calls = ThreadPoolExecutor(1).submit(lambda: [listener.accept()[0].close() for _ in range(10)])
+
+            def hang_up() -> None:
+                for _ in range(10):
+                    listener.accept()[0].close()
+
+            calls = ThreadPoolExecutor(1).submit(hang_up)
             with NpairClient(f"grpc://127.0.0.1:{listener.getsockname()[1]}", retries=0) as client:
                 eventually(lambda: client.ready() or calls.done())
 
