@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import shutil
 import socket
 import ssl
@@ -13,9 +14,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -32,6 +34,7 @@ from npair.client import (
     NpairClient,
     NpairError,
     RequestTimeoutError,
+    RequestTooLargeError,
     ServerFaultError,
     Thresholds,
     UnavailableError,
@@ -161,6 +164,30 @@ class TestBatches:
         assert vectors[:, 0].tolist() == list(range(1, 13))
         assert 1 < most <= IN_FLIGHT
 
+    def test_nothing_is_left_of_many_calls(self) -> None:
+        """Nor of the threads that embed several batches at a time."""
+
+        def files() -> int:
+            return len(list(Path("/proc/self/fd").iterdir()))
+
+        with serving(lambda photos, _: embeddings(photos)) as (url, _), NpairClient(url, version="1", batch_size=1) as client:
+            client.embed([b"a", b"b", b"c"])
+            before = files()
+            for _ in range(20):
+                client.embed([b"a", b"b", b"c"])
+            eventually(lambda: files() < before + 10)
+
+    def test_a_photo_that_is_too_large_for_a_proxy_is_named(self) -> None:
+        def proxy(photos: PHOTOS, _: str) -> tuple[int, str]:
+            return (413, "<html>") if sum(map(len, photos)) > 10 else embeddings(photos)
+
+        with serving(proxy) as (url, _), NpairClient(url, batch_bytes=10) as client:
+            results = list(client.stream([b"small", b"x" * 11, b"small"]))
+            assert [result.vector is None for result in results] == [False, True, False]
+            assert "too large for the server, or for a proxy before it" in str(results[1].reason)
+        with serving(proxy) as (url, _), NpairClient(url) as client, pytest.raises(RequestTooLargeError):
+            client.embed([b"small", b"small", b"small"])
+
     def test_a_fault_ends_the_stream(self) -> None:
         def answer(photos: PHOTOS, _: str) -> tuple[int, str]:
             return (500, '{"error": "boom"}') if photos == [b"bad"] else embeddings(photos)
@@ -251,7 +278,7 @@ class TestErrors:
             (500, '{"error": "stub is not healthy"}', ServerFaultError),
             (404, '{"error": "unknown model"}', InvalidRequestError),
             (400, '{"error": "unexpected shape"}', InvalidRequestError),
-            (413, "<html>Request Entity Too Large</html>", InvalidRequestError),
+            (413, "<html>Request Entity Too Large</html>", InvalidPhotoError),
             (401, '{"error": "a key is needed"}', AccessDeniedError),
             (403, "<html>Forbidden</html>", AccessDeniedError),
             (429, '{"error": "too many requests"}', UnavailableError),
@@ -271,6 +298,29 @@ class TestErrors:
         answers = iter([(503, '{"error": "starting"}'), (503, '{"error": "starting"}')])
         with serving(lambda photos, _: next(answers, embeddings(photos))) as (url, _), NpairClient(url) as client:
             assert client.embed(b"photo").vectors.shape == (1, 128)
+
+    def test_retries_for_the_configuration_too(self) -> None:
+        answers = iter([(429, "<html>"), (503, '{"error": "starting"}')])
+        with serving(lambda *_: next(answers, (200, '{"parameters": {}}'))) as (url, _), NpairClient(url) as client:
+            assert client.thresholds() is None
+
+    def test_a_connection_to_a_machine_that_is_gone_ends(self) -> None:
+        """What is not received within 10 s ends it, by the option of its socket."""
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            with NpairClient(f"grpc://127.0.0.1:{port}", timeout=0.5) as client:
+                assert not client.ready()
+                limits = []
+                for descriptor in Path("/proc/self/fd").iterdir():
+                    with suppress(OSError), socket.socket(fileno=os.dup(int(descriptor.name))) as connection:
+                        if connection.getpeername()[1:2] == (port,):
+                            limits.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+        assert limits == [10_000]
+
+    @pytest.mark.parametrize("version", ["", 8])
+    def test_version_as_others_write_it(self, version: Any) -> None:
+        with NpairClient("http://127.0.0.1:9", version=version) as client:
+            assert client.version == (str(version) or None)
 
     @pytest.mark.parametrize("scheme", ["http", "grpc"])
     def test_nobody_listens(self, scheme: str) -> None:
@@ -326,13 +376,22 @@ class TestErrors:
         "arguments",
         [
             *({"url": "ftp://a"}, {"url": "localhost:8000"}, {"timeout": 0}, {"retries": -1}, {"batch_size": 0}),
-            *({"batch_bytes": 0}, {"api_key": "two words"}, {"api_key": "clé"}, {"ca": "/nowhere.pem"}, {"ca": __file__}),
+            *(
+                {"url": "http://a:x"},
+                {"url": "http://user:secret@a:1"},
+                {"batch_bytes": 0},
+                {"api_key": "two words"},
+                {"api_key": "clé"},
+                {"ca": "/nowhere.pem"},
+                {"ca": __file__},
+            ),
             {"cert": (__file__, __file__)},
         ],
     )
     def test_senseless_arguments(self, arguments: dict[str, object]) -> None:
-        with pytest.raises(ValueError, match="must"):
+        with pytest.raises(ValueError, match="must") as refused:
             NpairClient(**arguments)  # type: ignore[arg-type]
+        assert "secret" not in str(refused.value)
 
     def test_wrong_photos(self, tmp_path: Path) -> None:
         with serving(lambda photos, _: embeddings(photos)) as (url, server), NpairClient(url) as client:
@@ -629,10 +688,14 @@ class TestCommandLine:
 
     @pytest.mark.parametrize(
         "arguments",
-        [("embed", "{}", "--out", "x.csv"), ("rank", "{}/a.png", "{}", "-k", "0"), ("rank", "{}/a.png", "{}/notes.npz"), ()],
+        [
+            *(("embed", "{}", "--out", "x.csv"), ("embed", "{}", "--out", "{}/no/x.npz"), ("rank", "{}/a.png", "{}", "-k", "0")),
+            *(("rank", "{}/a.png", "{}/notes.npz"), ("rank", "{}/a.png", "{}/empty.npz"), ()),
+        ],
     )
     def test_wrong_usage(self, photos: Path, arguments: tuple[str, ...]) -> None:
         (photos / "notes.npz").write_bytes(b"text")
+        (photos / "empty.npz").touch()
         result = self.run("http://127.0.0.1:9", *(argument.format(photos) for argument in arguments))
         assert result.returncode == 2
         assert "Traceback" not in result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import lancedb
 import numpy as np
@@ -18,7 +20,7 @@ import pytest
 from conftest import ROOT, SHIPPED, folders, photo, running, table
 
 from npair import gallery
-from npair.client import InvalidPhotoError, NpairClient
+from npair.client import Embeddings, InvalidPhotoError, NpairClient, UnavailableError
 from npair.config import with_release
 from npair.data import DataError
 from npair.gallery import Built, Gallery, GalleryError, build, labels_of
@@ -107,6 +109,49 @@ class TestBuild:
         assert (built.photos, built.embedded, list(built.left_out)) == (3, 0, [str(bad), str(spoilt)])
         assert str(spoilt) not in stored(index)
 
+    def test_searches_find_what_was_there_until_the_new_is(
+        self, client: NpairClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As where the photos' folder has moved, so that each has another name."""
+        photos, index = folders(tmp_path / "photos", classes=2, photos=3), tmp_path / "index"
+        build(photos, index, client)
+        before, embed = stored(index), gallery._embed
+        seen = []
+
+        def look(*arguments: Any) -> Any:
+            left_out = embed(*arguments)
+            seen.append(stored(index))
+            return left_out
+
+        monkeypatch.setattr(gallery, "_embed", look)
+        assert build(photos.rename(tmp_path / "moved"), index, client) == Built(OLD, 6, 6, {})
+        after = {str(path): label for path, label in labels_of(tmp_path / "moved").items()}
+        assert seen == [before | after]
+        assert stored(index) == after
+
+    def test_what_was_embedded_before_a_failure_is_kept(
+        self, client: NpairClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        photos, index = folders(tmp_path / "photos", classes=1, photos=9), tmp_path / "index"
+        with monkeypatch.context() as patch:
+            stream = NpairClient.stream
+
+            def ending(self: NpairClient, images: Any) -> Iterator[Any]:
+                yield from itertools.islice(stream(self, images), 5)
+                raise UnavailableError("gone")
+
+            patch.setattr(NpairClient, "stream", ending)
+            patch.setattr(NpairClient, "embed", lambda *_: Embeddings(np.zeros((1, 128), np.float32), OLD))
+            with pytest.raises(UnavailableError):
+                build(photos, index, client)
+        assert build(photos, index, client) == Built(OLD, 9, 4, {})
+
+    def test_tables_of_somebody_else_stay(self, client: NpairClient, tmp_path: Path) -> None:
+        photo(tmp_path / "photos/a.png")
+        lancedb.connect(tmp_path / "index").create_table("mine", [{"x": 1}])
+        build(tmp_path / "photos", tmp_path / "index", client)
+        assert "mine" in lancedb.connect(tmp_path / "index").list_tables().tables
+
     def test_nothing_to_build(self, client: NpairClient, tmp_path: Path) -> None:
         (tmp_path / "photos").mkdir()
         with pytest.raises(GalleryError, match="no photos in"):
@@ -191,6 +236,14 @@ class TestVersions:
         assert (Gallery(index).version, Gallery(index).manifest_sha256) == (NEW, "f" * 64)
         assert build(photos, index, client) == Built(OLD, 6, 0, {}), "the one before is kept"
         assert Gallery(index).version == OLD
+
+    def test_a_gallery_that_is_open_follows(self, client: NpairClient, newer: NpairClient, tmp_path: Path) -> None:
+        photos, index = folders(tmp_path / "photos", classes=1, photos=2), tmp_path / "index"
+        build(photos, index, client)
+        opened = Gallery(index)
+        build(photos, index, newer)
+        assert len(opened.search(photos / "class 0/0.png", newer)) == 2
+        assert opened.version == NEW
 
     def test_unserved(self, client: NpairClient, newer: NpairClient, tmp_path: Path) -> None:
         path = photo(tmp_path / "photos/a.png")
@@ -290,6 +343,17 @@ def test_damaged(damage: Callable[[Path], None], client: NpairClient, tmp_path: 
     shutil.rmtree(index)
     build(tmp_path / "photos", index, client)
     assert len(Gallery(index).search(path, client)) == 1
+
+
+def test_what_may_not_be_read_is_not_called_damaged(made: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake, since root may read all."""
+
+    def refused(_: Path) -> dict[str, str]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(gallery, "_pointer", refused)
+    with pytest.raises(PermissionError):
+        Gallery(made.folder)
 
 
 class TestLabels:

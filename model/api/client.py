@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
+import gevent
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc
@@ -77,6 +78,10 @@ class InvalidPhotoError(NpairError):
 
 class InvalidRequestError(NpairError):
     """The server does not understand the call."""
+
+
+class RequestTooLargeError(InvalidRequestError):
+    """The server, or a proxy before it, takes no request of this size."""
 
 
 class AccessDeniedError(NpairError):
@@ -158,7 +163,13 @@ class NpairClient:
         Raises: ValueError for a URL, a limit, a key or certificates that make no sense.
         """
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https", "grpc", "grpcs") or not parts.netloc:
+        if parts.username is not None:
+            raise ValueError("the URL must not hold a name or password; api_key is sent with every call")
+        try:
+            sensible = parts.scheme in ("http", "https", "grpc", "grpcs") and parts.hostname and parts.port != 0
+        except ValueError:  # of a port that is no number
+            sensible = False
+        if not sensible:
             raise ValueError(f"the URL must be like http://host:8000 or grpc://host:8001, got {url!r}")
         if batch_size < 1 or batch_bytes < 1 or timeout <= 0 or retries < 0:
             raise ValueError("batch_size, batch_bytes and timeout must be positive, and retries must not be negative")
@@ -177,7 +188,8 @@ class NpairClient:
         self.ca, self.cert, self.api_key = ca, cert, api_key
         trusted = None if ca is None else os.fspath(ca)
         shown, key = (None, None) if cert is None else (os.fspath(cert[0]), os.fspath(cert[1]))
-        self.url, self.model, self.version, self.timeout, self.retries = url, model, version, timeout, retries
+        self.version = str(version) if version else None
+        self.url, self.model, self.timeout, self.retries = url, model, timeout, retries
         self.batch_size, self.batch_bytes = batch_size, batch_bytes
         self._protocol: Any
         self._extra: dict[str, float] = {}  # of every call of the protocol, and of those that answer JSON over HTTP
@@ -190,8 +202,13 @@ class NpairClient:
                 root_certificates=trusted,
                 certificate_chain=shown,
                 private_key=key,
-                # By itself, gRPC would come to look for a server that is away every two minutes only.
-                channel_args=[("grpc.max_reconnect_backoff_ms", 1000)],
+                # By itself, gRPC would come to look for a server that is away every two minutes only, and keep a connection to a
+                # machine that is gone for a quarter of an hour: with keepalive, what is not received within 10 s ends it.
+                channel_args=[
+                    ("grpc.max_reconnect_backoff_ms", 1000),
+                    ("grpc.keepalive_time_ms", 300_000),
+                    ("grpc.keepalive_timeout_ms", 10_000),
+                ],
             )
             self._extra, self._as_json = {"client_timeout": timeout}, {"as_json": True}
         else:
@@ -263,8 +280,15 @@ class NpairClient:
 
     def _parameters(self) -> dict[str, str]:
         """Of the model's configuration, as it was when a version was promoted."""
-        with _mapped_errors(self.model):
-            answer = self._client.get_model_config(self.model, **self._as_json, **self._extra)
+        for attempt in range(self.retries + 1):
+            try:
+                with _mapped_errors(self.model):
+                    answer = self._client.get_model_config(self.model, **self._as_json, **self._extra)
+                break
+            except UnavailableError:
+                if attempt == self.retries:
+                    raise
+                _pause(attempt)
         parameters = answer.get("config", answer).get("parameters", {})  # gRPC wraps it
         return {key: value.get("string_value", "") for key, value in parameters.items()}
 
@@ -314,7 +338,7 @@ class NpairClient:
                     raise VersionGoneError(message) from error
                 if attempt == retries or isinstance(error, InvalidRequestError):
                     raise
-                time.sleep(0.2 * 2**attempt * random.uniform(0.5, 1))  # not when all others do
+                _pause(attempt)
         head = answer.get_response(**self._as_json)
         vectors = answer.as_numpy("EMBEDDING")
         if vectors is None or vectors.shape[:1] != (len(photos),) or vectors.ndim != 2:
@@ -330,6 +354,11 @@ class NpairClient:
         except NpairError:
             return []
         return list(map(str, answer.get("versions", [])))
+
+
+def _pause(attempt: int) -> None:
+    """Before the next one, and not as long as all others."""
+    time.sleep(0.2 * 2**attempt * random.uniform(0.5, 1))
 
 
 class _Bearer(InferenceServerClientPlugin):  # type: ignore[misc]
@@ -365,7 +394,7 @@ class EmbeddingStream:
         with ThreadPoolExecutor(IN_FLIGHT) as pool:
             try:
                 for start, batch in self._batches():
-                    if self._version is None:
+                    if self._version is None or start == 0:  # one batch alone needs neither a thread nor another connection
                         yield from self._embed(self._client, batch, start)
                         continue
                     if len(pending) == IN_FLIGHT:
@@ -396,8 +425,12 @@ class EmbeddingStream:
 
     def _embed_apart(self, batch: Sequence[bytes | str], start: int) -> list[Embedded]:
         """On a connection of its own, since tritonclient's are not safe to share between threads."""
-        with self._client.copy() as client:
-            return self._embed(client, batch, start)
+        try:
+            with self._client.copy() as client:
+                return self._embed(client, batch, start)
+        finally:
+            if self._client._protocol is tritonclient.http:  # by gevent, which keeps an event loop for each thread, ended or not
+                gevent.get_hub().destroy(destroy_loop=True)
 
     def _embed(self, client: NpairClient, batch: Sequence[bytes | str], start: int) -> list[Embedded]:
         """The outcomes of one batch: where photos are refused, the rest is sent once more without them."""
@@ -408,6 +441,11 @@ class EmbeddingStream:
                 answer = client._embed_batch(photos, self._version, client.retries)  # type: ignore[arg-type]
             except InvalidPhotoError as error:
                 results |= {remaining[i]: Embedded(start + remaining[i], reason=reason) for i, reason in error.reasons.items()}
+                continue
+            except RequestTooLargeError as error:
+                if len(remaining) > 1:
+                    raise
+                results[remaining[0]] = Embedded(start + remaining[0], reason=str(error))
                 continue
             self._version = answer.version
             for i, vector in zip(remaining, answer.vectors, strict=True):
@@ -444,8 +482,9 @@ def _mapped_errors(model: str, request_id: str = "") -> Iterator[None]:
         if status in unavailable or re.search("is not (at )?ready|has no available versions", message):
             raise UnavailableError(message) from error
         # gRPC has no status of its own for a request that is too large for a proxy.
-        not_understood = ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "400", "404", "405", "413")
-        if status in not_understood or message.endswith("header with status: 413"):
+        if status == "413" or message.endswith("header with status: 413"):
+            raise RequestTooLargeError("too large for the server, or for a proxy before it (413)") from error
+        if status in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "400", "404", "405"):
             raise InvalidRequestError(f"model {model}: {message}") from error
         quoted = f" (request {request_id})" if request_id else ""
         raise ServerFaultError(f"{status or 'error'}: {message}{quoted}") from error
@@ -544,6 +583,8 @@ def _embed_into(out: Path, client: NpairClient, options: argparse.Namespace) -> 
     made in the end. Memory does not grow with the number of photos."""
     if out.suffix not in (".npz", ".jsonl"):
         raise ValueError(f"--out must end in .npz or .jsonl, got {out}")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out must be in a folder that is there, got {out}")
     unfinished = out.with_name(out.name + ".unfinished")
     done = _resume(unfinished, client)
     if strange := done.difference(map(str, _files(options.photos))) if done else None:
@@ -559,9 +600,12 @@ def _embed_into(out: Path, client: NpairClient, options: argparse.Namespace) -> 
     except VersionGoneError as error:
         if options.version or not embedded:
             raise
+        served = client._served()
+        if not served:
+            raise
         print(f"{error}: all photos are embedded anew", file=sys.stderr)
         unfinished.unlink()
-        client.version = options.version = max(client._served(), key=int)  # once: pinned, it is not left again
+        client.version = options.version = max(served, key=int)  # once: pinned, it is not left again
         return _embed_into(out, client, options)
     except (NpairError, OSError, KeyboardInterrupt):
         if embedded:
@@ -780,7 +824,7 @@ def _load(paths: Sequence[Path], client: NpairClient) -> list[tuple[list[str], V
             with np.load(path, allow_pickle=False) as saved:
                 model, version, manifest = (str(saved[key]) for key in ("model", "version", "manifest_sha256"))
                 loaded.append((saved["names"].tolist(), saved["vectors"]))
-        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} holds no vectors: {error}") from error
         if model != client.model:
             raise ValueError(f"{path} holds vectors of model {model}, not {client.model}")

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from npair.client import NpairClient, from_environment
+from npair.client import PATIENT_RETRIES, NpairClient, from_environment
 from npair.data import DataError, Dataset, Photos
 from npair.metrics import Embedded, Evaluation, Vectors, evaluate, nearest, protocol_of
 from npair.pixels import Pixels
@@ -117,7 +117,7 @@ def embed_served(dataset: Dataset, split: str, url: str) -> Comparison:
     alone = gallery_photos is query_photos
     paths = [*query_photos.paths, *(() if alone else gallery_photos.paths)]
     vectors = []
-    with NpairClient(url, **from_environment()) as client:
+    with NpairClient(url, retries=PATIENT_RETRIES, **from_environment()) as client:
         stream = client.stream(paths)
         for result in tqdm(stream, total=len(paths), desc="embed", unit="photo", disable=None):
             if result.vector is None:

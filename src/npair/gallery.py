@@ -13,7 +13,8 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,12 +64,18 @@ class Gallery:
     def __init__(self, folder: Path) -> None:
         """Raises: GalleryError where there is no gallery, or a damaged one."""
         self.folder = folder
-        with _readable(folder):
-            name = _pointer(folder).get("table")
+        self._open(self._name())
+
+    def _name(self) -> str:
+        with _readable(self.folder):
+            name = _pointer(self.folder).get("table")
         if name is None:
-            raise GalleryError(f"there is no gallery in {folder}; npair index build makes one")
-        with _readable(folder):
-            self.table = _database(folder).open_table(name)
+            raise GalleryError(f"there is no gallery in {self.folder}; npair index build makes one")
+        return name
+
+    def _open(self, name: str) -> None:
+        with _readable(self.folder):
+            self.table = _database(self.folder).open_table(name)
             self.model, self.version, self.manifest_sha256 = (self.table.schema.metadata[key.encode()].decode() for key in MADE_BY)
 
     def search(self, photo: Photo, client: NpairClient, k: int = 5) -> list[Found]:
@@ -80,6 +87,8 @@ class Gallery:
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
+        if (name := self._name()) != self.table.name:  # built by another version meanwhile
+            self._open(name)
         if client.model != self.model:
             raise GalleryError(f"the gallery in {self.folder} is of model {self.model}, not {client.model}; name another folder")
         with _pinned(client, self.version) as pinned:
@@ -121,9 +130,10 @@ def build(source: Path, folder: Path, client: NpairClient) -> Built:
             table.optimize(cleanup_older_than=READ)
             digests = each(_digest, list(labels), "read")
             wanted = {shown(path): (shown(label), digest) for (path, label), digest in zip(labels.items(), digests, strict=True)}
-            _delete(table, [photo for photo, row in stored.items() if wanted.get(photo) != row])
             new = [path for path in labels if stored.get(shown(path)) != wanted[shown(path)]]
-            left_out = _embed(table, new, wanted, pinned)
+            left_out = _embed(table, new, wanted, pinned, stored)
+            # Not before: until then, searches find what was there.
+            _delete(table, [photo for photo in stored if photo not in wanted or photo in left_out])
         count = table.count_rows()
         if not count:
             raise GalleryError(
@@ -184,25 +194,38 @@ def _delete(table: lancedb.table.Table, photos: Sequence[str]) -> None:
 
 
 def _embed(
-    table: lancedb.table.Table, paths: Sequence[Path], wanted: Mapping[str, tuple[str, str]], client: NpairClient
+    table: lancedb.table.Table,
+    paths: Sequence[Path],
+    wanted: Mapping[str, tuple[str, str]],
+    client: NpairClient,
+    stored: Collection[str],
 ) -> dict[str, str]:
-    """Store photos as their vectors come, each step whole or not at all. Returns: why photos were left out."""
+    """Store photos as their vectors come, each step whole or not at all, in place of what is stored of them. Returns: why photos
+    were left out."""
     left_out: dict[str, str] = {}
-    rows: list[dict[str, str | Vectors]] = []
+    rows: list[dict[str, Any]] = []
     results = client.stream(paths)
-    for result in tqdm(results, "embed", len(wanted), initial=len(wanted) - len(paths), unit="photo", disable=None):
-        photo = shown(paths[result.index])
-        if result.vector is None:
-            left_out[photo] = str(result.reason)
-        else:
-            label, digest = wanted[photo]
-            rows.append({"photo": photo, "label": label, "sha256": digest, "vector": result.vector})
-        if len(rows) == ROWS:
-            table.add(rows)
-            rows.clear()
-    if rows:
-        table.add(rows)
+    try:
+        for result in tqdm(results, "embed", len(wanted), initial=len(wanted) - len(paths), unit="photo", disable=None):
+            photo = shown(paths[result.index])
+            if result.vector is None:
+                left_out[photo] = str(result.reason)
+            else:
+                label, digest = wanted[photo]
+                rows.append({"photo": photo, "label": label, "sha256": digest, "vector": result.vector})
+            if len(rows) == ROWS:
+                _store(table, rows, stored)
+                rows = []
+    finally:
+        _store(table, rows, stored)
     return left_out
+
+
+def _store(table: lancedb.table.Table, rows: list[dict[str, Any]], stored: Collection[str]) -> None:
+    if any(row["photo"] in stored for row in rows):
+        table.merge_insert("photo").when_matched_update_all().when_not_matched_insert_all().execute(rows)
+    elif rows:
+        table.add(rows)
 
 
 def _digest(path: Path) -> str:
@@ -229,7 +252,8 @@ def _switch(folder: Path, pointer: dict[str, str], table: str) -> None:
         unfinished.replace(folder / POINTER)
     database = _database(folder)
     for other in set(database.list_tables().tables) - set(pointer.values()):
-        database.drop_table(other)
+        if re.fullmatch(r".+-\d+-([0-9a-f]{12}|unknown)", other):  # and is no table of somebody else's
+            database.drop_table(other)
 
 
 @contextlib.contextmanager
@@ -237,6 +261,8 @@ def _readable(folder: Path) -> Iterator[None]:
     """LanceDB raises all of these for files that are not as it wrote them."""
     try:
         yield
+    except PermissionError:
+        raise
     except (LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise GalleryError(
             f"the gallery in {folder} is damaged; delete it, and build it anew: npair index build ({error})"
