@@ -112,6 +112,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def changed(world: World) -> None:
+    """A day after the traffic of the test above."""
     noise = encode(Image.effect_noise((300, 300), 100), "JPEG")
     with world.sending([noise] * 8):
         world.fires("NpairPhotosChanged", 40)
@@ -154,8 +155,9 @@ def killed(world: World) -> None:
 
 
 def unserved(world: World) -> None:
-    """The server ends, for it can no longer be compared with its golden photos, and no other one can load the version."""
+    """What is loaded would be served on without its folder; the server that starts after it has nothing to load."""
     shutil.rmtree(Path(world.environment["MODEL_REPOSITORY"]) / "npair" / SHIPPED.name)
+    os.kill(world.server, 9)
     world.fires("NpairDown", 40)
 
 

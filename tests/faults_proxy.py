@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import getpass
+import gzip
 import http.client
 import json
 import re
 import shutil
 import socket
 import ssl
+import struct
 import subprocess
 import threading
 import time
@@ -20,7 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import serve
+import tritonclient.grpc
 from conftest import ROOT, SHIPPED, certificate, free_ports, running
+from tritonclient.utils import InferenceServerException
 
 from npair.client import AccessDeniedError, InvalidRequestError, NpairClient, NpairError, UnavailableError
 
@@ -191,6 +195,8 @@ def test_old_tls_is_refused(proxy: Proxy) -> None:
         "/v2/models/npair/../../repository/index",
         "/v2/models/npair/..%2f..%2frepository/index",
         "/v2/models/npair%0a/infer",
+        "/v2/models/npair/infer%0a",
+        "/inference.GRPCInferenceService/ModelInfer%0a",
         "//v2/repository//index",
         "/metrics",
         "/",
@@ -246,6 +252,28 @@ def test_compressed_bodies_and_many_chunks(proxy: Proxy) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 500 "), "not JSON"
     with proxy.client("http") as client:
         assert client.embed(PHOTOS).vectors.shape == (2, 128)
+
+
+def test_compressed_grpc(proxy: Proxy) -> None:
+    photo = tritonclient.grpc.InferInput("IMAGE", [1, 1], "BYTES")
+    photo.set_data_from_numpy(np.array([[PHOTOS[0].read_bytes()]], dtype=np.object_))
+    with proxy.client("grpc") as client:
+        for algorithm in ("gzip", "deflate"):
+            with pytest.raises(InferenceServerException, match=r"UNIMPLEMENTED.*without compression"):
+                client._client.infer("npair", [photo], compression_algorithm=algorithm)
+        assert client._client.infer("npair", [photo]).as_numpy("EMBEDDING").shape == (1, 128)
+
+
+def test_compression_behind_another_header(proxy: Proxy, tmp_path: Path) -> None:
+    """nginx 1.22 knows the first of two headers, and gRPC the last one."""
+    message, content = tmp_path / "message", gzip.compress(b"")
+    message.write_bytes(struct.pack(">BI", 1, len(content)) + content)
+    headers = [f"Authorization: Bearer {KEY}", "Content-Type: application/grpc", "TE: trailers", "grpc-encoding: identity"]
+    command = ["curl", "--silent", "--include", "--http2", "--cacert", str(proxy.ca), "--data-binary", f"@{message}"]
+    for header in [*headers, "grpc-encoding: gzip"]:
+        command += ["--header", header]
+    url = f"{proxy.urls['http']}/inference.GRPCInferenceService/ServerLive"
+    assert b"grpc-status: 13" in subprocess.run([*command, url], capture_output=True, check=True).stdout, "it cannot be parsed"
 
 
 def flood(proxy: Proxy, requests: int) -> list[int]:
