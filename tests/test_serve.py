@@ -133,6 +133,57 @@ def test_stops_in_order_although_an_idle_client_holds_its_connection() -> None:
         idle.close()
 
 
+def test_stops_in_order_although_the_repository_has_other_folders(tmp_path: Path) -> None:
+    """As the root of a Kubernetes volume has."""
+    shutil.copytree(ROOT / "model_repository", tmp_path / "models")
+    (tmp_path / "models/lost+found").mkdir()
+    with running(MODEL_REPOSITORY=str(tmp_path / "models")) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        _, output = process.communicate(timeout=30)
+        assert (process.returncode, output) == (0, "npair: stopped\n")
+
+
+def test_storage_that_goes_away_does_not_end_a_server_that_runs(tmp_path: Path) -> None:
+    """As an unmount would; all is in memory."""
+    model = Path(shutil.copytree(ROOT / "model_repository", tmp_path / "models")) / "npair"
+    with running(MODEL_REPOSITORY=str(model.parent)) as (process, urls), NpairClient(urls["http"]) as client:
+        photo = (model / SHIPPED.name / "golden/photo.jpg").read_bytes()
+        model.rename(tmp_path / "away")
+        time.sleep(serve.UNHEALTHY_AFTER + 3)
+        assert process.poll() is None
+        assert len(client.embed(photo).vectors) == 1
+        process.send_signal(signal.SIGTERM)
+        _, output = process.communicate(timeout=30)
+        assert (process.returncode, output) == (0, "npair: stopped\n")
+
+
+def test_log_lines_that_cannot_be_written_do_not_end_the_server() -> None:
+    """As where the disk behind stderr is full. A pipe that nobody reads takes 64 KiB before it blocks whoever writes."""
+    ports = free_ports()
+    url = f"http://127.0.0.1:{ports['HTTP_PORT']}"
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "model/api/serve.py", "--verbose"],
+            env=os.environ | ports | {"NPAIR_CONTROL_SECRET": "s"},
+            stderr=full,
+        )
+    try:
+        with NpairClient(url) as client:
+            eventually(client.ready)
+            connection = http.client.HTTPConnection(url.removeprefix("http://"))
+            connection.request("POST", "/v2/logging", '{"log_verbose_level": 1}', {serve.CONTROL_HEADER: "s"})
+            assert connection.getresponse().status == 200
+            connection.close()
+            end = time.monotonic() + 5
+            while time.monotonic() < end:
+                client.embed(SHIPPED / "golden/photo.jpg")
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+
+
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_answers_what_it_accepted_before_it_stops(protocol: str) -> None:
     photos = [encode(Image.new("RGB", (4100, 4100)), "PNG")] * 16  # so large that they are decoded one after another
@@ -176,6 +227,37 @@ sys.exit(serve.main())
         process.terminate()
         process.communicate(timeout=30)
     assert process.returncode == 0
+
+
+def test_an_answer_that_does_not_come_is_not_taken_for_refused() -> None:
+    """As on a starved machine: the first answers of a server that has loaded come too late."""
+    code = """
+import sys, serve
+
+request = serve.GoldenProber._request
+late = ["/v2/models/npair/stats", "/v2/models/npair/ready"]
+
+
+def starved(self, method, path, *more):
+    answer = request(self, method, path, *more)
+    if path in late:
+        late.remove(path)
+        raise TimeoutError
+    return answer
+
+
+serve.GoldenProber._request = starved
+code = serve.main()
+sys.exit(f"in time: {late}" if late else code)
+"""
+    environment = os.environ | free_ports() | {"PYTHONPATH": str(ROOT / "model/api")}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        lines_until_ready(process)
+    finally:
+        process.terminate()
+        _, output = process.communicate(timeout=30)
+    assert (process.returncode, output) == (0, "npair: stopped\n")
 
 
 def test_stops_in_order_before_it_has_started_a_server() -> None:
@@ -263,6 +345,45 @@ def test_dead_stub_ends_the_server_with_the_reason() -> None:
         assert "npair: a Python stub of the model died, and what it is given fails; the server was ended" in output
         with NpairClient(urls["http"], retries=0) as client, pytest.raises(UnavailableError):
             client.embed(b"photo")
+
+
+def test_a_dead_stub_is_seen_where_serve_py_has_the_flag_for_the_port_too() -> None:
+    ports = free_ports()
+    number = ports.pop("HTTP_PORT")
+    process = start(f"--http-port={number}", **ports)
+    try:
+        lines_until_ready(process)
+        assert serve.server_at(int(number)) == child_of(process)
+        os.kill(stubs_of(process)[0], signal.SIGKILL)
+        health = [sys.executable, str(ROOT / "model/api/serve.py"), "--health", f"--http-port={number}"]
+        told = subprocess.run(health, check=False, capture_output=True, text=True)
+        assert (told.returncode, told.stderr) == (1, "npair: a Python stub of the model died\n")
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+def test_children_are_found_while_threads_end() -> None:
+    code = """
+import os, threading, time
+
+if not os.fork():
+    time.sleep(60)
+print(flush=True)
+while True:
+    thread = threading.Thread(target=str)
+    thread.start()
+    thread.join()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            assert all(len(serve.children(process.pid)) == 1 for _ in range(5000))
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    with pytest.raises(OSError, match="No such"):
+        serve.children(process.pid)
 
 
 def test_what_others_compute_beside_a_dead_stub_is_answered() -> None:

@@ -400,6 +400,7 @@ class Supervisor:
         self.began = time.monotonic()
         self.wake: SimpleQueue[None] = SimpleQueue()  # an event's lock could be held by what a signal interrupts
         self.stopping = self.ready = self.drained = False
+        self.deadline = 0.0  # of the server's end, once it is to end in order
         remove_remains(options.http_port)
         on_stop(lambda *_: sys.exit(0))  # there is no server yet
         # A session of its own: Ctrl-C reaches this process alone, which forwards it once.
@@ -428,7 +429,7 @@ class Supervisor:
             drained = self.drained or self.process.returncode == 0
             say("stopped" if drained else f"stopped with requests in flight (exit code {self.process.returncode})")
             return 0 if drained else 1
-        print(*self.unshown, sep="\n", file=sys.stderr)
+        show(*self.unshown)
         raise ServeError(reason)
 
     def _watch(self) -> str:
@@ -448,13 +449,15 @@ class Supervisor:
                 failing_since = None
                 continue
             except ProbeError as error:
-                # The server is alive as from when loading has ended: asked second, it could have come to be in between.
-                loaded = self.ready or self.prober.green("/v2/health/live")
-                if not self.ready and not (loaded and self.prober.green(f"/v2/models/{MODEL}/ready")):
-                    if loaded and (problem := self._fall_back()):
-                        self.process.terminate()
+                if not self.ready:
+                    # The server is alive as from when loading has ended: asked second, it could have come to be in between.
+                    live = self.prober.green("/v2/health/live")
+                    served = live and self.prober.green(f"/v2/models/{MODEL}/ready")
+                    if live and served is False and (problem := self._fall_back()):
+                        self._drain()
                         return problem
-                    continue
+                    if not served:
+                        continue
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - failing_since > UNHEALTHY_AFTER:
                     self.process.kill()  # it answers nothing, so there is nothing to drain
@@ -509,6 +512,7 @@ class Supervisor:
     def _drain(self) -> None:
         """Unloads the model, then ends the server, which by itself would go on answering clients that keep their connections, and
         then cut them off."""
+        self.deadline = time.monotonic() + self.options.drain + 5  # it takes a moment more than it was given
         if self.ready:
             with contextlib.suppress(OSError, http.client.HTTPException, ProbeError, ValueError):
                 self.drained = self.prober.unload(self.secret, self.options.drain)
@@ -518,8 +522,8 @@ class Supervisor:
 
     def _end(self) -> None:
         try:
-            # Triton waits for whoever holds a connection, though all is answered; else it takes a moment more than it was given.
-            self.process.wait(1 if self.drained else self.options.drain + 5)
+            # Triton waits for whoever holds a connection, though all is answered.
+            self.process.wait(1 if self.drained else self.deadline - time.monotonic())
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -540,7 +544,7 @@ class Supervisor:
                 shown = self.options.verbose or level != "info"
             shaped = Log.shaped(level, text, parts)
             if shown and text and NOISE not in text:
-                print(shaped, file=sys.stderr, flush=True)
+                show(shaped)
             elif text:
                 self.unshown.append(shaped)
 
@@ -576,6 +580,7 @@ class GoldenProber:
     def __init__(self, model_folder: Path | None, host: str, port: int) -> None:
         self.model_folder = model_folder
         self.server: int | None = None
+        self.golden: dict[str, tuple[bytes, bytes, float]] = {}  # of the version that was asked last
         self.working_since: float | None = None  # without an answer
         # A wildcard address cannot be called; loopback then reaches the same listener.
         self.host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -606,12 +611,17 @@ class GoldenProber:
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             raise ProbeError(str(error) or type(error).__name__) from error
 
-    def green(self, path: str) -> bool:
-        """What the server says of itself: enough to tell that loading has ended, not that it answers."""
+    def green(self, path: str) -> bool | None:
+        """What the server says of itself: enough to tell that loading has ended, not that it answers.
+
+        Returns: None where no answer came, as on a starved machine, which is no "no".
+        """
         try:
             self._request("GET", path)
-        except (OSError, http.client.HTTPException, ProbeError):
+        except ProbeError:
             return False
+        except (OSError, http.client.HTTPException):
+            return None
         return True
 
     def load(self, config: str, secret: str) -> None:
@@ -635,26 +645,43 @@ class GoldenProber:
                 if dead_stubs(self.server) and worked - before < IDLE_AFTER / 10:
                     return False
             index = json.loads(self._request("POST", "/v2/repository/index", b"{}", {CONTROL_HEADER: secret})[1])
-            if all(entry.get("state") == "UNAVAILABLE" for entry in index):
+            # Every folder beside the model's is listed, too, without a state; the model's own is not while its storage is away.
+            states = {entry.get("state") for entry in index if entry["name"] == MODEL}
+            if not states:
+                raise ProbeError(f"the repository no longer lists {MODEL}")
+            if states == {"UNAVAILABLE"}:
                 return True
             time.sleep(0.05)
         return False
 
     def _embed_golden(self) -> str:
         version: str = max(json.loads(self._request("GET", f"/v2/models/{MODEL}")[1])["versions"], key=int)
-        folder = self._folder(version)
-        golden = json.loads((folder / "manifest.json").read_bytes())["golden"]
-        photo = (folder / golden["photos"][0]).read_bytes()
+        photo, stored, tolerance = self._golden(version)
         raw = {"Inference-Header-Content-Length": "0"}  # makes the body one raw photo instead of JSON
         headers, body = self._request("POST", f"/v2/models/{MODEL}/versions/{version}/infer", photo, raw)
         actual = array("f", body[int(headers["Inference-Header-Content-Length"]) :])
         # NumPy would cost this process more memory than all the rest: the first row follows a header whose length is given.
-        stored = (folder / golden["embeddings"]).read_bytes()
         start = 10 + int.from_bytes(stored[8:10], "little")
         expected = array("f", stored[start : start + 4 * len(actual)])
-        if not math.dist(actual, expected) <= golden["tolerance"]:
+        if not math.dist(actual, expected) <= tolerance:
             raise ProbeError(f"version {version} no longer embeds its golden photo as it was published")
         return version
+
+    def _golden(self, version: str) -> tuple[bytes, bytes, float]:
+        """A version's golden photo, the file of its golden embeddings and their tolerance.
+
+        Read each time, since another version may be published under the same number, but kept: storage that goes away is no reason
+        to end a server that has all that it needs in memory.
+        """
+        try:
+            folder = self._folder(version)
+            golden = json.loads((folder / "manifest.json").read_bytes())["golden"]
+            photo, stored = (folder / golden["photos"][0]).read_bytes(), (folder / golden["embeddings"]).read_bytes()
+            self.golden = {version: (photo, stored, golden["tolerance"])}
+        except OSError:
+            if version not in self.golden:
+                raise
+        return self.golden[version]
 
     def _folder(self, version: str) -> Path:
         """A version's. A server on an object store works on copies of its own, which the command lines of its stubs name."""
@@ -700,8 +727,14 @@ class GoldenProber:
 
 def children(pid: int) -> list[int]:
     """Of all threads of a process. Raises: OSError where it has ended."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text(encoding="ascii").split()]
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            found += map(int, (task / "children").read_text(encoding="ascii").split())
+        except OSError:  # this thread has ended; the first is there for as long as the process is
+            if task.name == str(pid):
+                raise
+    return found
 
 
 def stat_of(pid: int) -> list[str]:
@@ -728,8 +761,12 @@ def processes() -> list[int]:
 
 
 def server_at(port: int) -> int | None:
-    """The server that listens on this HTTP port, where this user can see it."""
-    return next((pid for pid in processes() if f"--http-port={port}" in arguments_of(pid)), None)
+    """The server that listens on this HTTP port, where this user can see it.
+
+    serve.py, or a server in another network namespace, may have the same flag for the port; the end of --backend-config is its own.
+    """
+    end = f"={region_prefix(port)}"
+    return next((pid for pid in processes() if any(argument.endswith(end) for argument in arguments_of(pid))), None)
 
 
 def dead_stubs(server: int | None) -> set[int]:
@@ -775,7 +812,13 @@ class Log:
 
 
 def say(sentence: str, level: str = "info") -> None:
-    print(Log.line(level, "npair", sentence, {}) if Log.as_json else f"npair: {sentence}", file=sys.stderr, flush=True)
+    show(Log.line(level, "npair", sentence, {}) if Log.as_json else f"npair: {sentence}")
+
+
+def show(*lines: str) -> None:
+    """On stderr, where that can be written: a full disk or a broken pipe behind it is no reason to end a server."""
+    with contextlib.suppress(OSError):
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
