@@ -257,6 +257,23 @@ def test_removed_never_half(location: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == [{1: False}, {1: False}, {1: False}, {}]
 
 
+def test_a_lock_is_known_although_the_answer_was_lost(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store has it, and refuses the library's second try."""
+    create = Store._create
+
+    def twice(self: Store, path: str, content: bytes) -> bool:
+        assert create(self, path, content)
+        return create(self, path, content)
+
+    monkeypatch.setattr(Store, "_create", twice)
+    with open_repository(location).exclusive():
+        monkeypatch.undo()
+        with pytest.raises(RepositoryError, match=rf"user \d+ on .*, process {os.getpid()}, since"), Store(location).exclusive():
+            pass
+    with Store(location).exclusive():
+        pass
+
+
 def test_one_at_a_time(location: str) -> None:
     first, second = open_repository(location), open_repository(location)
     holder = f"on .*, process {os.getpid()}, since 20.* releases or retires in {location}; .* delete {location}.releasing"

@@ -193,6 +193,19 @@ class TestVerify:
         golden_set_tells = json.loads((broken / "2/manifest.json").read_text()).get("engines") if line.reason is None else None
         assert line.status == ("ready" if golden_set_tells else "broken")
 
+    def test_no_engine_that_runs_here(self, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "torch", None)
+        with pytest.raises(ReleaseError, match="none of its engines runs here .*: torch: .*not installed"):
+            verify(models / "2", "torch")
+
+    @pytest.mark.parametrize("content", ["[]", "{}", "2"])
+    def test_strange_manifests_are_told(self, models: Path, content: str) -> None:
+        (models / "1/manifest.json").write_text(content)
+        line = versions(open_repository(models), [])[0]
+        assert (line.name, line.status) == ("1", "broken")
+        with pytest.raises(ReleaseError, match=r"version 1 in .*: manifest\.json cannot be read"):
+            check_pins(open_repository(models))
+
     def test_files_that_were_not_published(self, models: Path) -> None:
         (models / "2/extra.py").write_text("")
         with pytest.raises(ReleaseError, match=r"extra\.py was not published"):
@@ -320,11 +333,67 @@ class TestPromote:
     def test_closed_control_apis(self, models: Path) -> None:
         before = (models / "config.pbtxt").read_bytes()
         with running(MODEL_REPOSITORY=str(models.parent)) as (_, urls):
-            for secret, reason in (("", "the secret is missing"), ("wrong", "refused to load")):
+            for secret, reason in (("", "^the secret is missing"), ("wrong", f"^{urls['http']} refused the secret")):
                 with pytest.raises(ReleaseError, match=reason):
                     promote(open_repository(models), 2, [Server(urls["http"], "npair", secret=secret)])
                 assert (models / "config.pbtxt").read_bytes() == before
                 assert {path.name for path in models.iterdir()} == {"config.pbtxt", "1", "2"}
+
+    def test_a_server_that_is_away_changes_nothing(self, models: Path) -> None:
+        before = (models / "config.pbtxt").stat().st_mtime_ns
+        with pytest.raises(ReleaseError, match="does not answer"):
+            promote(open_repository(models), 2, [Server("http://127.0.0.1:9", "npair", secret=SECRET)])
+        assert (models / "config.pbtxt").stat().st_mtime_ns == before, "not even written and put back"
+
+    def test_all_servers_go_back_whichever_fails(self, models: Path) -> None:
+        """Fakes: the first goes away once it has loaded, and the last refuses."""
+        served = dict.fromkeys("abc", 1)
+
+        class Fake(Server):
+            def reach(self) -> None:
+                pass
+
+            def load(self) -> None:
+                (number,) = pinned((models / "config.pbtxt").read_text())
+                if self.model == "c" or (self.model == "a" and served["a"] == 2):
+                    raise ReleaseError(f"{self.model} does not load {number}")
+                served[self.model] = number
+
+            def check(self, folder: Path) -> float:
+                assert folder.name == str(served[self.model])
+                return 0.0
+
+        reason = r"going back to version 1 failed, too \(a does not load 1; c does not load 1\): c does not load 2"
+        with pytest.raises(ReleaseError, match=reason):
+            promote(open_repository(models), 2, [Fake("http://127.0.0.1:9", name, secret=SECRET) for name in "abc"])
+        assert served == {"a": 2, "b": 1, "c": 1}
+        assert pins(models, 1)
+
+    @pytest.mark.parametrize("damage", ["gone", "truncated"])
+    def test_what_cannot_be_served_again_is_not_remembered(self, models: Path, damage: str) -> None:
+        """As where a new folder's config.pbtxt pins a version of elsewhere."""
+        if damage == "gone":
+            shutil.rmtree(models / "1")
+        else:
+            truncate(models / "1/manifest.json")
+        promote(open_repository(models), 2, [])
+        assert pins(models, 2)
+        assert not (models / "fallback.json").exists()
+        with pytest.raises(ReleaseError, match="nothing was served before"):
+            rollback(open_repository(models), [])
+
+    @pytest.mark.parametrize(
+        ("status", "answer", "reason"),
+        [(502, "<html>", "does not say what it serves: status 502: <html>"), (400, "{}", "may be loading this one")],
+    )
+    def test_nothing_is_retired_on_no_answer(
+        self, models: Path, monkeypatch: pytest.MonkeyPatch, status: int, answer: str, reason: str
+    ) -> None:
+        """Such as a proxy's, or a starting server's."""
+        monkeypatch.setattr(Server, "_request", lambda *_: (status, answer))
+        with pytest.raises(ReleaseError, match=reason):
+            retire(open_repository(models), 2, [Server("http://127.0.0.1:9", "npair")])
+        assert 2 in open_repository(models).versions()
 
     def test_one_at_a_time(self, models: Path) -> None:
         repository = open_repository(models)
@@ -367,6 +436,22 @@ def test_nothing_served_before(models: Path) -> None:
 
 def pins(models: Path, number: int) -> bool:
     return pinned((models / "config.pbtxt").read_text())[-1] == number
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_interrupted_promotions_go_back(models: Path, number: signal.Signals) -> None:
+    before = (models / "config.pbtxt").read_bytes()
+    with served(models) as (server, urls):
+        command = [sys.executable, "-m", "npair.cli", "promote", "2", "--repository", str(models), "--url", urls["http"]]
+        environment = os.environ | {"NPAIR_CONTROL_SECRET": SECRET}
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        eventually(partial(pins, models, 2), 60)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "version 2 is not served, and all is as it was, with version 1: KeyboardInterrupt" in said
+        assert (models / "config.pbtxt").read_bytes() == before
+        assert server.serving() == [1]
 
 
 @pytest.mark.parametrize("seed", range(2))

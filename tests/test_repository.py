@@ -167,6 +167,23 @@ def test_removed_whole(repository: Path) -> None:
         (folder / "manifest.json").write_text("{}")
 
 
+def test_servers_of_other_users_can_read_it(repository: Path) -> None:
+    """Whatever the umask."""
+    before = os.umask(0o077)
+    try:
+        opened = open_repository(repository)
+        with opened.new_version() as (_, folder):
+            (folder / "golden").mkdir()
+            (folder / "golden/a.jpg").write_bytes(b"123")
+            (folder / "manifest.json").write_text("{}")
+        opened.write("config.pbtxt", b"")
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(repository).as_posix(): path.stat().st_mode & 0o777 for path in repository.rglob("*")}
+    files = dict.fromkeys(("config.pbtxt", "1/manifest.json", "1/golden/a.jpg"), 0o644)
+    assert modes == files | {"1": 0o755, "1/golden": 0o755}
+
+
 def test_publishers_and_removers_side_by_side(repository: Path) -> None:
     """Each publisher cleans, and must not stumble over what others claim or remove at that moment, nor they over it."""
 

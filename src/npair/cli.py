@@ -6,12 +6,13 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npair.client import DEFAULT_URL, NpairClient, NpairError, from_environment
+from npair.client import DEFAULT_URL, PATIENT_RETRIES, NpairClient, NpairError, from_environment
 from npair.run import TrainConfig, read_run
 from npair.serving.preprocess import Preprocessing
 
@@ -28,15 +29,21 @@ REPOSITORY = "model_repository/npair"
 
 
 def main() -> int:
-    """Returns: 0; 1 with one line on stderr that says what went wrong; 130 after Ctrl-C, which training ends with a checkpoint."""
+    """Returns: 0; 1 with one line on stderr that says what went wrong; 130 after Ctrl-C, SIGTERM or SIGHUP: a
+    promotion goes back, and training ends with a checkpoint (by SIGHUP, with its last one)."""
     arguments = _parser().parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(number, signal.default_int_handler)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
         return command(arguments)
     except (ValueError, RuntimeError, OSError, NpairError) as error:
         print(f"npair: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        if str(stopped):
+            print(f"npair: {stopped}", file=sys.stderr)
         return 130
 
 
@@ -162,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> float:
     """Raises: ValueError."""
     number = float(text)
-    if not number > 0:
+    if not 0 < number <= 1e9:
         raise ValueError
     return number
 
@@ -345,9 +352,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     for path in arguments.versions:
         if not path.isdecimal():
             checked[path] = verify(Path(path), arguments.engine)
-    if numbers or not checked:
+    if numbers or arguments.url or not checked:
         repository = open_repository(arguments.repository)
-        if not numbers:
+        if not numbers and not checked:
             check_pins(repository)
             numbers = [number for number, complete in repository.versions().items() if complete]
         for number in numbers:
@@ -416,7 +423,7 @@ def _where(arguments: argparse.Namespace) -> str:
 def _index_build(arguments: argparse.Namespace) -> int:
     from npair.gallery import build
 
-    with NpairClient(arguments.url, **from_environment()) as client:
+    with NpairClient(arguments.url, retries=PATIENT_RETRIES, **from_environment()) as client:
         built = build(arguments.photos, arguments.index, client)
     for photo, reason in built.left_out.items():
         print(f"{photo}: {reason}", file=sys.stderr)

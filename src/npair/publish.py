@@ -59,8 +59,13 @@ def publish(
 
 def check_libraries() -> None:
     """Raises: PublishError where libraries are not those that serve, with which golden sets must be measured."""
+    files = list(PINS.glob("requirements*.txt"))
+    if not files:
+        raise PublishError(
+            f"{PINS} is missing, which says what libraries serve: publish with the npair of a checkout (make install)"
+        )
     for name in LIBRARIES:
-        pins = [re.search(rf"^{name}==([^\s;+]+)", file.read_text(), re.MULTILINE) for file in PINS.glob("requirements*.txt")]
+        pins = [re.search(rf"^{name}==([^\s;+]+)", file.read_text(), re.MULTILINE) for file in files]
         for pin in filter(None, pins):
             if pin[1] != (here := installed(name).partition("+")[0]):
                 raise PublishError(f"{name} is {here} here and {pin[1]} where versions are served; run: make install")

@@ -67,25 +67,41 @@ class Server:
     def __init__(self, url: str, model: str, *, secret: str = "", timeout: float = 120.0) -> None:
         """Raises: ValueError for a URL that is not http:// or https://."""
         self.parts = urlsplit(url)
-        if self.parts.scheme not in ("http", "https") or not self.parts.netloc:
+        if self.parts.scheme not in ("http", "https") or not self.parts.hostname or self.parts.port == 0:
             raise ValueError(f"releasing goes over HTTP: the URL must be like http://host:8000, got {url!r}")
         self.url, self.model, self.secret, self.timeout = url, model, secret, timeout
 
     def load(self) -> None:
         """Have it serve what config.pbtxt says. Raises: ReleaseError with the server's reason."""
+        self._control(f"models/{self.model}/load", "refused to load", self.timeout)
+
+    def reach(self) -> None:
+        """Ask for what the secret opens, and change nothing. Raises: ReleaseError where no load could come to its end either."""
+        self._control("index", "refused the secret", 10)
+
+    def serving(self) -> list[int]:
+        """The versions that it says it serves. Raises: ReleaseError where it does not answer."""
+        status, answer = self._request("GET", f"/v2/models/{self.model}", 10)
+        try:
+            if status == http.client.OK:
+                return sorted(map(int, json.loads(answer)["versions"]))
+        except (ValueError, LookupError, TypeError) as error:
+            raise ReleaseError(f"{self.url} does not say what it serves: {answer[:200]}") from error
+        if status == http.client.BAD_REQUEST:  # Triton has no such model
+            return []
+        raise ReleaseError(f"{self.url} does not say what it serves: status {status}: {answer[:200]}")
+
+    def _control(self, path: str, refused: str, timeout: float) -> None:
         if not self.secret:
             raise ReleaseError(
                 "the secret is missing that lets a server load: start it with NPAIR_CONTROL_SECRET (or NPAIR_CONTROL_SECRET_FILE),"
                 " and set that here, too"
             )
-        status, answer = self._request("POST", f"/v2/repository/models/{self.model}/load", self.timeout)
+        status, answer = self._request("POST", f"/v2/repository/{path}", timeout)
         if status != http.client.OK:
-            raise ReleaseError(f"{self.url} refused to load: {json.loads(answer or '{}').get('error') or f'status {status}'}")
-
-    def serving(self) -> list[int]:
-        """The versions that it says it serves. Raises: ReleaseError where it does not answer."""
-        status, answer = self._request("GET", f"/v2/models/{self.model}", 10)
-        return sorted(int(version) for version in json.loads(answer).get("versions", [])) if status == http.client.OK else []
+            with contextlib.suppress(ValueError, LookupError, TypeError):  # a proxy's is no JSON
+                answer = json.loads(answer)["error"]
+            raise ReleaseError(f"{self.url} {refused}: {answer[:1000] or f'status {status}'}")
 
     def check(self, folder: Path) -> float:
         """The largest Euclidean distance between what it answers for a version's golden set and what was published.
@@ -153,6 +169,9 @@ def verify(folder: Path, engine: str = "") -> dict[str, dict[str, float | str]]:
                 engines[name] = {"golden_distance": loaded.golden_distance, "tolerance": manifest["engines"][name]["tolerance"]}
     except Exception as error:  # whatever published code raises; its classes are not this code's
         raise ReleaseError(f"{folder}: {error}") from error
+    if not any("golden_distance" in outcome for outcome in engines.values()):
+        reasons = "; ".join(f"{name}: {outcome['cannot_run']}" for name, outcome in engines.items())
+        raise ReleaseError(f"{folder}: none of its engines runs here to embed the golden set: {reasons}")
     return engines
 
 
@@ -211,9 +230,8 @@ def promote(repository: Repository, number: int, servers: Sequence[Server], *, k
     if keep is not None and keep >= number:
         raise ReleaseError(f"--keep must be a version below {number}: requests that name none go to the highest")
     with repository.exclusive():
-        before = _served_before(repository)
         present = pinned(_config(repository))[-1]
-        history = [*(version for version in before if version != number), *([present] if present != number else [])]
+        history = [version for version in _served_before(repository, [present]) if version != number]
         _serve(repository, number, servers, keep=keep, history=history[-REMEMBERED:])
 
 
@@ -236,8 +254,10 @@ def retire(repository: Repository, number: int, servers: Sequence[Server]) -> No
         if number in pinned(config):
             raise ReleaseError(f"version {number} is the one that config.pbtxt pins; promote another first")
         for server in servers:
-            if number in server.serving():
+            if number in (serving := server.serving()):
                 raise ReleaseError(f"version {number} is still served by {server.url}")
+            if not serving:
+                raise ReleaseError(f"{server.url} serves no version, and may be loading this one; try again when it does")
         history = [version for version in _served_before(repository) if version != number]
         _write_fallback(repository, history)
         repository.write("config.pbtxt", with_release(config, pinned(config), _served_before_as(history)).encode())
@@ -263,8 +283,10 @@ def versions(repository: Repository, servers: Sequence[Server]) -> list[Version]
             try:
                 manifest = json.loads((folder / "manifest.json").read_bytes())
                 check_files(folder, manifest)
-            except (ReleaseError, ValueError, KeyError, AttributeError) as error:
+            except (ReleaseError, ValueError, KeyError, AttributeError, TypeError) as error:
                 reason = str(error)
+        if not isinstance(manifest, dict):
+            manifest = {}
         recall = manifest.get("metrics", {}).get("val", {}).get("fine", {}).get("recall_at_1", {}).get("value")
         lines.append(
             Version(
@@ -288,7 +310,7 @@ def check_pins(repository: Repository) -> list[int]:
     pins, there = pinned(config), repository.versions()
     if missing := [number for number in pins if not there.get(number)]:
         raise ReleaseError(f"config.pbtxt pins version {missing[0]}, which is not in {repository.location}")
-    told, right = parameters(config), client_parameters(_manifest(repository, pins[-1]))
+    told, right = parameters(config), _client_parameters(repository, pins[-1])
     if wrong := [key for key, value in right.items() if told.get(key) != value]:
         raise ReleaseError(f"config.pbtxt does not tell clients {', '.join(wrong)} of version {pins[-1]}; promote it again")
     return pins
@@ -350,9 +372,11 @@ def _serve(repository: Repository, number: int, servers: Sequence[Server], *, ke
         for version in served:
             folder = stack.enter_context(repository.version(version))  # number's, in the end
             verify(folder)
-            told = client_parameters(_manifest(repository, version))
+            told = _client_parameters(repository, version)
             values |= told if version == number else {f"manifest_sha256_{version}": told["manifest_sha256"]}
         after = with_release(config, served, values)
+        for server in servers:
+            server.reach()
         try:
             _write_fallback(repository, history)
             repository.write("config.pbtxt", after.encode())
@@ -363,26 +387,30 @@ def _serve(repository: Repository, number: int, servers: Sequence[Server], *, ke
                 repository.delete(FALLBACK)
         except BaseException as error:
             reason = _put_back(repository, config, fallback, servers)
-            if not isinstance(error, Exception):
-                raise
-            raise ReleaseError(f"version {number} is not served, and {reason}: {error}") from error
+            kind = ReleaseError if isinstance(error, Exception) else type(error)
+            raise kind(f"version {number} is not served, and {reason}: {str(error) or kind.__name__}") from error
 
 
 def _put_back(repository: Repository, config: str, fallback: bytes | None, servers: Sequence[Server]) -> str:
-    """Returns: what became of it."""
-    repository.write("config.pbtxt", config.encode())
-    if fallback is None:
-        repository.delete(FALLBACK)
-    else:
-        repository.write(FALLBACK, fallback)
-    number = pinned(config)[-1]
+    """Whatever fails meanwhile. Returns: what became of it."""
+    number, failures = pinned(config)[-1], list[str]()
     try:
-        for server in servers:
+        repository.write("config.pbtxt", config.encode())
+        if fallback is None:
+            repository.delete(FALLBACK)
+        else:
+            repository.write(FALLBACK, fallback)
+    except Exception as error:
+        return f"config.pbtxt could not be put back to version {number} ({error})"
+    for server in servers:
+        try:
             server.load()
             with repository.version(number) as folder:
                 server.check(folder)
-    except ReleaseError as error:
-        return f"config.pbtxt is as it was, but going back to version {number} failed, too ({error})"
+        except Exception as error:  # the others are still to go back
+            failures.append(str(error))
+    if failures:
+        return f"config.pbtxt is as it was, but going back to version {number} failed, too ({'; '.join(failures)})"
     return f"all is as it was, with version {number}"
 
 
@@ -390,14 +418,19 @@ def _write_fallback(repository: Repository, history: Sequence[int]) -> None:
     """The configuration of the version that was served last of these, for servers that start and find the pinned one broken."""
     if not history:
         return
-    values = client_parameters(_manifest(repository, history[-1])) | _served_before_as(history[:-1])
+    values = _client_parameters(repository, history[-1]) | _served_before_as(history[:-1])
     repository.write(FALLBACK, as_json(with_release(_config(repository), history[-1:], values)).encode())
 
 
-def _served_before(repository: Repository) -> list[int]:
-    there = repository.versions()
+def _served_before(repository: Repository, present: Sequence[int] = ()) -> list[int]:
+    """And these: of all, those that can be served again."""
     history = parameters(_config(repository)).get("served_before", "")
-    return [int(number) for number in history.split(",") if number and there.get(int(number))]
+    found = []
+    for number in (*map(int, filter(None, history.split(","))), *present):
+        with contextlib.suppress(ReleaseError):
+            _client_parameters(repository, number)
+            found.append(number)
+    return found
 
 
 def _served_before_as(history: Sequence[int]) -> dict[str, str | None]:
@@ -409,8 +442,12 @@ def _config(repository: Repository) -> str:
     return repository.read("config.pbtxt").decode()
 
 
-def _manifest(repository: Repository, number: int) -> bytes:
-    return repository.read(f"{number}/manifest.json")
+def _client_parameters(repository: Repository, number: int) -> dict[str, str | None]:
+    """Of a version. Raises: ReleaseError where it is not there, or its manifest is damaged."""
+    try:
+        return client_parameters(repository.read(f"{number}/manifest.json"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ReleaseError(f"version {number} in {repository.location}: manifest.json cannot be read: {error}") from error
 
 
 def _read_if_there(repository: Repository, path: str) -> bytes | None:

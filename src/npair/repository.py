@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import getpass
 import os
 import shutil
 import socket
@@ -70,7 +69,7 @@ class Folder(Repository):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.location, self.name = folder, str(folder), folder.resolve().name
+        self.folder, self.location, self.name = folder, str(folder), Path(os.path.abspath(folder)).name  # noqa: PTH100 (a link's own name is the model's)
 
     def read(self, path: str) -> bytes:
         return (self.folder / path).read_bytes()
@@ -79,6 +78,7 @@ class Folder(Repository):
         unfinished = self.folder / f"unfinished-{path}"
         try:
             unfinished.write_bytes(content)
+            unfinished.chmod(0o644)  # whatever the umask: servers run as others
             _sync(unfinished)
             unfinished.replace(self.folder / path)
         finally:
@@ -113,6 +113,7 @@ class Folder(Repository):
         try:
             yield number, staging
             for path in (staging, *staging.rglob("*")):
+                path.chmod(0o755 if path.is_dir() else 0o644)  # whatever the umask: servers run as others
                 _sync(path)
             staging.rename(self.folder / str(number))
             _sync(self.folder)
@@ -139,12 +140,15 @@ class Folder(Repository):
         staging = self.folder / f"staging-{number}"
         try:
             staging.mkdir(exist_ok=True)
-            staging.chmod(0o755)  # whatever the umask: servers run as others
             handle = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
         except (FileExistsError, FileNotFoundError):  # another publisher cleans meanwhile
             return None
+        except PermissionError:
+            if not staging.exists():
+                raise
+            return None  # another user's
         with contextlib.suppress(OSError):
-            if _locked(handle) and os.path.samestat(staging.stat(), os.fstat(handle)):
+            if _locked(handle) and os.path.samestat(staging.stat(), os.fstat(handle)) and os.access(staging, os.W_OK):
                 if not (self.folder / str(number)).exists():
                     return handle
                 staging.rmdir()  # another has published this number since it was chosen
@@ -232,9 +236,10 @@ class Store(Repository):
     def exclusive(self) -> Iterator[None]:
         # Beside the folder, not in it: a server that loads copies all that it lists there, and this goes any moment.
         lock = f"{self.root}.releasing"
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        if not self._create(lock, f"{getpass.getuser()} on {socket.gethostname()}, process {os.getpid()}, since {now}".encode()):
-            holder = self._ask("cat_file", lock).decode()
+        now = datetime.now(timezone.utc).isoformat()
+        mine = f"user {os.getuid()} on {socket.gethostname()}, process {os.getpid()}, since {now}"
+        holder = mine if self._create(lock, mine.encode()) else self._holder(lock)
+        if holder != mine:  # it would be where the store's answer was lost, and the library asked again
             raise RepositoryError(
                 f"{holder} releases or retires in {self.location}; wait for it, then try again; if it was killed, first delete "
                 f"{self.location}.releasing"
@@ -243,6 +248,12 @@ class Store(Repository):
             yield
         finally:
             self._ask("rm_file", lock)
+
+    def _holder(self, lock: str) -> str:
+        try:
+            return str(self._ask("cat_file", lock).decode())
+        except FileNotFoundError:  # it has just ended
+            return "another process"
 
     def _upload(self, folder: Path, number: int) -> None:
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
