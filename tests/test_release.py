@@ -195,7 +195,7 @@ class TestVerify:
 
     def test_no_engine_that_runs_here(self, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "torch", None)
-        with pytest.raises(ReleaseError, match="none of its engines runs here .*: torch: .*not installed"):
+        with pytest.raises(ReleaseError, match=r"none of its engines runs here .*: torch: .*not installed"):
             verify(models / "2", "torch")
 
     @pytest.mark.parametrize("content", ["[]", "{}", "2"])

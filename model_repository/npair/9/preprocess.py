@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import struct
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageOps, JpegImagePlugin
+from PIL import ExifTags, Image, ImageFile, ImageOps, JpegImagePlugin
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
@@ -23,17 +25,34 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
 # Limits.max_pixels is checked before any pixel is decoded; Pillow's own limit is a global that would override a higher setting.
 Image.MAX_IMAGE_PIXELS = None
 
-# A directory of EXIF data may say of each of thousands of entries that its value is all of the data, and Pillow copies each value:
-# any amount of memory. So no more is read than one segment of a JPEG holds, and nothing when Pillow opens a JPEG, which it does for
-# a resolution that nobody needs.
+# Each of thousands of entries in a directory of EXIF data may have all of the data for its value, which Pillow makes objects of:
+# 10 GB from 65 kB. So Pillow parses no directory, and no more metadata is read than one segment of a JPEG holds.
 MAX_METADATA = 65_535
+TIFF = re.compile(rb"(?:Exif\0\0)*(?=II|MM)")  # what follows may be in the wrong order, as in some photos
+
+
+def _keep_metadata(self: JpegImagePlugin.JpegImageFile, marker: int) -> None:  # noqa: ARG001
+    """What Pillow does with a JPEG's segments of metadata: it keeps the first EXIF data and the last XMP data. Its own handlers
+    keep everything, EXIF data in quadratic time, and have the directory of a file of several pictures (MPF) parsed."""
+    assert self.fp is not None
+    content = ImageFile._safe_read(self.fp, int.from_bytes(self.fp.read(2), "big") - 2)
+    if content.startswith(b"Exif\0\0"):
+        self.info.setdefault("exif", content)
+    elif content.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
+        self.info["xmp"] = content.split(b"\0", 1)[1]
+
+
+for segment in (*range(0xFFE0, 0xFFF0), 0xFFFE):
+    JpegImagePlugin.MARKER[segment] = "", "APP0 to APP15, COM", _keep_metadata
 JpegImagePlugin.JpegImageFile._read_dpi_from_exif = lambda self: None  # type: ignore[method-assign]  # noqa: ARG005
 
 # Each scan of a JPEG visits all of its pixels, and 70 bytes make one, so that 20 MB would keep a core busy for an hour. Encoders
 # write ten or so.
 MAX_SCANS = 100
 SCAN, END = b"\xda", b"\xd9"
-MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
+# What has a length, and the end. libjpeg takes anything else for a marker without one, skips it (below C0, where it looks for a
+# restart) or gives up. Without the fill bytes before it: looking for their end would take quadratic time.
+MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 
 LARGE = 16_000_000  # pixels
 NOTHING = nullcontext()
@@ -114,14 +133,13 @@ def decode(
             rgb = _jpeg_to_rgb(image, photo, size) or _to_rgb(image, preprocessing.background)
             info = {key: value[:MAX_METADATA] for key, value in image.info.items() if isinstance(value, (str, bytes))}
             image = ImageOps.fit(rgb, size, Image.Resampling[preprocessing.resample])
-            image.info = info
             del rgb
     except MemoryError:
         raise
     except Exception as error:  # hostile files make Pillow raise far more than OSError
         raise PhotoError("damaged", f"the {image.format or 'image'} data is truncated or damaged ({error})") from error
     with contextlib.suppress(Exception):  # unreadable EXIF data does not spoil the pixels: browsers show such photos unrotated too
-        image = ImageOps.exif_transpose(image)
+        image = _upright(image, info)
     return np.array(image)
 
 
@@ -159,3 +177,31 @@ def _to_rgb(image: Image.Image, background: int) -> Image.Image:
     else:
         rgb = image.convert("RGB")
     return rgb
+
+
+def _upright(image: Image.Image, info: dict[Any, Any]) -> Image.Image:
+    """The image, turned as the metadata of its photo say. Raises: whatever, where they cannot be read."""
+    exif, profile = info.pop("exif", None), info.pop("Raw profile type exif", None)
+    if exif is None and profile is not None:  # text: how a PNG has EXIF data that is older than the chunk for it
+        exif = bytes.fromhex("".join(profile.split("\n")[3:]))
+    orientation = _orientation(exif or b"")
+    image.info = info  # for Pillow to look into XMP data, which count where EXIF data say nothing
+    if orientation is not None:
+        image.getexif()[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(image)
+
+
+def _orientation(exif: bytes) -> int | None:
+    """What the first directory of EXIF data says; None where it says nothing. Raises: struct.error where it is cut off."""
+    header = TIFF.match(exif)
+    if not header:
+        return None
+    tiff = exif[header.end() :]
+    order = "<" if tiff.startswith(b"II") else ">"
+    (directory,) = struct.unpack_from(order + "I", tiff, 4)
+    (entries,) = struct.unpack_from(order + "H", tiff, directory)
+    for entry in range(entries):
+        tag, kind, count, value = struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * entry)
+        if (tag, kind, count) == (ExifTags.Base.Orientation, 3, 1):  # one SHORT
+            return int(value)
+    return None
