@@ -87,7 +87,7 @@ class Server:
                 return sorted(map(int, json.loads(answer)["versions"]))
         except (ValueError, LookupError, TypeError) as error:
             raise ReleaseError(f"{self.url} does not say what it serves: {answer[:200]}") from error
-        if status == http.client.BAD_REQUEST:  # Triton has no such model
+        if status in (http.client.BAD_REQUEST, http.client.NOT_FOUND):  # Triton has no such model
             return []
         raise ReleaseError(f"{self.url} does not say what it serves: status {status}: {answer[:200]}")
 
