@@ -37,6 +37,18 @@ def ended(**environment: str) -> tuple[int, str]:
     return process.returncode, output
 
 
+def changed(code: str) -> tuple[int, str]:
+    """Exit code and last words of a serve.py that this code changes and runs, which is stopped once it is ready."""
+    environment = os.environ | free_ports() | {"PYTHONPATH": str(ROOT / "model/api")}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        lines_until_ready(process)
+    finally:
+        process.terminate()
+        _, output = process.communicate(timeout=30)
+    return process.returncode, output
+
+
 def child_of(process: subprocess.Popen[str]) -> int:
     return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
 
@@ -219,14 +231,7 @@ def slowly(self, path):
 serve.GoldenProber.green = slowly
 sys.exit(serve.main())
 """
-    environment = os.environ | free_ports() | {"PYTHONPATH": str(ROOT / "model/api")}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        lines_until_ready(process)
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
-    assert process.returncode == 0
+    assert changed(code) == (0, "npair: stopped\n")
 
 
 def test_an_answer_that_does_not_come_is_not_taken_for_refused() -> None:
@@ -250,14 +255,7 @@ serve.GoldenProber._request = starved
 code = serve.main()
 sys.exit(f"in time: {late}" if late else code)
 """
-    environment = os.environ | free_ports() | {"PYTHONPATH": str(ROOT / "model/api")}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        lines_until_ready(process)
-    finally:
-        process.terminate()
-        _, output = process.communicate(timeout=30)
-    assert (process.returncode, output) == (0, "npair: stopped\n")
+    assert changed(code) == (0, "npair: stopped\n")
 
 
 def test_stops_in_order_before_it_has_started_a_server() -> None:

@@ -148,7 +148,7 @@ class Folder(Repository):
                 raise
             return None  # another user's
         with contextlib.suppress(OSError):
-            if _locked(handle) and os.path.samestat(staging.stat(), os.fstat(handle)) and os.access(staging, os.W_OK):
+            if _locked_at(staging, handle) and os.access(staging, os.W_OK):
                 if not (self.folder / str(number)).exists():
                     return handle
                 staging.rmdir()  # another has published this number since it was chosen
@@ -161,8 +161,7 @@ class Folder(Repository):
             with contextlib.suppress(OSError):
                 handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
                 try:
-                    # Or another has cleaned since it was opened, and a publisher may write under the same name.
-                    if _locked(handle) and os.path.samestat(path.stat(), os.fstat(handle)):
+                    if _locked_at(path, handle):
                         shutil.rmtree(path)
                 finally:
                     os.close(handle)
@@ -324,6 +323,12 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _locked_at(path: Path, handle: int) -> bool:
+    """Whether the lock could be had, and the folder is still the one at this path: another may have cleaned since it was opened,
+    and a publisher may write under the same name. Raises: OSError where nothing is there."""
+    return _locked(handle) and os.path.samestat(path.stat(), os.fstat(handle))
 
 
 def _locked(handle: int) -> bool:
