@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -92,20 +93,51 @@ def listed(tmp_path: Path) -> Path:
     return root
 
 
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Make a folder by its name: one worker builds it, the others wait and share it. To be read, not changed."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent / "shared" if "PYTEST_XDIST_WORKER" in os.environ else root / "shared"
+    root.mkdir(exist_ok=True)
+
+    def made(name: str, build: Callable[[Path], object]) -> Path:
+        folder = root / name
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (root / f"{name}.done").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                build(folder)
+                (root / f"{name}.done").touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def dataset(once: Once) -> Path:
     """Six drawn products, four train photos and two val photos of each."""
-    root = tmp_path_factory.mktemp("drawn")
-    write_dataset(root, products=6, train=4, val=2)
-    return root
+    return once("drawn", lambda root: write_dataset(root, products=6, train=4, val=2))
 
 
 @pytest.fixture(scope="session")
-def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(dataset: Path, once: Once) -> Path:
     """The run of a network that was trained for two epochs."""
-    run = tmp_path_factory.mktemp("runs") / "tiny"
-    assert train(dataset, run, TINY)
-    return run
+    return once("tiny", lambda run: train(dataset, run, TINY))
+
+
+@contextmanager
+def without_int8() -> Iterator[None]:
+    """Publish in fp32 and bf16 alone: int8 takes most of the time, and the fixture ``published`` has it."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise RuntimeError("not for this test")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("npair.engines.nncf.quantize", refused)
+        yield
 
 
 def publish_into(repository: Path, run: Path, data: Path, **accepted: str) -> Path:
@@ -123,13 +155,16 @@ def repository(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def published(dataset: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published(dataset: Path, trained: Path, once: Once) -> Path:
     """A repository (the model's folder) with version 1; to be read, not changed."""
-    repository = tmp_path_factory.mktemp("models") / "npair"
-    repository.mkdir()
-    shutil.copy(ROOT / "model_repository/npair/config.pbtxt", repository)
-    publish_into(repository, trained, dataset)
-    return repository
+
+    def build(models: Path) -> None:
+        repository = models / "npair"
+        repository.mkdir(parents=True)
+        shutil.copy(ROOT / "model_repository/npair/config.pbtxt", repository)
+        publish_into(repository, trained, dataset)
+
+    return once("published", build) / "npair"
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, eventually, free_ports, lines_until_ready, publish_into, running, start
+from conftest import ROOT, TINY, eventually, free_ports, lines_until_ready, publish_into, running, start, without_int8
 
 from npair.artifact import export, write_manifest
 from npair.client import NpairClient, Vectors, VersionGoneError
@@ -56,7 +56,8 @@ def pair(published: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactor
     shutil.copytree(published, folder)
     run = tmp_path_factory.mktemp("runs") / "second"
     assert train(dataset, run, dataclasses.replace(TINY, seed=1))
-    publish_into(folder, run, dataset)
+    with without_int8():
+        publish_into(folder, run, dataset)
     config = folder / "config.pbtxt"
     config.write_text(with_release(config.read_text(), [1], {}))
     promote(open_repository(folder), 1, [])

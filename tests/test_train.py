@@ -56,7 +56,7 @@ def test_seed_decides_the_weights(dataset: Path, trained: Path, tmp_path: Path) 
 
 def test_ctrl_c_keeps_a_checkpoint_and_resuming_ends_where_the_whole_run_does(dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    interrupted = subprocess.Popen(command(dataset, run, "--epochs=40"), stderr=subprocess.PIPE, text=True)
+    interrupted = subprocess.Popen(command(dataset, run, "--epochs=16"), stderr=subprocess.PIPE, text=True)
     assert interrupted.stderr is not None
     for line in interrupted.stderr:
         if line.lstrip().startswith("epoch   2"):
@@ -66,10 +66,10 @@ def test_ctrl_c_keeps_a_checkpoint_and_resuming_ends_where_the_whole_run_does(da
     assert interrupted.wait(timeout=60) == 130, output
     assert "go on with --resume" in output
     step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
-    assert 0 < step < 40 * 3
+    assert 0 < step < 16 * 3
 
     assert subprocess.run(command(dataset, run, "--resume"), check=False, capture_output=True).returncode == 0
-    whole = dataclasses.replace(TINY, epochs=40)
+    whole = dataclasses.replace(TINY, epochs=16)
     assert train(dataset, tmp_path / "whole", whole)
     torch.testing.assert_close(weights(run), weights(tmp_path / "whole"), rtol=1e-3, atol=1e-4)
 
