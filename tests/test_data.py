@@ -1,17 +1,26 @@
 from __future__ import annotations
 
+import ast
 import dataclasses
 import errno
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import folders, photo, sizes, table
+from conftest import ROOT, folders, photo, sizes, table
 
-from npair.data import DataError, Dataset, read_dataset
+from npair.data import SPLIT_NAMES, SUFFIXES, DataError, Dataset, read_dataset, summary
+
+NFC, NFD = (unicodedata.normalize(form, "Crème") for form in ("NFC", "NFD"))
+# Pairs that the field's tools and data sets use: Roboflow, Keras, Hugging Face, fastai, and their spellings.
+SPELLINGS = [
+    *(("train", "valid"), ("train", "validation"), ("training", "dev")),
+    *(("Train", "Val"), ("TRAINING", "Testing"), ("train", "Test")),
+]
 
 
 class TestReadLists:
@@ -63,16 +72,27 @@ class TestReadLists:
 
     def test_missing_list(self, listed: Path) -> None:
         (listed / "train.txt").unlink()
-        with pytest.raises(DataError, match=r"train.txt is missing"):
+        with pytest.raises(DataError, match=r"train.txt is missing.* If val.txt is no such list, move it away"):
+            read_dataset(listed)
+
+    @pytest.mark.parametrize(("train", "other"), SPELLINGS)
+    def test_splits_by_any_name(self, listed: Path, train: str, other: str) -> None:
+        (listed / "train.txt").rename(listed / f"{train}.txt")
+        (listed / "val.txt").rename(listed / f"{other}.txt")
+        dataset = read_dataset(listed)
+        assert sizes(dataset) == {"train": 24, SPLIT_NAMES[other.lower()]: 12}
+        assert dataset.made == f"as listed in {train}.txt and {other}.txt"
+        shutil.copy(listed / f"{other}.txt", listed / f"{other.swapcase()}.TXT")
+        with pytest.raises(DataError, match=rf"are both the {SPLIT_NAMES[other.lower()]} split"):
             read_dataset(listed)
 
 
 class TestReadFolders:
     def test_each_folder_with_photos_is_a_class(self, tmp_path: Path) -> None:
-        for number, name in enumerate(["fruit/apple/fuji, ü/a.JPG", "fruit/apple/b.jpeg", "fruit/c.webp", "x\n/d.png"]):
+        for number, name in enumerate(["fruit/apple/fuji, ü/a.JPG", "fruit/apple/b.jpeg", "fruit/c.webp", "x\n/d.jfif"]):
             photo(tmp_path / name, number)
         train = read_dataset(tmp_path).train
-        assert train.fine_names == ("fruit", "fruit/apple", "fruit/apple/fuji, ü", "x\n")
+        assert train.fine_names == ("fruit", "fruit/apple", "fruit/apple/fuji, ü", "x")
         assert train.coarse_names == train.fine_names
         assert train.coarse.tolist() == train.fine.tolist()
 
@@ -91,8 +111,65 @@ class TestReadFolders:
         assert sizes(dataset) == {"train": 10, "test": 10}
         assert (dataset.made, dataset.val) == ("as in the folders train and test", None)
         assert dataset.train.fine_names == ("class 0", "class 1")
-        photo(tmp_path / "more/1.png")
-        assert "train/class 0" in read_dataset(tmp_path).train.fine_names
+
+    @pytest.mark.parametrize(("train", "other"), SPELLINGS)
+    def test_splits_by_any_name_whatever_lies_beside_them(self, tmp_path: Path, train: str, other: str) -> None:
+        for name in (train, other):
+            folders(tmp_path / name, classes=2)
+        for name in ("samples/logo.jpg", "samples/more/logo.jpg", "README images/1.png", "__MACOSX/train/class 0/1.png"):
+            photo(tmp_path / name, 99)
+        photo(tmp_path / other / "of no class.png", 99)
+        dataset = read_dataset(tmp_path)
+        assert sizes(dataset) == {"train": 10, SPLIT_NAMES[other.lower()]: 10}
+        assert dataset.made == f"as in the folders {train} and {other}"
+        assert dataset.train.fine_names == ("class 0", "class 1")
+        assert [str(path.relative_to(tmp_path)) for path in dataset.ignored] == sorted(
+            ["README images", "__MACOSX", "samples", f"{other}/of no class.png"]
+        )
+
+    @pytest.mark.parametrize(
+        ("places", "reason"),
+        [
+            (["train/a", "val/a", "valid/a"], "val and valid are both the val split; merge them"),
+            (["train/a", "Train/b", "test/a"], "Train and train are both the train split"),
+            (["train/a", "train/b", "samples"], "train looks like a split, but beside it are other folders"),
+            (["a", "b", "Test/a", "Test/b"], "Test looks like a split, but beside it are other folders and no other"),
+            (["a", "b", "validation"], "validation looks like a split"),
+            (["val/a", "val/b"], "train holds no photo in a folder of its class"),
+            (["test/a", "valid/b"], "train holds no photo in a folder of its class"),
+            (["photos/train/a", "photos/valid/a"], "photos holds train and valid, which look like splits, but not at the top"),
+            (["a/train", "a/dev", "b/train", "b/dev"], "a holds dev and train, which look like splits, but not at the top"),
+        ],
+    )  # fmt: skip
+    def test_refuses_what_may_be_splits_or_classes(self, tmp_path: Path, places: list[str], reason: str) -> None:
+        for number, place in enumerate(places):
+            folders(tmp_path / place, classes=1, photos=2) if "/" in place else photo(tmp_path / place / "1.png", number)
+        for place in places:
+            photo(tmp_path / place / "1.png", 99)
+        with pytest.raises(DataError, match=reason):
+            read_dataset(tmp_path)
+
+    @pytest.mark.parametrize("name", ["train", "Training"])
+    def test_a_class_may_be_called_train(self, tmp_path: Path, name: str) -> None:
+        for number, path in enumerate([f"{name}/1.png", "bus/1.png", "car/1.png", "bus/train/1.png"]):
+            photo(tmp_path / path, number)
+        assert set(read_dataset(tmp_path).train.fine_names) == {name, "bus", "car", "bus/train"}
+
+    def test_a_label_in_either_unicode_form_is_one_class(self, tmp_path: Path) -> None:
+        for number, name in enumerate([NFC, NFD, f"{NFD} ", "other", "a  b", "a b"]):
+            photo(tmp_path / "train" / name / "1.png", number)
+        train = read_dataset(tmp_path).train
+        assert train.fine_names == (NFC, "a b", "other")
+        assert sorted(train.fine.tolist()) == [0, 0, 0, 1, 1, 2]
+
+    @pytest.mark.parametrize("name", ["@eaDir", "__MACOSX", "lost+found", "#recycle", "$RECYCLE.BIN", ".hidden"])
+    def test_does_not_look_into_what_systems_keep(self, tmp_path: Path, name: str) -> None:
+        folders(tmp_path, classes=2)
+        photo(tmp_path / name / "IMG_1.jpg/SYNOPHOTO_THUMB_M.jpg")
+        photo(tmp_path / "class 0" / name / "IMG_1.jpg")
+        dataset = read_dataset(tmp_path)
+        assert sum(sizes(dataset).values()) == 10
+        assert set(dataset.ignored) == {tmp_path / name, tmp_path / "class 0" / name}
 
     def test_ignores_what_is_no_photo(self, tmp_path: Path) -> None:
         folders(tmp_path, classes=2)
@@ -168,7 +245,10 @@ class TestReadTable:
             ("path,label,label\n", "csv:1: the header must name the column 'label' once"),
             ("path,label\na.png,x\n\na.png,\n", "csv:4: no label"),
             ("path,label,split\na.png,x,\n", "csv:2: no split; fill the cell, or drop the column"),
-            ("path,label,split\na.png,x,dev\n", "csv:2: the split is 'dev'"),
+            ("path,label,split\na.png,x,holdout\n", "csv:2: the split is 'holdout'"),
+            ("path,label,split\na.png,x,train\na.png,y,val\na.png,y,Valid\n", "csv:4: the split is 'valid', which is 'val' above"),
+            ("path,label,subset\na.png,x,train\na.png,y,Valid\n", "csv:1: the column 'subset' holds splits; call it split"),
+            ("path,label,split,Split\na.png,x,train,train\n", "csv:1: the header must name the column 'split' once"),
             ("path,label,split\na.png,x,val\n", "no train photo"),
             ("path,label\na.png,x,y\n", "csv:2: 3 cells in 2 columns"),
             ('path,label\n"a.png,x\n', "csv:2: unexpected end of data"),
@@ -182,6 +262,54 @@ class TestReadTable:
         photo(tmp_path / "a.png")
         with pytest.raises(DataError, match=reason):
             read_dataset(table(tmp_path, text))
+
+    @pytest.mark.parametrize(("train", "other"), SPELLINGS)
+    def test_splits_by_any_name(self, tmp_path: Path, train: str, other: str) -> None:
+        photo(tmp_path / "a.png")
+        text = f"Path,Label,Split,subset\na.png,x,{train},\na.png,x, {other} ,\na.png,x,{other.upper()},\n"
+        assert sizes(read_dataset(table(tmp_path, text))) == {"train": 1, SPLIT_NAMES[other.lower()]: 2}
+
+    def test_a_label_in_either_unicode_form_is_one_class(self, tmp_path: Path) -> None:
+        photo(tmp_path / "a.png")
+        rows = f"a.png,{NFC},a  b\na.png,{NFD},a b\na.png,other,{NFD}\n"
+        train = read_dataset(table(tmp_path, "path,label,coarse,split\n" + rows.replace("\n", ",train\n"))).train
+        assert (train.fine_names, train.coarse_names) == ((NFC, "other"), (NFC, "a b"))
+
+
+@pytest.mark.parametrize(("written", "on_disk"), [(NFC, NFD), (NFD, NFC)])
+def test_listed_paths_are_found_in_either_unicode_form(tmp_path: Path, written: str, on_disk: str) -> None:
+    paths = [photo(tmp_path / f"{on_disk}/{on_disk} {number}.png", number) for number in range(2)]
+    listing = "".join(f"{written}/{written} {number}.png, {number}, 0\n" for number in range(2))
+    lists = read_dataset(table(tmp_path, listing, "train.txt").parent)
+    rows = "".join(f"{written}/{written} {number}.png,{number},train\n" for number in range(2))
+    of_table = read_dataset(table(tmp_path, f"path,label,split\n{rows}"))
+    assert lists.train.paths == of_table.train.paths == tuple(paths)
+    with pytest.raises(DataError, match="no photo at"):
+        read_dataset(table(tmp_path, f"path,label\n{written}/nothing.png,x\n"))
+
+
+def test_names_in_classes_csv_are_compared_in_one_unicode_form(listed: Path) -> None:
+    header = "Class ID (int),Class Name (str),Coarse Class ID (int),Coarse Class Name (str)\n"
+    table(listed, f"{header}0,{NFC},0,{NFD}\n1,{NFD},1,{NFC}\n", "classes.csv")
+    train = read_dataset(listed).train
+    assert train.fine_names[:2] == (f"{NFC} (0)", f"{NFC} (1)")
+    assert train.coarse_names[:2] == (f"{NFC} (0)", f"{NFC} (1)")
+
+
+def test_the_summary_counts_what_was_passed_over() -> None:
+    paths = [Path(name) for name in ("a/1.heic", "a/2.HEIC", "a/.x", "a/.y.png", "a/.z", "@eaDir", "README", "1.a", "1.b", "1.c")]
+    assert summary(paths) == "3 hidden such as a/.x, 2 .heic such as a/1.heic, @eaDir, README, 1.a and 2 more kinds"
+
+
+def test_every_tuple_of_suffixes_is_the_same() -> None:
+    """What one part of npair takes for a photo, all do."""
+    sources = [path for folder in ("src", "model/api", "benchmarks", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    nodes = [node for path in sources for node in ast.walk(ast.parse(path.read_text()))]
+    literals = [node.elts for node in nodes if isinstance(node, ast.Tuple | ast.List | ast.Set)]
+    found = [[element.value for element in literal if isinstance(element, ast.Constant)] for literal in literals]
+    suffixes = [values for values in found if ".webp" in values or ".png" in values]
+    assert len(suffixes) >= 2
+    assert all(values == [*SUFFIXES] for values in suffixes), suffixes
 
 
 class TestSplit:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHIPPED, folders, photo, running, table
 
-from npair import gallery
+from npair import cli, gallery
 from npair.client import Embeddings, InvalidPhotoError, NpairClient, UnavailableError
 from npair.config import with_release
 from npair.data import DataError
@@ -145,6 +146,23 @@ class TestBuild:
             with pytest.raises(UnavailableError):
                 build(photos, index, client)
         assert build(photos, index, client) == Built(OLD, 9, 4, {})
+
+    def test_what_is_passed_over_is_said(self, client: NpairClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        photos = tmp_path / "photos"
+        for name in ("1.jfif", "2.JPE", "@eaDir/1.jfif/SYNOPHOTO_THUMB_M.jpg"):
+            photo(photos / name)
+        for name in ("1.heic", "2.heic"):
+            (photos / name).touch()
+        ignored = f"2 .heic such as {photos / '1.heic'}, {photos / '@eaDir'}"
+        assert build(photos, tmp_path / "index", client) == Built(OLD, 2, 2, {}, ignored)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["npair", "index", "build", str(photos), "--index", str(tmp_path), "--url", client.url])
+            assert cli.main() == 0
+        assert f"ignored, since they are no photos: {ignored}" in capsys.readouterr().err
+        for name in ("1.jfif", "2.JPE"):
+            (photos / name).unlink()
+        with pytest.raises(GalleryError, match=r"no photos in .*, but 2 \.heic such as"):
+            build(photos, tmp_path / "index", client)
 
     def test_tables_of_somebody_else_stay(self, client: NpairClient, tmp_path: Path) -> None:
         photo(tmp_path / "photos/a.png")
@@ -367,8 +385,11 @@ class TestLabels:
         paths = [photo(tmp_path / split / "class/a.png") for split in ("train", "test")]
         assert labels_of(tmp_path) == dict.fromkeys(paths, "class")
         toy = photo(tmp_path / "toy/a.png")
-        assert labels_of(tmp_path)[toy] == "toy"
-        assert labels_of(tmp_path)[paths[0]] == "train/class"
+        assert labels_of(tmp_path) == {**dict.fromkeys(paths, "class"), toy: "toy"}
+
+    def test_in_either_unicode_form_are_one(self, tmp_path: Path) -> None:
+        paths = [photo(tmp_path / unicodedata.normalize(form, "Crème") / "a.png") for form in ("NFC", "NFD")]
+        assert labels_of(tmp_path) == dict.fromkeys(paths, unicodedata.normalize("NFC", "Crème"))
 
     def test_lists_and_tables(self, listed: Path, tmp_path: Path) -> None:
         assert len(labels_of(listed)) == 36

@@ -82,9 +82,9 @@ class TestLoad:
     def test_names_the_first_few(self, tmp_path: Path) -> None:
         root = folders(tmp_path / "root")
         for number in range(7):
-            (root / f"{number}\n.txt").touch()
+            (root / f"class 0/{number}\n.png").touch()
         findings = load(read_dataset(root), SMALL, tmp_path / "cache")[2]
-        assert findings.lines()[0].endswith(r"4\n.txt' and 2 more.")
+        assert findings.lines()[0].endswith(r"4\n.png' (the photo is empty (0 bytes)) and 2 more.")
         assert findings.lines()[0].isprintable()
 
     def test_refuses_fewer_than_two_classes(self, tmp_path: Path) -> None:

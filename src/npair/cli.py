@@ -427,6 +427,8 @@ def _index_build(arguments: argparse.Namespace) -> int:
         built = build(arguments.photos, arguments.index, client)
     for photo, reason in built.left_out.items():
         print(f"{photo}: {reason}", file=sys.stderr)
+    if built.ignored:
+        print(f"ignored, since they are no photos: {built.ignored}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(built._asdict()))
     else:

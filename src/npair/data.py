@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +26,19 @@ from npair.serving.preprocess import Limits
 LIMITS = Limits(max_bytes=100_000_000, max_pixels=200_000_000)
 
 SPLITS = ("train", "val", "test")  # in the order in which photos must not leak: never from a later one into an earlier one
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SPLIT_NAMES = {  # what people call them, in any case
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# What systems keep beside the user's photos: thumbnails, what was deleted, snapshots; in any case.
+SYSTEM_FOLDERS = {
+    *("@eadir", "#recycle", "#snapshot"),  # Synology
+    *("@recycle", "@recently-snapshot"),  # QNAP
+    *("__macosx", "lost+found", "$recycle.bin", "system volume information"),
+}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -109,59 +122,90 @@ def read_dataset(source: Path, *, split_by: str = "photo", val_share: float = 0.
       - a folder, or one with a subfolder ``dataset``, with ``train.txt`` and maybe ``val.txt`` and ``test.txt``: a line per photo,
         ``path, fine label, coarse label``, the labels numbers, which a ``classes.csv`` like the Grocery Store Dataset's names;
       - a folder of folders of photos, each a class; the parent folders are the coarse labels where every class has one. Folders
-        ``train``, ``val`` and ``test`` at the top are the splits;
+        ``train``, ``val`` and ``test`` at the top are the splits, and what lies beside them is ignored;
       - a ``.csv`` or ``.tsv`` table with the columns path, label and maybe coarse and split.
+
+    Splits go by any name in ``SPLIT_NAMES``, such as ``valid`` or ``Test``. Labels that differ only in blanks or in Unicode form
+    (NFC, NFD) are one, and a listed path is found in whichever form it is on disk.
 
     Splits that the source names are kept. Otherwise val gets ``val_share`` of each class's photos, of classes with at least three
     (``split_by="photo"``), or that share of the classes, at least two, with all of their photos (``"class"``); which ones is a
     function of the seed.
 
-    Raises: DataError for a source that is none of these, for a malformed line, a photo that is not there, or too few classes.
+    Raises: DataError for a source that is none of these, for a malformed line, a photo that is not there, splits that cannot be
+    told from classes, or too few classes.
     """
     if source.suffix.lower() in DELIMITERS and source.is_file():
         dataset = _read_table(source)
     elif not source.is_dir():
         raise DataError(f"{source} is neither a folder nor a .csv or .tsv table; name one that exists")
-    elif (source / "train.txt").is_file() or not (source / "dataset" / "train.txt").is_file():
-        listed = any((source / f"{split}.txt").is_file() for split in SPLITS)
-        dataset = _read_lists(source) if listed else _read_folders(source)
     else:
-        dataset = _read_lists(source / "dataset")
+        inner = source / "dataset"
+        root = inner if "train" in find_lists(inner) and "train" not in find_lists(source) else source
+        dataset = _read_lists(root) if find_lists(root) else _read_folders(root)
     return dataset if dataset.made else _split(dataset, split_by, val_share, seed)
+
+
+def label_of(text: str) -> str:
+    """A label as it is compared: composed (NFC), as all but Macs write it, and with single blanks."""
+    return unicodedata.normalize("NFC", " ".join(text.split()) or text)
+
+
+def _split_of(name: str) -> str | None:
+    return SPLIT_NAMES.get(name.casefold())
+
+
+def _named_splits(names: Iterable[str], place: Path) -> dict[str, str]:
+    """The name of each split that is among these, in the order of SPLITS. Raises: DataError where one split has two names."""
+    found: dict[str, str] = {}
+    for name in sorted(names):
+        if (split := _split_of(name.casefold().removesuffix(".txt"))) is None:
+            continue
+        if split in found:
+            raise DataError(f"{place}: {found[split]} and {name} are both the {split} split; merge them, or move one away")
+        found[split] = name
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def find_lists(folder: Path) -> dict[str, str]:
+    """The files that list a split, by split. Raises: DataError where two list one."""
+    files = folder.glob("*.[tT][xX][tT]") if folder.is_dir() else ()
+    return _named_splits((file.name for file in files if file.is_file()), folder)
 
 
 def _read_lists(root: Path) -> Dataset:
     listed: list[tuple[str, Path, int, int]] = []
-    for split in SPLITS:
-        listing = root / f"{split}.txt"
-        if split == "train" or listing.is_file():
-            listed += [(split, *photo) for photo in _read_list(listing)]
+    lists = find_lists(root)
+    if "train" not in lists:
+        raise DataError(
+            f"{root / 'train.txt'} is missing; it lists the photos of a split, a line each: path, fine label, coarse label."
+            f" If {' and '.join(lists.values())} is no such list, move it away"
+        )
+    for split, name in lists.items():
+        listed += [(split, *photo) for photo in _read_list(root / name)]
     folders: dict[int, set[str]] = defaultdict(set)
     for _, path, fine, _ in listed:
-        folders[fine].add(path.parent.name)
+        folders[fine].add(label_of(path.parent.name))
     fine_known, coarse_known = _read_classes(root / "classes.csv")
     fine_known = {label: names.pop() for label, names in folders.items() if len(names) == 1} | fine_known
     fine_names = _distinct(fine_known, {fine for _, _, fine, _ in listed})
     coarse_names = _distinct(coarse_known, {coarse for _, _, _, coarse in listed})
     rows = [_Row(split, path, fine_names[fine], coarse_names[coarse]) for split, path, fine, coarse in listed]
     splits = _by_split(rows, tuple(fine_names.values()), tuple(coarse_names.values()))
-    return Dataset(splits, f"as listed in {' and '.join(f'{split}.txt' for split in splits)}")
+    return Dataset(splits, f"as listed in {' and '.join(lists.values())}")
 
 
 def _read_list(listing: Path) -> list[tuple[Path, int, int]]:
-    if not listing.is_file():
-        raise DataError(f"{listing} is missing; it lists the photos of a split, a line each: path, fine label, coarse label")
-    photos = []
+    photos, find = [], _Finder()
     for number, line in enumerate(_text(listing).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             name, fine, coarse = line.rsplit(",", 2)
-            photo = (listing.parent / name.strip(), int(fine), int(coarse))
+            labels = int(fine), int(coarse)
         except ValueError:
             raise DataError(f"{listing}:{number}: expected 'path, fine label, coarse label', got {line!r}") from None
-        _require_file(photo[0], f"{listing}:{number}")
-        photos.append(photo)
+        photos.append((find.photo(listing.parent / name.strip(), f"{listing}:{number}"), *labels))
     if not photos:
         raise DataError(f"{listing} lists no photo; add some, or remove it")
     return photos
@@ -173,8 +217,8 @@ def _read_classes(table: Path) -> tuple[dict[int, str], dict[int, str]]:
     fine, coarse = {}, {}
     for number, cells in _cells(table, columns) if table.is_file() else ():
         try:
-            fine[int(cells[columns[0]])] = cells[columns[1]]
-            coarse[int(cells[columns[2]])] = cells[columns[3]]
+            fine[int(cells[columns[0]])] = label_of(cells[columns[1]])
+            coarse[int(cells[columns[2]])] = label_of(cells[columns[3]])
         except ValueError:
             raise DataError(f"{table}:{number}: a class ID is not a whole number; correct it") from None
     return fine, coarse
@@ -188,32 +232,41 @@ def _distinct(known: Mapping[int, str], labels: Iterable[int]) -> dict[int, str]
 
 
 def _read_table(table: Path) -> Dataset:
-    rows, splits = [], set()
-    for number, cells in _cells(table, ("path", "label")):
-        for column in ("path", "label", "coarse", "split"):
+    optional = ("coarse", "split")
+    rows, named, find = [], dict[str, str](), _Finder()
+    others: dict[str, set[str]] = defaultdict(set)
+    for number, cells in _cells(table, ("path", "label"), optional):
+        for column in ("path", "label", *optional):
             if cells.get(column, "given") == "":
-                raise DataError(
-                    f"{table}:{number}: no {column}; fill the cell" + ", or drop the column" * (column in {"coarse", "split"})
-                )
-        split = cells.get("split", "train")
-        if split not in SPLITS:
-            raise DataError(f"{table}:{number}: the split is {split!r}; it must be train, val or test")
-        splits.add(cells.get("split"))
-        path = table.parent / cells["path"]
-        _require_file(path, f"{table}:{number}")
-        rows.append(_Row(split, path, cells["label"], cells.get("coarse", cells["label"])))
+                raise DataError(f"{table}:{number}: no {column}; fill the cell" + ", or drop the column" * (column in optional))
+        name = cells.get("split", "train").casefold()
+        if (split := _split_of(name)) is None:
+            raise DataError(f"{table}:{number}: the split is {cells['split']!r}; it must be train, val or test")
+        if named.setdefault(split, name) != name:
+            raise DataError(f"{table}:{number}: the split is {name!r}, which is {named[split]!r} above; call it one thing")
+        for column in cells.keys() - {"path", "label", *optional}:
+            others[column].add(_split_of(cells[column]) or "")
+        path = find.photo(table.parent / cells["path"], f"{table}:{number}")
+        label = label_of(cells["label"])
+        rows.append(_Row(split, path, label, label_of(cells.get("coarse", label))))
     if not any(row.split == "train" for row in rows):
         raise DataError(f"{table} lists no train photo; add some")
-    return Dataset(_by_split(rows), "" if None in splits else f"as the column split of {table.name} says")
+    if "split" in cells:
+        return Dataset(_by_split(rows), f"as the column split of {table.name} says")
+    for column, splits in others.items():
+        if len(splits) > 1 and splits <= set(SPLITS):
+            raise DataError(f"{table}:1: the column {column!r} holds splits; call it split")
+    return Dataset(_by_split(rows), "")
 
 
-def _cells(table: Path, required: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """The line number and the cells by column of each row that is not empty."""
+def _cells(table: Path, required: Sequence[str], optional: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, str]]]:
+    """The line number and the cells by column of each row that is not empty. These columns are known in any case."""
+    known = {column.casefold(): column for column in (*required, *optional)}
     reader = csv.reader(io.StringIO(_text(table), newline=""), delimiter=DELIMITERS[table.suffix.lower()], strict=True)
     try:
-        header = [name.strip() for name in next(reader, [])]
-        for column in required:
-            if header.count(column) != 1:
+        header = [known.get(name.strip().casefold(), name.strip()) for name in next(reader, [])]
+        for column in known.values():
+            if header.count(column) not in ((1,) if column in required else (0, 1)):
                 raise DataError(
                     f"{table}:1: the header must name the column {column!r} once; it names {', '.join(header) or 'none'}"
                 )
@@ -238,40 +291,90 @@ def _text(path: Path) -> str:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
-def _require_file(path: Path, place: str) -> None:
-    try:
-        if path.is_file():
-            return
-    except OSError:  # a name too long for the file system
-        pass
-    raise DataError(f"{place}: no photo at {shown(path)}; correct the path or remove the line")
+class _Finder:
+    """Finds the files that a list or a table names, be a name composed there (NFC) and decomposed on disk, or the reverse."""
+
+    def __init__(self) -> None:
+        self._names: dict[Path, dict[str, str]] = {}  # on disk, by composed name, of folders that were looked through
+
+    def photo(self, path: Path, place: str) -> Path:
+        """The path as it is on disk. Raises: DataError where no file is there."""
+        with contextlib.suppress(OSError):  # a name too long for the file system
+            if path.is_file() or (path := self._on_disk(path)).is_file():
+                return path
+        raise DataError(f"{place}: no photo at {shown(path)}; correct the path or remove the line")
+
+    def _on_disk(self, path: Path) -> Path:
+        if path.exists() or path.parent == path:
+            return path
+        folder = self._on_disk(path.parent)
+        if folder not in self._names:
+            names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+            self._names[folder] = {unicodedata.normalize("NFC", name): name for name in names}
+        return folder / self._names[folder].get(unicodedata.normalize("NFC", path.name), path.name)
 
 
 def _read_folders(root: Path) -> Dataset:
     photos, ignored = find_photos(root)
-    tops = {path.relative_to(root).parts[0] for path in photos if path.parent != root}
-    own = "train" in tops and tops <= set(SPLITS)
+    folders = split_folders(root, photos)
+    split_names = _named_splits(folders, root)
+    if not folders:
+        _refuse_doubtful_splits(root, photos)
     found: list[tuple[str, Path, tuple[str, ...]]] = []
+    beside = set()
     for path in photos:
         parents = path.relative_to(root).parts[:-1]
-        split, *folder = parents if own and parents else ("train", *parents)
+        if folders and parents and parents[0] not in folders:
+            beside.add(root / parents[0])
+            continue
+        split, *folder = (folders[parents[0]], *parents[1:]) if folders and parents else ("train", *parents)
         if folder:
-            found.append((split, path, tuple(folder)))
+            found.append((split, path, tuple(map(label_of, folder))))
         else:
             ignored.append(path)
     if not any(split == "train" for split, _, _ in found):
-        place = root / "train" if own else root
+        place = root / split_names.get("train", "train") if folders else root
         raise DataError(
             f"{place} holds no photo in a folder of its class; make a folder for each class, or list the photos in a table"
         )
     nested = all(len(folder) > 1 for _, _, folder in found)
     rows = [_Row(split, path, "/".join(folder), "/".join(folder[:-1] if nested else folder)) for split, path, folder in found]
     splits = _by_split(rows)
-    return Dataset(splits, f"as in the folders {' and '.join(splits)}" if own else "", tuple(ignored))
+    made = f"as in the folders {' and '.join(split_names[split] for split in splits)}" if folders else ""
+    return Dataset(splits, made, tuple(sorted({*ignored, *beside})))
+
+
+def split_folders(root: Path, photos: Iterable[Path]) -> dict[str, str]:
+    """The folders at the top that are splits, and which splits: where there are at least two, or nothing else. One among others may
+    be a class, such as toy trains."""
+    tops = {path.relative_to(root).parts[0] for path in photos if path.parent != root}
+    named = {top: split for top in tops if (split := _split_of(top))}
+    return named if len(set(named.values())) > 1 or len(named) == len(tops) else {}
+
+
+def _refuse_doubtful_splits(root: Path, photos: Iterable[Path]) -> None:
+    """Raises: DataError for folders that bear a split's name and would be read as classes, but for a class of toy trains."""
+    inside: dict[Path, set[Path]] = defaultdict(set)
+    for path in photos:
+        for folder in path.relative_to(root).parents[:-1]:
+            inside[root / folder.parent].add(root / folder)
+    for parent, folders in sorted(inside.items()):
+        named = sorted(folder for folder in folders if _split_of(folder.name))
+        if parent != root and len({_split_of(folder.name) for folder in named}) > 1:
+            raise DataError(
+                f"{parent} holds {' and '.join(folder.name for folder in named)}, which look like splits, but not at the top; name"
+                f" {parent} as the data, move the splits to the top, or list the photos in a table with a column split"
+            )
+        for folder in named if parent == root else ():
+            if _split_of(folder.name) != "train" or folder in inside:
+                raise DataError(
+                    f"{folder} looks like a split, but beside it are other folders and no other split; if it is one, move those"
+                    " away or into a split; if it is a class, rename it, or list the photos in a table"
+                )
 
 
 def find_photos(root: Path) -> tuple[list[Path], list[Path]]:
-    """The photos at any depth, and what else there is, each sorted; what is hidden is not looked into."""
+    """The photos at any depth, and what else there is, each sorted; folders that are hidden or a system's are not looked into."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: {error.strerror}; let this user read the folder, or move it away") from error
@@ -285,7 +388,8 @@ def find_photos(root: Path) -> tuple[list[Path], list[Path]]:
     for name, folders, files in os.walk(root, followlinks=True, onerror=refuse):
         parent = Path(name)
         for folder in sorted(folders, key=lambda folder: ((parent / folder).is_symlink(), folder)):
-            if folder.startswith(".") or identity(parent / folder) in seen:  # symlinks can form circles
+            of_system = folder.startswith(".") or folder.casefold() in SYSTEM_FOLDERS
+            if of_system or identity(parent / folder) in seen:  # symlinks can form circles
                 folders.remove(folder)
                 ignored.append(parent / folder)
             else:
@@ -295,6 +399,16 @@ def find_photos(root: Path) -> tuple[list[Path], list[Path]]:
             is_photo = not file.startswith(".") and path.suffix.lower() in SUFFIXES and path.is_file()
             (photos if is_photo else ignored).append(path)
     return sorted(photos), sorted(ignored)
+
+
+def summary(ignored: Iterable[Path]) -> str:
+    """What was passed over, in a line: how many of each suffix or name, with an example, the most first."""
+    kinds: dict[str, list[Path]] = defaultdict(list)
+    for path in ignored:
+        kinds["hidden" if path.name.startswith(".") else path.suffix.lower() or path.name].append(path)
+    groups = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
+    parts = [f"{len(paths)} {shown(kind)} such as {shown(paths[0])}" if paths[1:] else shown(paths[0]) for kind, paths in groups]
+    return ", ".join(parts[:5]) + (f" and {len(parts) - 5} more kinds" if parts[5:] else "")
 
 
 def _by_split(

@@ -23,7 +23,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from npair.client import PIXEL, NpairClient, Photo, Vectors, VersionGoneError
-from npair.data import SPLITS, digest_of, each, find_photos, read_dataset, shown
+from npair.data import digest_of, each, find_lists, find_photos, label_of, read_dataset, shown, split_folders, summary
 from npair.repository import alone
 
 os.environ.setdefault("LANCEDB_LOG", "error")  # it warns of every empty part of an index, which does no harm
@@ -42,12 +42,14 @@ class GalleryError(RuntimeError):
 
 
 class Built(NamedTuple):
-    """What a build made. photos: how many there are now, of which ``embedded`` are new or changed. left_out: why, by photo."""
+    """What a build made. photos: how many there are now, of which ``embedded`` are new or changed. left_out: why, by photo.
+    ignored: files and folders in the source that are no photos, in words."""
 
     version: str
     photos: int
     embedded: int
     left_out: dict[str, str]
+    ignored: str = ""
 
 
 class Found(NamedTuple):
@@ -115,9 +117,9 @@ def build(source: Path, folder: Path, client: NpairClient) -> Built:
 
     Raises: GalleryError, data.DataError for a source that cannot be read, client.NpairError.
     """
-    labels = labels_of(source.absolute())
+    labels, ignored = _labels(source.absolute())
     if not labels:
-        raise GalleryError(f"no photos in {source}")
+        raise GalleryError(f"no photos in {source}" + f", but {ignored}" * bool(ignored))
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder, GalleryError(f"another process builds the gallery in {folder}; wait for it, then try again")):
         example, version = client.embed(PIXEL)
@@ -141,7 +143,7 @@ def build(source: Path, folder: Path, client: NpairClient) -> Built:
             )
         index(table)
         _switch(folder, pointer, table.name)
-    return Built(version, count, len(new) - len(left_out), left_out)
+    return Built(version, count, len(new) - len(left_out), left_out, ignored)
 
 
 def labels_of(source: Path) -> dict[Path, str]:
@@ -150,13 +152,22 @@ def labels_of(source: Path) -> dict[Path, str]:
     source: what ``data.read_dataset`` takes, all of its splits; or any other folder, where a photo's label is the folder that it is
     in, empty at the top. Raises: data.DataError.
     """
-    lists = [folder / f"{split}.txt" for folder in (source, source / "dataset") for split in SPLITS]
-    if not source.is_dir() or any(map(Path.is_file, lists)):
+    return _labels(source)[0]
+
+
+def _labels(source: Path) -> tuple[dict[Path, str], str]:
+    """See ``labels_of``; and what else is there and is no photo, in words."""
+    if not source.is_dir() or find_lists(source) or find_lists(source / "dataset"):
         splits = read_dataset(source).splits.values()
-        return {path: photos.fine_names[fine] for photos in splits for path, fine in zip(photos.paths, photos.fine, strict=True)}
-    folders = {path: path.relative_to(source).parts[:-1] for path in find_photos(source)[0]}
-    by_split = all(folder[:1] in [(split,) for split in SPLITS] for folder in folders.values())
-    return {path: "/".join(folder[by_split:]) for path, folder in folders.items()}
+        labels = {path: photos.fine_names[fine] for photos in splits for path, fine in zip(photos.paths, photos.fine, strict=True)}
+        return labels, ""
+    paths, ignored = find_photos(source)
+    split_names = split_folders(source, paths)
+    labels = {}
+    for path in paths:
+        folders = path.relative_to(source).parts[:-1]
+        labels[path] = "/".join(map(label_of, folders[1:] if folders and folders[0] in split_names else folders))
+    return labels, summary(ignored)
 
 
 def create(folder: Path, made_by: Sequence[str], dimension: int) -> lancedb.table.Table:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npair.data import LIMITS, SPLITS, DataError, Dataset, Photos, digest_of, each, read_photo, shown
+from npair.data import LIMITS, SPLITS, DataError, Dataset, Photos, digest_of, each, read_photo, shown, summary
 from npair.serving import preprocess
 from npair.serving.preprocess import PhotoError, Preprocessing, decode
 
@@ -60,7 +60,7 @@ class Findings:
             ),
             ("Left out, since the same photo is in a split that tests what was learnt", [shown(name) for name in self.leaks]),
             ("Classes with a single train photo, which take no part in training", [shown(name) for name in self.lone]),
-            ("Ignored, since they are not photos in a class's folder", [shown(name) for name in self.ignored]),
+            ("Ignored, since they are not photos in a class's folder", [summary(self.ignored)] if self.ignored else []),
         ]
         lines = [f"{what}: {_first(things)}." for what, things in kinds if things]
         if self.classes < FEW_CLASSES or self.median < FEW_PHOTOS:
