@@ -7,6 +7,7 @@ import http.server
 import os
 import platform
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,6 +63,62 @@ def stubs_of(process: subprocess.Popen[str]) -> list[int]:
 def computed(process: subprocess.Popen[str]) -> float:
     """Seconds of CPU that the stubs have used so far."""
     return sum(map(serve.cpu_seconds, stubs_of(process)))
+
+
+def form_status(url: str, size: int) -> int:
+    """The HTTP status of a golden photo that is sent as curl sends it by default, with bytes behind its end up to this size."""
+    photo = (SHIPPED / "golden/photo.jpg").read_bytes()
+    headers = {"Content-Type": "application/x-www-form-urlencoded", "Inference-Header-Content-Length": "0"}
+    request = urllib.request.Request(url, photo.ljust(size, b"x"), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+class TestStack:
+    """Triton's HTTP library copies a form-encoded body to a thread's stack, whatever the path."""
+
+    def test_the_largest_form_encoded_bodies_do_not_end_the_server(self) -> None:
+        ports = free_ports()
+        process = start(**ports)
+        urls = [
+            f"http://127.0.0.1:{ports['HTTP_PORT']}{path}" for path in ("/v2/models/npair/infer", "/nope", "/v2/repository/index")
+        ]
+        urls += [f"http://127.0.0.1:{ports['METRICS_PORT']}{path}" for path in ("/metrics", "/nope")]
+        try:
+            lines_until_ready(process)
+            server = child_of(process)
+            statuses = {size: [form_status(url, size) for url in urls] for size in (1_000, 5_000_000, 20_000_000, 64 << 20)}
+            assert statuses[5_000_000] == [200, 404, 403, 405, 405], "the photo is embedded"
+            assert statuses[20_000_000] == statuses[1_000] == statuses[5_000_000]
+            assert statuses[64 << 20] == [400, 404, 403, 405, 405], "more bytes than a photo may have"
+            assert form_status(urls[0], 0) == 200
+            assert child_of(process) == server
+        finally:
+            process.terminate()
+            process.communicate(timeout=30)
+
+    @pytest.mark.parametrize(
+        ("before", "given"),
+        [
+            ((8 << 20, resource.RLIM_INFINITY), 256 << 20),
+            ((8 << 20, 256 << 20), 256 << 20),
+            ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 256 << 20),
+            ((512 << 20, resource.RLIM_INFINITY), 512 << 20),
+        ],
+    )
+    def test_of_each_limit(self, before: tuple[int, int], given: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(resource, "getrlimit", lambda _: before)
+        assert serve.stack_bytes() == given
+
+    def test_too_small_a_hard_limit_is_said(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (8 << 20, 64 << 20))
+        assert serve.stack_bytes() == 64 << 20
+        said = capsys.readouterr().err
+        assert "WARNING: the stack's hard limit is 64 MiB: form-encoded requests of more than about 32 MiB" in said
+        assert "docker run --ulimit stack=268435456" in said
 
 
 class TestRefusals:

@@ -43,12 +43,18 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import IO
 
+if sys.platform != "win32":  # where check_platform has to tell
+    import resource
+
 MODEL = "npair"
 IMAGE_SERVER = Path("/opt/tritonserver")
 CONTROL_APIS = "model-repository,shared-memory,trace,logging"
 CONTROL_HEADER = "npair-control-secret"
 # Of one HTTP request, in bytes, where Triton has a limit (2.51 has none): three photos of the largest size, or 64 of 1 MiB.
 MAX_REQUEST_BYTES = 64 << 20
+# Of each of the server's threads, in bytes. Triton's HTTP library puts two arrays of the body's length on a thread's stack when the
+# content type is application/x-www-form-urlencoded, as curl's is by default. Only what is used of a stack takes memory.
+STACK_BYTES = 4 * MAX_REQUEST_BYTES
 # glibc would by itself come to keep what the largest requests took, hundreds of MB. With these (mallopt(3)), pieces of 8 MiB or
 # more go back to the system when they are freed, and of the rest each arena keeps no more than 16 MiB at its end.
 ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 20)}
@@ -403,6 +409,7 @@ class Supervisor:
         self.deadline = 0.0  # of the server's end, once it is to end in order
         remove_remains(options.http_port)
         on_stop(lambda *_: sys.exit(0))  # there is no server yet
+        stack = stack_bytes()
         # A session of its own: Ctrl-C reaches this process alone, which forwards it once.
         self.process = subprocess.Popen(
             command(options, triton, self.secret),
@@ -410,7 +417,7 @@ class Supervisor:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=die_with_parent,  # noqa: PLW1509 (no threads yet)
+            preexec_fn=lambda: prepare_child(stack),  # noqa: PLW1509 (no threads yet)
         )
         on_stop(self._stop)
         prober.server = self.process.pid
@@ -780,8 +787,30 @@ def dead_stubs(server: int | None) -> set[int]:
     return dead
 
 
-def die_with_parent() -> None:
-    """In the child: be killed when this process dies, however it dies, so that no orphan holds the ports (Linux, prctl(2))."""
+def stack_bytes() -> int:
+    """The limit of the stack for the server: STACK_BYTES or more, else what the hard limit allows, with a warning.
+
+    glibc gives each thread a stack of this size, but of 2 MiB where there is no limit, so "unlimited" is too small.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    unlimited = resource.RLIM_INFINITY
+    if soft != unlimited and soft >= STACK_BYTES:
+        return soft
+    if hard == unlimited or hard >= STACK_BYTES:
+        return STACK_BYTES
+    say(
+        f"WARNING: the stack's hard limit is {hard >> 20} MiB: form-encoded requests of more than about {hard >> 21} MiB, such as "
+        f"curl sends by default, can end the server; allow {STACK_BYTES >> 20} MiB: ulimit -s {STACK_BYTES >> 10}, "
+        f"docker run --ulimit stack={STACK_BYTES}, or LimitSTACK={STACK_BYTES >> 20}M",
+        "warning",
+    )
+    return hard
+
+
+def prepare_child(stack: int) -> None:
+    """In the server, before it is executed: give it a stack of this many bytes, and let it be killed when this process dies,
+    however it dies, so that no orphan holds the ports (Linux, prctl(2))."""
+    resource.setrlimit(resource.RLIMIT_STACK, (stack, resource.getrlimit(resource.RLIMIT_STACK)[1]))
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
