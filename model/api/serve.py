@@ -581,10 +581,10 @@ class Supervisor:
             return time.monotonic() < self.changing_since + max(WORKING_FOR, float(self.options.start_timeout))
         self.changing_since = None
         unloaded = any(entry.get("reason") == "unloaded" for entry in entries)
-        what = "was unloaded" if unloaded else "could not be loaded, for the reasons above,"
+        what = "was unloaded through the control API" if unloaded else "could not be loaded, for the reasons above"
         if what != self.away:
             self.away = what
-            say(f"WARNING: the model {what} through the control API; waiting for it to be loaded", "warning")
+            say(f"WARNING: the model {what}; waiting for it to be loaded", "warning")
         return True
 
     def _stops_within(self, seconds: float) -> bool:
