@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import resource
+import socket
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import fuzz
@@ -23,8 +26,15 @@ SENDS_A_BODY = re.compile(r"\bcurl\b.* (--data|--json|--form|--upload-file|-[dFT
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[fuzz.Server]:
-    with fuzz.running("http") as server:
-        yield server
+    """Started with the limit of open files that a login shell has."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1_024, hard), hard))
+    try:
+        with fuzz.running("http") as server:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            yield server
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def form(path: str, size: int, content_type: str) -> bytes:
@@ -61,6 +71,14 @@ class TestForms:
     @pytest.mark.parametrize("content_type", [fuzz.FORM.upper(), f"{fuzz.FORM}; charset=utf-8", f"{fuzz.FORM}x"])
     def test_other_spellings(self, server: fuzz.Server, content_type: str) -> None:
         assert server.http(form("/nope", 5_000_000, content_type)) == "404"
+        server.check()
+
+
+@pytest.mark.parametrize("port", ["HTTP_PORT", "METRICS_PORT"])
+def test_connections_that_are_only_held(server: fuzz.Server, port: str) -> None:
+    with ExitStack() as connections:
+        for _ in range(2_000):
+            connections.enter_context(socket.create_connection(("127.0.0.1", int(server.ports[port])), timeout=fuzz.SECONDS))
         server.check()
 
 
