@@ -54,10 +54,16 @@ class Proxy(NamedTuple):
 
     def ask(self, method: str, path: str, key: str | None = KEY, **headers: str) -> tuple[int, bytes]:
         """The path goes out as it is given. Returns: status and body."""
+        return self.send(method, path, b"{}" if method == "POST" else None, key, **headers)
+
+    def post(self, path: str, body: bytes, **headers: str) -> tuple[int, bytes]:
+        return self.send("POST", path, body, KEY, **headers)
+
+    def send(self, method: str, path: str, body: bytes | None, key: str | None, **headers: str) -> tuple[int, bytes]:
         context = ssl.create_default_context(cafile=str(self.ca))
         connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=30, context=context)
         headers |= {} if key is None else {"Authorization": f"Bearer {key}"}
-        connection.request(method, path, b"{}" if method == "POST" else None, headers)
+        connection.request(method, path, body, headers)
         response = connection.getresponse()
         answer = response.status, response.read()
         connection.close()
@@ -252,6 +258,45 @@ def test_compressed_bodies_and_many_chunks(proxy: Proxy) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 500 "), "not JSON"
     with proxy.client("http") as client:
         assert client.embed(PHOTOS).vectors.shape == (2, 128)
+
+
+@pytest.mark.parametrize("size", [5_000_000, 20_000_000, serve.MAX_REQUEST_BYTES - 1])
+def test_forms_are_not_parsed(proxy: Proxy, size: int) -> None:
+    """Triton would make objects of each pair, which take many times the body, and copy all of it to a thread's stack."""
+    triton = serve.server_at(int(proxy.direct["http"].rpartition(":")[2]))
+    status, peak = Path(f"/proc/{triton}/status"), Path(f"/proc/{triton}/clear_refs")
+
+    def megabytes(of: str) -> float:
+        return int(re.findall(rf"{of}:\s+(\d+)", status.read_text())[0]) / 1000
+
+    peak.write_text("5")  # the peak is now what is resident
+    before = megabytes("VmRSS")
+    body = (b"a=b&" * (size // 4 + 1))[:size]
+    headers = {"Content-Type": "application/x-www-form-urlencoded", "Inference-Header-Content-Length": "0"}
+    assert proxy.post(f"{METADATA}/infer", body, **headers)[0] == 400
+    assert megabytes("VmHWM") - before < 5 * size / 1e6 + 20
+    with proxy.client("http") as client:
+        assert client.embed(PHOTOS).vectors.shape == (2, 128)
+
+
+@pytest.mark.parametrize("content_type", ["multipart", "application/x-www-form-urlencoded", "application/json", "image/jpeg", ""])
+def test_a_photo_of_any_content_type(proxy: Proxy, content_type: str) -> None:
+    """Triton answers "multipart" with a length of 0 and a body, which the next answer on that connection would begin with."""
+    photo = PHOTOS[0].read_bytes()
+    for _ in range(3):
+        headers = {"Content-Type": content_type, "Inference-Header-Content-Length": "0"}
+        status, answer = proxy.post(f"{METADATA}/infer", photo, **headers)
+        assert status == 200
+        assert len(answer) > 512
+
+
+def test_json_is_read_whatever_its_content_type(proxy: Proxy) -> None:
+    tensor = {"name": "IMAGE", "shape": [1, 1], "datatype": "BYTES", "data": ["no photo"]}
+    status, answer = proxy.post(
+        f"{METADATA}/infer", json.dumps({"inputs": [tensor]}).encode(), **{"Content-Type": "application/json"}
+    )
+    assert status == 400
+    assert "not a JPEG" in json.loads(answer)["error"]
 
 
 def test_compressed_grpc(proxy: Proxy) -> None:

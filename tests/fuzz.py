@@ -3,6 +3,8 @@
     PYTHONPATH=src:model/api .venv/bin/python tests/fuzz.py --runs 100000
     PYTHONPATH=src:model/api .venv/bin/python tests/fuzz.py http --runs 100000 --seed 1
 
+The target metrics is the HTTP server on the metrics port, which has the same library behind it.
+
 Request number n is a function of the seed and n alone. A failure names the numbers, leaves the bytes in a file and prints the
 command that sends them again. Photos for decode come from libFuzzer, see fuzz_decode.py.
 """
@@ -25,7 +27,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +46,28 @@ BLOCK = 200  # requests between two checks of the server
 AT_ONCE = 8
 SECONDS = 10.0  # for the answer to any request
 MEGABYTES = 1000.0  # that the server's processes may take together at their peak, of which each has a share as soon as it starts
+MEGABYTES_HTTP = 3000.0  # likewise: each of eight threads' stacks keeps twice the largest form
+
+LARGE = {5 << 20: 0.005, 64 << 20: 0.0005}  # a body's size in bytes, and the share of requests that have it
 
 # What Triton 2.51 does not stand, see docs/hostile-input.md; requests stay below it.
-DEEPEST = 10_000  # nested arrays in JSON: where there are hundreds of thousands, it crashes
-MOST_CHUNKS = 1_000  # of a body in chunked transfer encoding: the same
+DEEPEST = 100_000  # nested arrays in JSON: millions crash it, and what they take of a thread's stack is kept
+MOST_CHUNKS = 10_000  # of a body in chunked transfer encoding: the same; each takes 1 kB
 CODED = 0.02  # of all requests have a content coding: it never frees what it unpacked for a request that it then refuses
 BOMB = 300_000  # bytes that such a request unpacks to
 
+FORM = "application/x-www-form-urlencoded"  # the one type that Triton's HTTP library parses, up to the first 33 letters
+CONTENT_TYPES = (
+    *(FORM, FORM, FORM.upper(), f"{FORM}; charset=utf-8", f"{FORM}x", f" {FORM}", FORM[:-1], f"text/plain, {FORM}"),
+    *("application/json", "application/octet-stream", "image/jpeg", "text/html", "text/plain; charset=x", "", ";", "x" * 9_999),
+    *("multipart", "multipart/form-data", "multipart/form-data; boundary=x", "multipart/x-mixed-replace", "\0", "ü"),
+)
+ODD_FIELDS: tuple[Any, ...] = (
+    *({"Expect": "100-continue"}, {"Expect": "x"}, {"Range": "bytes=0-1,-9999999999999999999"}, {"TE": "trailers"}),
+    *({"Upgrade": "h2c", "HTTP2-Settings": "AAMAAABk"}, {"Upgrade": "websocket", "Sec-WebSocket-Version": 13}),
+    *({"X": "y" * 8_000}, {"X": "y" * 1_000_000}, {"x" * 9_999: "y"}, {"X": "y\r\n\tz"}, {"X": "y\r\nno colon"}, {"Host": "*"}),
+    *({"content-length": 10**9}, {"content-length": 2**62}, {"content-type": FORM}, {"transfer-encoding": "chunked"}),
+)
 INFER = "/v2/models/npair/infer"
 CONTROL = (
     *("/v2/repository/index", "/v2/repository/models/npair/load", "/v2/repository/models/npair/unload", "/v2/logging"),
@@ -193,7 +210,11 @@ class Hostile:
             request = self.changed(request)
         return request
 
-    def http(self) -> bytes:
+    def metrics(self) -> bytes:
+        """A request for the metrics port."""
+        return self.http("/metrics" if self.often(0.5) else "")
+
+    def http(self, path: str = "") -> bytes:
         """A request as it goes over the wire."""
         photos, fields = self.photos(), dict[str, object]()
         binary = self.often(0.6)
@@ -209,14 +230,15 @@ class Hostile:
         if self.often(0.2):
             text, tail = b"", photos[0]
         body = text + tail
+        large = self.dice.choices((0, *LARGE), (1 - sum(LARGE.values()), *LARGE.values()))[0]
+        if large > len(body):
+            body += (self.dice.choice((b"\0", b"=", b"%41", b"x")) * large)[: large - len(body)]
         if binary or self.often(0.1):
             fields["Inference-Header-Content-Length"] = (
                 len(text) if self.often(0.9) else self.dice.choice((*JUNK[:19], len(body) + 1))
             )
-        fields["Content-Type"] = self.dice.choice(
-            ("application/json", "application/octet-stream", "text/html", "multipart/form-data", "")
-        )
-        if self.often(CODED):
+        fields["Content-Type"] = self.dice.choice(CONTENT_TYPES)
+        if not large and self.often(CODED):
             coding = self.dice.choice(("gzip", "deflate", "identity", "br", "gzip, gzip"))
             fields["Content-Encoding"] = coding
             if self.often(0.1):
@@ -230,15 +252,21 @@ class Hostile:
         if self.often(0.1):
             step = -(-len(body) // self.dice.randrange(1, MOST_CHUNKS)) or 1
             parts = [body[i : i + step] for i in range(0, len(body), step)]
-            body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+            body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+            body += self.dice.choice((b"", b"1;x=y\r\nx\r\n", b"7fffffffffffffff\r\n", b"-1\r\n")) if self.often(0.1) else b""
+            body += b"0\r\n" + (b"X: y\r\n" * 99 if self.often(0.1) else b"") + b"\r\n"
             fields["Transfer-Encoding"] = "chunked"
         else:
             lengths = (0, 1, len(body) // 2, len(body) + 9, 2**31, 2**63, 2**64, -1, "x")
             fields["Content-Length"] = self.dice.choice(lengths) if self.often(0.1) else len(body)
         if self.often(0.05):
             fields |= {f"X-{n}": "y" * self.dice.choice((1, 99)) for n in range(self.dice.choice((1, 100, 1000)))}
-        method = self.dice.choice(("GET", "PUT", "DELETE", "HEAD", "OPTIONS", "CONNECT", "X", "")) if self.often(0.1) else "POST"
-        head = f"{method} {self.path()} HTTP/1.{self.dice.choice('111110')}\r\nConnection: close\r\n"
+        if self.often(0.05):
+            fields |= self.dice.choice(ODD_FIELDS)
+        methods = ("GET", "PUT", "DELETE", "HEAD", "OPTIONS", "CONNECT", "TRACE", "PATCH", "PRI", "X", "get", "")
+        method = self.dice.choice(methods) if self.often(0.1) else "POST"
+        version = self.dice.choice(("0.9", "1.", "1.999", "2.0", "x")) if self.often(0.02) else f"1.{self.dice.choice('111110')}"
+        head = f"{method} {path or self.path()} HTTP/{version}\r\nConnection: close\r\n"
         head += "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n"
         start = head.encode("utf-8", "replace")
         return self.spoiled(start) + body if self.often(0.05) else start + body
@@ -252,7 +280,9 @@ class Hostile:
         if self.often(0.5):
             return path
         parts = path.split("/")
-        junk = ("", "..", "%2e%2e", "%00", "-1", "9" * 20, "x" * 9_999, "*", "npair?x=" + "y" * 99, "[(a+)+]", "versions")
+        junk = ("", "..", "%2e%2e", "%00", "-1", "9" * 20, "x" * 9_999, "*", "[(a+)+]", "versions", "npair?" + "x=y&" * 1_900)
+        if self.often(0.1):
+            return self.dice.choice(("http://x:1", "http://[::1]", "x:1", "http://x:99999", "#", "?", "//", " ")) + path
         parts[self.dice.randrange(len(parts))] = self.dice.choice(junk)
         return "/".join(parts)
 
@@ -331,10 +361,12 @@ class Server:
         golden = read_manifest(SHIPPED)["golden"]
         self.photos = [SHIPPED / photo for photo in golden["photos"]]
         self.expected, self.tolerance = np.load(SHIPPED / golden["embeddings"]), golden["tolerance"]
-        port = ports["HTTP_PORT" if protocol == "http" else "GRPC_PORT"]
-        self.client = NpairClient(f"{protocol}://127.0.0.1:{port}", retries=0, timeout=SECONDS)
+        self.limit = MEGABYTES if protocol == "grpc" else MEGABYTES_HTTP
+        url = f"grpc://127.0.0.1:{ports['GRPC_PORT']}" if protocol == "grpc" else f"http://127.0.0.1:{ports['HTTP_PORT']}"
+        self.client = NpairClient(url, retries=0, timeout=SECONDS)
         self.channel = grpc.insecure_channel(f"127.0.0.1:{ports['GRPC_PORT']}")
         self.megabytes = 0.0
+        self.largest = threading.Lock()  # of the largest bodies, one at a time is in flight, else the peak is a matter of luck
 
     def close(self) -> None:
         self.client.close()
@@ -349,11 +381,17 @@ class Server:
         assert distance <= self.tolerance, f"golden photos are {distance} off"
         peaks = [Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0] for pid in (self.triton, *self.stubs)]
         self.megabytes = sum(map(float, peaks)) / 1000
-        assert self.megabytes < MEGABYTES, f"the server took {self.megabytes:.0f} MB"
+        assert self.megabytes < self.limit, f"the server took {self.megabytes:.0f} MB"
 
-    def http(self, content: bytes) -> str:
+    def metrics(self, content: bytes) -> str:
+        return self.http(content, "METRICS_PORT")
+
+    def http(self, content: bytes, port: str = "HTTP_PORT") -> str:
         """Sends a request. Returns: its outcome. Raises: AssertionError."""
-        with socket.create_connection(("127.0.0.1", int(self.ports["HTTP_PORT"])), timeout=SECONDS) as connection:
+        with (
+            self.largest if len(content) >= max(LARGE) else nullcontext(),
+            socket.create_connection(("127.0.0.1", int(self.ports[port])), timeout=SECONDS) as connection,
+        ):
             try:
                 connection.sendall(content)
                 connection.settimeout(0.2)
@@ -370,7 +408,8 @@ class Server:
             except (http.client.HTTPException, ConnectionError) as error:
                 return type(error).__name__
         path = content.split(b" ", 2)[1].decode("latin-1") if content.count(b" ") > 1 else ""
-        assert answer.status != http.client.OK or path not in CONTROL, f"{path} is open"
+        closed = port == "HTTP_PORT" and path in CONTROL  # metrics are the answer to any path
+        assert answer.status != http.client.OK or not closed, f"{path} is open"
         return str(answer.status)
 
     def grpc(self, content: bytes) -> str:
@@ -467,7 +506,9 @@ def say(sentence: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", nargs="?", choices=["decode", "http", "grpc", "all"], default="all", help="(%(default)s)")
+    parser.add_argument(
+        "target", nargs="?", choices=["decode", "http", "metrics", "grpc", "all"], default="all", help="(%(default)s)"
+    )
     parser.add_argument("--runs", type=int, default=5_000, help="inputs of each target (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--first", type=int, default=0, help="number of the first request (%(default)s)")
@@ -476,7 +517,7 @@ def main() -> int:
         fuzz_decode(options.seed, options.runs)
         if target == "decode"
         else fuzz_server(target, options.seed, options.first, options.runs)
-        for target in ("decode", "http", "grpc")
+        for target in ("decode", "http", "metrics", "grpc")
         if options.target in (target, "all")
     ]
     return max(map(abs, codes))

@@ -117,9 +117,16 @@ class TestSecret:
             server.urls["grpc"].removeprefix("grpcs://"), ssl=True, root_certificates=str(server.ca)
         )
         assert client.get_model_repository_index(headers={header: SECRET}).models
-        with pytest.raises(InferenceServerException, match="restricted"):
-            client.get_model_repository_index(headers={header: "wrong"})
+        for headers in ({}, {header: "wrong"}, {serve.CONTROL_HEADER: SECRET}):
+            with pytest.raises(InferenceServerException, match="restricted"):
+                client.get_model_repository_index(headers=headers)
         client.close()
+
+    @pytest.mark.parametrize("page", ["README.md", "docs/security.md"])
+    def test_both_protocols_names_for_it_are_told(self, page: str) -> None:
+        text = (ROOT / page).read_text()
+        assert f"`{serve.CONTROL_HEADER}`" in text
+        assert f"`triton-grpc-protocol-{serve.CONTROL_HEADER}`" in text
 
     def test_what_is_seen_instead_opens_nothing(self, server: Server) -> None:
         seen = re.findall(rf"{serve.CONTROL_HEADER}=([^\0]+)", Path(f"/proc/{server.pid}/cmdline").read_text())

@@ -55,6 +55,8 @@ MAX_REQUEST_BYTES = 64 << 20
 # Of each of the server's threads, in bytes. Triton's HTTP library puts two arrays of the body's length on a thread's stack when the
 # content type is application/x-www-form-urlencoded, as curl's is by default. Only what is used of a stack takes memory.
 STACK_BYTES = 4 * MAX_REQUEST_BYTES
+# At once, where the hard limit allows it. Beyond the usual soft limit of 1,024, connections go unanswered, the golden photo's too.
+OPEN_FILES = 65_536
 # glibc would by itself come to keep what the largest requests took, hundreds of MB. With these (mallopt(3)), pieces of 8 MiB or
 # more go back to the system when they are freed, and of the rest each arena keeps no more than 16 MiB at its end.
 ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 20)}
@@ -926,9 +928,11 @@ def stack_bytes() -> int:
 
 
 def prepare_child(stack: int) -> None:
-    """In the server, before it is executed: give it a stack of this many bytes, and let it be killed when this process dies,
-    however it dies, so that no orphan holds the ports (Linux, prctl(2))."""
+    """In the server, before it is executed: give it a stack of this many bytes and enough open files, and let it die with this
+    process, however that ends, so that no orphan holds the ports (Linux, prctl(2))."""
     resource.setrlimit(resource.RLIMIT_STACK, (stack, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 

@@ -112,11 +112,10 @@ def png_16_bit(image: Image.Image) -> bytes:
 
 
 def raw_request(url: str, path: str, body: bytes | None = None) -> tuple[int, http.client.HTTPMessage, bytes]:
-    """GET, or POST of a body as one raw photo: what curl --data-binary does."""
+    """GET, or POST of a body as one raw photo, with the content type that curl --data-binary sends if it is not told another."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
-    connection.request(
-        "GET" if body is None else "POST", path, body, {} if body is None else {"Inference-Header-Content-Length": "0"}
-    )
+    headers = {"Inference-Header-Content-Length": "0", "Content-Type": "application/x-www-form-urlencoded"}
+    connection.request("GET" if body is None else "POST", path, body, {} if body is None else headers)
     response = connection.getresponse()
     content = response.read()
     connection.close()
@@ -156,6 +155,13 @@ class TestContract:
         vectors, version = client.embed(photo)
         assert json.loads(body[:split])["model_version"] == version
         np.testing.assert_allclose(vector, vectors[0], atol=1e-5)
+
+    def test_raw_photo_of_a_phones_size(self, urls: dict[str, str]) -> None:
+        """Triton's HTTP library copies it to a stack, since its content type is a form's."""
+        noise = np.random.default_rng(0).integers(0, 256, (2500, 2500, 3), np.uint8)
+        photo = encode(Image.fromarray(noise))
+        assert len(photo) > 5_000_000
+        assert raw_request(urls["http"], "/v2/models/npair/infer", photo)[0] == 200
 
     def test_pinned_version(self, client: NpairClient) -> None:
         photo = encode(draw(0))
