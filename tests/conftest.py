@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -43,6 +44,11 @@ PREPROCESSING = Preprocessing(size=64, resample="BILINEAR", background=255)
 LIMITS = Limits(max_bytes=1_000_000, max_pixels=1_000_000)
 TINY = TrainConfig(epochs=2, classes_per_batch=4, size=64, crop_size=48, evaluations=2)
 PNG = encode(draw(0, 0, 8), "PNG")
+
+# nohup ignores SIGHUP, and a script's background SIGINT, and processes that tests start would inherit that; not so a handler.
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 # The same examples on every machine; what is new is for tests/fuzz.py to find.
 hypothesis.settings.register_profile("npair", derandomize=True, deadline=None, database=None)
@@ -270,13 +276,14 @@ def running(**environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[st
         process.wait(timeout=30)
 
 
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 that is its own authority, and its key, both PEM, valid for an hour."""
+def certificate(folder: Path, *hosts: str) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 or these host names that is its own authority, and its key, both PEM, valid for an hour."""
     key, now, hour = ec.generate_private_key(ec.SECP256R1()), datetime.now(timezone.utc), timedelta(hours=1)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "npair")])
+    names: list[x509.GeneralName] = [*map(x509.DNSName, hosts)] or [x509.IPAddress(IPv4Address("127.0.0.1"))]
     made = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - hour, now + hour)
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )

@@ -20,7 +20,7 @@ ALLOWED = {
         *("run", "serve", "serving", "train", "tune"),
     },
     "publish": {"artifact", "config", "data", "engines", "evaluate", "metrics", "release", "repository", "serving", "numpy"},
-    "release": {"client", "config", "repository", "serve", "serving", "numpy"},
+    "release": {"client", "config", "repository", "serve", "serving", "numpy", "tritonclient"},
     "repository": {"fsspec"},
     "gallery": {"client", "data", "repository", "lancedb", "pyarrow", "tqdm"},
     "config": {"google", "tritonclient"},

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
+import http.server
 import json
 import os
 import random
 import re
 import shutil
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -19,13 +21,15 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, eventually, free_ports, lines_until_ready, publish_into, running, start, without_int8
+from conftest import PREPROCESSING, ROOT, certificate, eventually, free_ports, lines_until_ready, rewrite_manifest, running, start
 
-from npair.artifact import export, write_manifest
+from npair import engines
+from npair.artifact import export, write_golden, write_manifest
 from npair.client import NpairClient, Vectors, VersionGoneError
 from npair.config import ConfigError, parameters, pinned, with_release
 from npair.network import EmbeddingNetwork, load_network
@@ -43,21 +47,23 @@ from npair.release import (
     versions,
 )
 from npair.repository import RepositoryError, open_repository
-from npair.train import train
 
 CONFIG = (ROOT / "model_repository/npair/config.pbtxt").read_text()
 SECRET = "a-secret"
 
 
 @pytest.fixture(scope="session")
-def pair(published: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model's folder with versions 1 and 2, of which 1 was promoted; to be copied, not changed."""
+def pair(published: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's folder with versions 1 and 2, of which 1 was promoted; to be copied, not changed.
+
+    They have one engine, the quickest to load, since every promotion loads all. The second is the first with another last layer,
+    without the minute that training and publishing take.
+    """
     folder = tmp_path_factory.mktemp("pair") / "npair"
     shutil.copytree(published, folder)
-    run = tmp_path_factory.mktemp("runs") / "second"
-    assert train(dataset, run, dataclasses.replace(TINY, seed=1))
-    with without_int8():
-        publish_into(folder, run, dataset)
+    forge(folder / "1", only_openvino)
+    shutil.copytree(folder / "1", folder / "2")
+    forge(folder / "2", lambda version: other_network(version, trained))
     config = folder / "config.pbtxt"
     config.write_text(with_release(config.read_text(), [1], {}))
     promote(open_repository(folder), 1, [])
@@ -74,6 +80,25 @@ def models(pair: Path, tmp_path: Path) -> Path:
 def served(models: Path) -> Iterator[tuple[Server, dict[str, str]]]:
     with running(MODEL_REPOSITORY=str(models.parent), NPAIR_CONTROL_SECRET=SECRET) as (_, urls):
         yield Server(urls["http"], "npair", secret=SECRET, timeout=60), urls
+
+
+Standing = tuple[Path, Server, dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def shared(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
+    models = Path(shutil.copytree(pair, tmp_path_factory.mktemp("shared") / "npair"))
+    with served(models) as (server, urls):
+        yield models, server, urls
+
+
+@pytest.fixture
+def standing(shared: Standing) -> Standing:
+    """A model's folder with versions 1 and 2, and a server of it, which serves 1; for tests that leave both versions sound."""
+    models, server, _ = shared
+    if server.serving() != [1] or not pins(models, 1):
+        promote(open_repository(models), 1, [server])
+    return shared
 
 
 def golden(models: Path, number: int) -> tuple[list[Path], Vectors]:
@@ -96,11 +121,28 @@ def graph_of(change: Callable[[EmbeddingNetwork], None], run: Path) -> Callable[
         network = load_network(run)
         change(network)
         export(network, 64, folder / "network.pt2")
-        manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["engines"] = {"torch": manifest["engines"]["torch"]}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        rewrite_manifest(folder, engines={"torch": {**engines.ENGINES["torch"], "tolerance": 0.1}})
 
     return forged
+
+
+def only_openvino(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    rewrite_manifest(folder, engines={"openvino-fp32": manifest["engines"]["openvino-fp32"]})
+
+
+def other_network(folder: Path, run: Path) -> None:
+    network = load_network(run)
+    torch.nn.init.normal_(network.embedding.weight, generator=torch.Generator().manual_seed(1))
+    export(network, 64, folder / "network.pt2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nncf.quantize", None)  # which takes most of the time
+        engines.write_graphs(folder, np.zeros((1, 64, 64, 3), np.uint8))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    shutil.rmtree(folder / "golden")
+    tolerance = {"tolerance": manifest["golden"]["tolerance"]}
+    one = {"openvino-fp32": manifest["engines"]["openvino-fp32"] | tolerance}
+    rewrite_manifest(folder, version=2, engines=one, golden=write_golden(folder, network, PREPROCESSING) | tolerance)
 
 
 def not_a_number(network: EmbeddingNetwork) -> None:
@@ -182,9 +224,9 @@ class TestConfig:
 
 
 class TestVerify:
-    def test_what_was_published(self, models: Path) -> None:
-        assert "torch" in verify(models / "2")
-        assert not list(models.rglob("__pycache__"))
+    def test_what_was_published(self, published: Path, models: Path) -> None:
+        assert set(verify(published / "1")) >= {"torch", "openvino-fp32"}
+        assert not list(published.rglob("__pycache__"))
         assert check_pins(open_repository(models)) == [1]
 
     def test_broken(self, broken: Path) -> None:
@@ -194,10 +236,10 @@ class TestVerify:
         golden_set_tells = json.loads((broken / "2/manifest.json").read_text()).get("engines") if line.reason is None else None
         assert line.status == ("ready" if golden_set_tells else "broken")
 
-    def test_no_engine_that_runs_here(self, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_engine_that_runs_here(self, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "torch", None)
         with pytest.raises(ReleaseError, match=r"none of its engines runs here .*: torch: .*not installed"):
-            verify(models / "2", "torch")
+            verify(published / "1", "torch")
 
     @pytest.mark.parametrize("content", ["[]", "{}", "2"])
     def test_strange_manifests_are_told(self, models: Path, content: str) -> None:
@@ -294,18 +336,24 @@ class TestPromote:
             promote(open_repository(broken), 2, [Server("http://127.0.0.1:9", "npair", secret=SECRET)])
         assert (broken / "config.pbtxt").read_bytes() == before
 
-    def test_broken_forced_by_hand_does_not_serve(self, broken: Path) -> None:
+    def test_broken_forced_by_hand_does_not_serve(self, broken: Path, standing: Standing) -> None:
         """The old version goes on, and health is green."""
-        with served(broken) as (server, urls), NpairClient(urls["http"]) as client:
-            photos, _ = golden(broken, 1)
-            config = (broken / "config.pbtxt").read_text()
-            (broken / "config.pbtxt").write_text(config.replace("versions: [ 1 ]", "versions: [ 2 ]"))
+        models, server, urls = standing
+        config, sound = (models / "config.pbtxt").read_text(), (models / "2").rename(models.parent / "2")
+        shutil.copytree(broken / "2", models / "2")
+        try:
+            (models / "config.pbtxt").write_text(config.replace("versions: [ 1 ]", "versions: [ 2 ]"))
             with pytest.raises(ReleaseError, match="refused to load"):
                 server.load()
-            assert client.embed(photos).version == "1"
-            assert server.serving() == [1]
-            for path in ("/v2/health/ready", "/v2/models/npair/ready"):
-                assert urllib.request.urlopen(urls["http"] + path).status == 200
+        finally:
+            (models / "config.pbtxt").write_text(config)
+            shutil.rmtree(models / "2")
+            sound.rename(models / "2")
+        with NpairClient(urls["http"]) as client:
+            assert client.embed(golden(models, 1)[0]).version == "1"
+        assert server.serving() == [1]
+        for path in ("/v2/health/ready", "/v2/models/npair/ready"):
+            assert urllib.request.urlopen(urls["http"] + path).status == 200
 
     def test_what_the_server_refuses_is_put_back(self, models: Path, tmp_path: Path) -> None:
         """It serves a copy of the folder whose version 2 was spoilt on the way."""
@@ -347,14 +395,15 @@ class TestPromote:
         assert (models / "config.pbtxt").stat().st_mtime_ns == before, "not even written and put back"
 
     def test_all_servers_go_back_whichever_fails(self, models: Path) -> None:
-        """Fakes: the first goes away once it has loaded, and the last refuses."""
-        served = dict.fromkeys("abc", 1)
+        """Fakes: the first goes away once it has loaded, and the last refuses. No load ends before all have begun."""
+        served, together = dict.fromkeys("abc", 1), threading.Barrier(3)
 
         class Fake(Server):
             def reach(self) -> None:
                 pass
 
             def load(self) -> None:
+                together.wait(60)
                 (number,) = pinned((models / "config.pbtxt").read_text())
                 if self.model == "c" or (self.model == "a" and served["a"] == 2):
                     raise ReleaseError(f"{self.model} does not load {number}")
@@ -391,7 +440,7 @@ class TestPromote:
         self, models: Path, monkeypatch: pytest.MonkeyPatch, status: int, answer: str, reason: str
     ) -> None:
         """Such as a proxy's, or a starting server's."""
-        monkeypatch.setattr(Server, "_request", lambda *_: (status, answer))
+        monkeypatch.setattr(Server, "_ask", lambda *_: (status, answer))
         with pytest.raises(ReleaseError, match=reason):
             retire(open_repository(models), 2, [Server("http://127.0.0.1:9", "npair")])
         assert 2 in open_repository(models).versions()
@@ -440,8 +489,9 @@ def pins(models: Path, number: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_interrupted_promotions_go_back(models: Path, number: signal.Signals) -> None:
-    """While the server loads, which here takes longer."""
+def test_interrupted_promotions_go_back(standing: Standing, number: signal.Signals) -> None:
+    """While the server loads, which here takes longer. Under nohup, a hangup does not interrupt."""
+    models, server, urls = standing
     before = (models / "config.pbtxt").read_bytes()
     code = """
 import sys, time
@@ -451,50 +501,45 @@ load = release.Server.load
 release.Server.load = lambda self: (time.sleep(3), load(self))
 sys.exit(cli.main())
 """
-    with served(models) as (server, urls):
-        command = [sys.executable, "-c", code, "promote", "2", "--repository", str(models), "--url", urls["http"]]
-        environment = os.environ | {"NPAIR_CONTROL_SECRET": SECRET}
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        eventually(partial(pins, models, 2), 60)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == 130
-        assert "version 2 is not served, and all is as it was, with version 1: KeyboardInterrupt" in said
-        assert (models / "config.pbtxt").read_bytes() == before
-        assert server.serving() == [1]
+    nohup = ["nohup"] if number == signal.SIGTERM else []
+    command = [*nohup, sys.executable, "-c", code, "promote", "2", "--repository", str(models), "--url", urls["http"]]
+    environment = os.environ | {"NPAIR_CONTROL_SECRET": SECRET}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    eventually(partial(pins, models, 2), 60)
+    if nohup:
+        process.send_signal(signal.SIGHUP)
+        time.sleep(1)
+        assert pins(models, 2)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "version 2 is not served, and all is as it was, with version 1: KeyboardInterrupt" in said
+    assert (models / "config.pbtxt").read_bytes() == before
+    assert server.serving() == [1]
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_killed_promotions_leave_what_serves(models: Path, seed: int) -> None:
+def test_killed_promotions_leave_what_serves(standing: Standing, seed: int) -> None:
     """kill -9 at a chosen moment, and at random ones. Many more: benchmarks/promotions.py."""
-    dice = random.Random(seed)
-    with served(models) as (server, urls):
-        for target in (2, 1, 2):
-            command = [
-                sys.executable,
-                "-m",
-                "npair.cli",
-                "promote",
-                str(target),
-                "--repository",
-                str(models),
-                "--url",
-                urls["http"],
-            ]
-            process = subprocess.Popen(command, env=os.environ | {"NPAIR_CONTROL_SECRET": SECRET}, stderr=subprocess.DEVNULL)
-            if seed:
-                time.sleep(dice.uniform(0.5, 4))
-            else:  # certainly when config.pbtxt is written and the server perhaps has not loaded it
-                eventually(partial(pins, models, target), 60)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            check_pins(repository := open_repository(models))
-            promote(repository, pinned((models / "config.pbtxt").read_text())[-1], [server])
-            check_server(repository, server)
+    models, server, urls = standing
+    dice, repository = random.Random(seed), open_repository(models)
+    for target in (2, 1, 2):
+        words = ["promote", str(target), "--repository", str(models), "--url", urls["http"]]
+        environment = os.environ | {"NPAIR_CONTROL_SECRET": SECRET}
+        process = subprocess.Popen([sys.executable, "-m", "npair.cli", *words], env=environment, stderr=subprocess.DEVNULL)
+        if seed:
+            time.sleep(dice.uniform(0.5, 3))
+        else:  # certainly when config.pbtxt is written and the server perhaps has not loaded it
+            eventually(partial(pins, models, target), 60)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        promote(repository, check_pins(repository)[-1], [server])
+        check_server(repository, server)
 
 
-def test_promotions_under_load(models: Path) -> None:
+def test_promotions_under_load(standing: Standing) -> None:
     """No request fails, and every answer is of one of the versions. Many more: benchmarks/promotions.py."""
+    models, server, urls = standing
     repository, stop, failures = open_repository(models), threading.Event(), list[str]()
     photos, _ = golden(models, 1)
     answered: dict[str, int] = {"1": 0, "2": 0}
@@ -510,17 +555,131 @@ def test_promotions_under_load(models: Path) -> None:
                 except Exception as error:
                     failures.append(repr(error))
 
-    with served(models) as (server, urls):
-        threads = [threading.Thread(target=work, args=(url, count)) for url in urls.values() for count in (1, 4)]
+    threads = [threading.Thread(target=work, args=(url, count)) for url in urls.values() for count in (1, 4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(3):
+            promote(repository, 2, [server])
+            rollback(repository, [server])
+    finally:
+        stop.set()
         for thread in threads:
-            thread.start()
-        try:
-            for _ in range(3):
-                promote(repository, 2, [server])
-                rollback(repository, [server])
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
+            thread.join()
     assert failures == []
     assert min(answered.values()) > 0
+
+
+Resolve = Callable[..., None]
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> Resolve:
+    """A resolver that knows more host names: a fake, since real ones need the machine's settings."""
+    real = socket.getaddrinfo
+
+    def known(host: str, *addresses: str) -> None:
+        before = socket.getaddrinfo
+
+        def lookup(name: Any, *arguments: Any, **options: Any) -> Any:
+            if name != host:
+                return before(name, *arguments, **options)
+            return [answer for address in addresses for answer in real(address, *arguments, **options)]
+
+        monkeypatch.setattr(socket, "getaddrinfo", lookup)
+
+    return known
+
+
+class TestHostsOfSeveralServers:
+    @pytest.mark.parametrize(
+        ("host", "answers", "asked"),
+        [
+            ("npair.test", ["::1", "127.0.0.2", "127.0.0.1", "127.0.0.2"], ["127.0.0.1", "127.0.0.2"]),
+            ("npair.test", ["::2", "::1"], ["::1", "::2"]),
+            ("localhost", ["127.0.0.2", "::1", "127.0.0.1"], ["127.0.0.1"]),
+            ("127.0.0.1", ["127.0.0.1"], ["127.0.0.1"]),
+        ],
+    )
+    def test_each_address_is_one(self, resolve: Resolve, host: str, answers: list[str], asked: list[str]) -> None:
+        resolve(host, *answers)
+        servers = Server.all_of(f"http://{host}:8000", "npair")
+        assert [server.address for server in servers] == asked
+        names = [f"http://{host}:8000 ({address})" if address != host else f"http://{host}:8000" for address in asked]
+        assert [server.url for server in servers] == names
+
+    def test_unknown_hosts(self) -> None:
+        with pytest.raises(ReleaseError, match=r"^http://nowhere\.invalid:8000: the host cannot be found: "):
+            Server.all_of("http://nowhere.invalid:8000", "npair")
+
+    def test_all_of_them_change_at_once(self, standing: Standing, resolve: Resolve, monkeypatch: pytest.MonkeyPatch) -> None:
+        models, first, _ = standing
+        repository, port = open_repository(models), first.parts.port
+        with contextlib.ExitStack() as stack:
+            others = []
+            for address in ("127.0.0.2", "127.0.0.3"):
+                ports = free_ports() | {"HTTP_PORT": str(port)}
+                others.append(
+                    start(**ports, BIND_ADDRESS=address, MODEL_REPOSITORY=str(models.parent), NPAIR_CONTROL_SECRET=SECRET)
+                )
+                stack.callback(others[-1].wait, 30)
+                stack.callback(others[-1].terminate)
+            for process in others:
+                lines_until_ready(process)
+            resolve("npair.test", "127.0.0.3", "127.0.0.2", "127.0.0.1")
+            resolve("more.test", "127.0.0.1", "127.0.0.4", "127.0.0.5")
+            servers, more = (
+                Server.all_of(f"http://{host}:{port}", "npair", secret=SECRET, timeout=60) for host in ("npair.test", "more.test")
+            )
+            away = [rf"more\.test:{port} \({address}\) does not answer" for address in ("127.0.0.4", "127.0.0.5")]
+            with pytest.raises(ReleaseError, match=".*; .*".join(away)):
+                promote(repository, 2, more)
+            assert pins(models, 1)
+
+            load, together = Server.load, threading.Barrier(3)
+
+            def load_together(server: Server) -> None:
+                together.wait(60)
+                load(server)
+
+            monkeypatch.setattr(Server, "load", load_together)
+            promote(repository, 2, servers)
+            assert [server.serving() for server in servers] == [[2], [2], [2]]
+            assert [*map(dict.keys, (check_server(repository, server) for server in servers))] == [{2}, {2}, {2}]
+            others[0].terminate()
+            others[0].wait(30)
+            with pytest.raises(ReleaseError, match=rf"^http://npair\.test:{port} \(127\.0\.0\.2\) does not answer"):
+                rollback(repository, servers)
+            monkeypatch.setattr(Server, "load", load)
+            rollback(repository, [servers[0], servers[2]])
+            assert (servers[0].serving(), servers[2].serving()) == ([1], [1])
+
+    def test_tls_is_by_name(self, tmp_path: Path, resolve: Resolve, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A fake server, since Triton has no TLS over HTTP: proxies before it have."""
+        cert, key = certificate(tmp_path, "npair.test")
+        monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+        hosts = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                hosts.append(self.headers["Host"])
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b'{"versions": ["7"]}')
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        with http.server.ThreadingHTTPServer(("127.0.0.2", 0), Handler) as front:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(cert, key)
+            front.socket = context.wrap_socket(front.socket, server_side=True)
+            threading.Thread(target=front.serve_forever, daemon=True).start()
+            for host in ("npair.test", "other.test"):
+                resolve(host, "127.0.0.2")
+            (right,), (wrong,) = (Server.all_of(f"https://{name}.test:{front.server_port}", "npair") for name in ("npair", "other"))
+            assert right.serving() == [7]
+            assert hosts == [f"npair.test:{front.server_port}"]
+            with pytest.raises(ReleaseError, match=r"other\.test:\d+ \(127\.0\.0\.2\) does not answer .*certificate verify failed"):
+                wrong.serving()
+            front.shutdown()

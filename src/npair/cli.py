@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,7 +199,8 @@ def _add_servers(parser: argparse.ArgumentParser) -> None:
         "--url",
         nargs="+",
         default=[os.environ.get("NPAIR_URL", DEFAULT_URL)],
-        help=f"the running servers, which want NPAIR_CONTROL_SECRET or NPAIR_CONTROL_SECRET_FILE (NPAIR_URL; {DEFAULT_URL})",
+        help="the running servers, all addresses of each host, which want NPAIR_CONTROL_SECRET or NPAIR_CONTROL_SECRET_FILE"
+        f" (NPAIR_URL; {DEFAULT_URL})",
     )
     where.add_argument("--offline", dest="url", action="store_const", const=[], help="none runs")
     parser.add_argument("--timeout", type=_positive, default=120.0, help="seconds for each call to a server (%(default)g)")
@@ -360,7 +361,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         for number in numbers:
             with repository.version(number) as folder:
                 checked[str(number)] = verify(folder, arguments.engine)
-        served = {url: check_server(repository, Server(url, repository.name)) for url in arguments.url}
+        servers = [server for url in arguments.url for server in Server.all_of(url, repository.name)]
+        served = {server.url: check_server(repository, server) for server in servers}
     if arguments.json:
         print(json.dumps({"versions": checked, "servers": served}))
         return 0
@@ -379,14 +381,15 @@ def _promote(arguments: argparse.Namespace) -> int:
 
     repository, servers = _repository(arguments)
     promote(repository, arguments.version, servers, keep=arguments.keep)
-    print(f"version {arguments.version} is {_where(arguments)}")
+    print(f"version {arguments.version} is {_where(servers)}")
     return 0
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
     from npair.release import rollback
 
-    print(f"version {rollback(*_repository(arguments))} is {_where(arguments)} again")
+    repository, servers = _repository(arguments)
+    print(f"version {rollback(repository, servers)} is {_where(servers)} again")
     return 0
 
 
@@ -413,11 +416,12 @@ def _repository(arguments: argparse.Namespace) -> tuple[Repository, list[Server]
     from npair.serve import given_secret
 
     repository, secret = open_repository(arguments.repository), given_secret()
-    return repository, [Server(url, repository.name, secret=secret, timeout=arguments.timeout) for url in arguments.url]
+    urls = [Server.all_of(url, repository.name, secret=secret, timeout=arguments.timeout) for url in arguments.url]
+    return repository, [server for servers in urls for server in servers]
 
 
-def _where(arguments: argparse.Namespace) -> str:
-    return f"served by {', '.join(arguments.url)}" if arguments.url else "what servers that start from now on serve"
+def _where(servers: Sequence[Server]) -> str:
+    return f"served by {', '.join(server.url for server in servers)}" if servers else "what servers that start from now on serve"
 
 
 def _index_build(arguments: argparse.Namespace) -> int:

@@ -13,19 +13,25 @@ import http.client
 import importlib
 import json
 import shutil
+import socket
+import ssl
 import sys
 import tempfile
+import threading
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from email.message import Message
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
+from tritonclient.http import InferenceServerClient, InferInput
+from tritonclient.utils import InferenceServerException
 
-from npair.client import THRESHOLD_PARAMETERS, NpairClient, NpairError
+from npair.client import THRESHOLD_PARAMETERS, Vectors
 from npair.config import as_json, parameters, pinned, with_release
 from npair.repository import Repository
 from npair.serve import CONTROL_HEADER, FALLBACK
@@ -61,15 +67,53 @@ class Version:
     reason: str | None = None
 
 
-class Server:
-    """A running server, by its HTTP URL. Every call ends within ``timeout`` seconds: a bad load can hang Triton's."""
+class _Connection(http.client.HTTPConnection):
+    """To one of the addresses that a URL's host stands for. The Host header, and the name that a certificate must bear, are the
+    URL's."""
 
-    def __init__(self, url: str, model: str, *, secret: str = "", timeout: float = 120.0) -> None:
+    def __init__(self, parts: SplitResult, address: str, timeout: float) -> None:
+        self._context = ssl.create_default_context() if parts.scheme == "https" else None
+        self.default_port = 443 if self._context else 80
+        super().__init__(parts.netloc, timeout=timeout)
+        self._address = address
+
+    def connect(self) -> None:
+        self.sock = socket.create_connection((self._address, self.port), self.timeout)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._context:
+            self.sock = self._context.wrap_socket(self.sock, server_hostname=self.host)
+
+
+class Server:
+    """A running server, by its HTTP URL and, where the host stands for several, its address. Every call ends within ``timeout``
+    seconds: a bad load can hang Triton's."""
+
+    def __init__(self, url: str, model: str, *, address: str = "", secret: str = "", timeout: float = 120.0) -> None:
         """Raises: ValueError for a URL that is not http:// or https://."""
         self.parts = urlsplit(url)
         if self.parts.scheme not in ("http", "https") or not self.parts.hostname or self.parts.port == 0:
             raise ValueError(f"releasing goes over HTTP: the URL must be like http://host:8000, got {url!r}")
-        self.url, self.model, self.secret, self.timeout = url, model, secret, timeout
+        self.address = address or self.parts.hostname
+        self.url = url if self.address == self.parts.hostname else f"{url} ({self.address})"
+        self.model, self.secret, self.timeout = model, secret, timeout
+
+    @classmethod
+    def all_of(cls, url: str, model: str, *, secret: str = "", timeout: float = 120.0) -> list[Server]:
+        """One for each address that the URL's host stands for, such as the pods behind a headless Kubernetes Service.
+
+        Of IPv4's, or where there are none of IPv6's, so that a server with both is there once. Raises: ValueError as the class,
+        ReleaseError for a host that stands for none.
+        """
+        host = cls(url, model).address
+        try:
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise ReleaseError(f"{url}: the host cannot be found: {error}") from error
+        family = min((family for family, *_ in found), key=lambda family: family != socket.AF_INET)
+        addresses = sorted({str(where[0]) for of, *_, where in found if of == family})
+        if host == "localhost":
+            addresses = addresses[:1]
+        return [cls(url, model, address=address, secret=secret, timeout=timeout) for address in addresses]
 
     def load(self) -> None:
         """Have it serve what config.pbtxt says. Raises: ReleaseError with the server's reason."""
@@ -81,7 +125,7 @@ class Server:
 
     def serving(self) -> list[int]:
         """The versions that it says it serves. Raises: ReleaseError where it does not answer."""
-        status, answer = self._request("GET", f"/v2/models/{self.model}", 10)
+        status, answer = self._ask("GET", f"/v2/models/{self.model}", 10)
         try:
             if status == http.client.OK:
                 return sorted(map(int, json.loads(answer)["versions"]))
@@ -97,11 +141,21 @@ class Server:
                 "the secret is missing that lets a server load: start it with NPAIR_CONTROL_SECRET (or NPAIR_CONTROL_SECRET_FILE),"
                 " and set that here, too"
             )
-        status, answer = self._request("POST", f"/v2/repository/{path}", timeout)
+        status, answer = self._ask("POST", f"/v2/repository/{path}", timeout)
         if status != http.client.OK:
             with contextlib.suppress(ValueError, LookupError, TypeError):  # a proxy's is no JSON
                 answer = json.loads(answer)["error"]
             raise ReleaseError(f"{self.url} {refused}: {answer[:1000] or f'status {status}'}")
+
+    def parameters(self) -> dict[str, str]:
+        """What it tells clients, see ``client_parameters``. Raises: ReleaseError where it does not."""
+        status, answer = self._ask("GET", f"/v2/models/{self.model}/config", 10)
+        try:
+            if status == http.client.OK:
+                return {key: value["string_value"] for key, value in json.loads(answer).get("parameters", {}).items()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ReleaseError(f"{self.url} does not say how it is configured: {answer[:200]}") from error
+        raise ReleaseError(f"{self.url} does not say how it is configured: status {status}: {answer[:200]}")
 
     def check(self, folder: Path) -> float:
         """The largest Euclidean distance between what it answers for a version's golden set and what was published.
@@ -111,32 +165,83 @@ class Server:
         manifest = read_manifest(folder)
         golden, number = manifest["golden"], manifest["version"]
         expected, deadline = np.load(folder / golden["embeddings"], allow_pickle=False), time.monotonic() + self.timeout
-        with NpairClient(self.url, model=self.model, version=str(number), timeout=min(30.0, self.timeout), retries=0) as client:
-            while True:
-                try:
-                    vectors = client.embed([folder / photo for photo in golden["photos"]]).vectors
-                    break
-                except NpairError as error:
-                    if time.monotonic() > deadline:
-                        raise ReleaseError(f"{self.url} does not answer the golden set of version {number}: {error}") from error
-                    time.sleep(0.1)
+        photos = [(folder / photo).read_bytes() for photo in golden["photos"]]
+        while True:
+            try:
+                vectors = self._embed(photos, number)
+                break
+            except ReleaseError as error:
+                if time.monotonic() > deadline:
+                    raise ReleaseError(f"{self.url} does not answer the golden set of version {number}: {error}") from error
+                time.sleep(0.1)
         distance = float(np.linalg.norm(vectors - expected, axis=1).max()) if vectors.shape == expected.shape else np.inf
         if not distance <= golden["tolerance"]:
             raise ReleaseError(f"{self.url} answers the golden set of version {number} wrong: off by {distance:.2g}")
         return distance
 
-    def _request(self, method: str, path: str, timeout: float) -> tuple[int, str]:
-        kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(self.parts.netloc, timeout=timeout)
+    def _embed(self, photos: Sequence[bytes], number: int) -> Vectors:
+        """As a client would, but at this very address. Raises: ReleaseError."""
+        tensor = InferInput("IMAGE", [len(photos), 1], "BYTES")
+        tensor.set_data_from_numpy(np.array(photos, dtype=np.object_).reshape(-1, 1))
+        body, length = InferenceServerClient.generate_request_body([tensor])
+        path, headers = f"/v2/models/{self.model}/versions/{number}/infer", {"Inference-Header-Content-Length": str(length)}
+        status, answer, received = self._request("POST", path, min(30.0, self.timeout), body, headers)
+        if status != http.client.OK:
+            raise ReleaseError(f"status {status}: {answer[:1000].decode(errors='replace')}")
         try:
-            headers = {CONTROL_HEADER: self.secret} if self.secret else {}
-            connection.request(method, self.parts.path.rstrip("/") + path, headers=headers)
+            length = int(received.get("Inference-Header-Content-Length", len(answer)))
+            vectors: Vectors | None = InferenceServerClient.parse_response_body(answer, header_length=length).as_numpy("EMBEDDING")
+        except (ValueError, LookupError, TypeError, InferenceServerException) as error:
+            raise ReleaseError(f"what it answers cannot be read: {error}") from error
+        if vectors is None:
+            raise ReleaseError("its answer has no EMBEDDING")
+        return vectors
+
+    def _ask(self, method: str, path: str, timeout: float) -> tuple[int, str]:
+        status, answer, _ = self._request(method, path, timeout)
+        return status, answer.decode(errors="replace")
+
+    def _request(
+        self, method: str, path: str, timeout: float, body: bytes = b"", headers: Mapping[str, str] = {}
+    ) -> tuple[int, bytes, Message]:
+        """Status, body and headers. Raises: ReleaseError."""
+        connection = _Connection(self.parts, self.address, timeout)
+        secret = {CONTROL_HEADER: self.secret} if self.secret else {}
+        try:
+            connection.request(method, self.parts.path.rstrip("/") + path, body, {**headers, **secret})
             response = connection.getresponse()
-            return response.status, response.read().decode(errors="replace")
+            return response.status, response.read(), response.headers
         except (OSError, http.client.HTTPException) as error:
             raise ReleaseError(f"{self.url} does not answer {path}: {error or type(error).__name__}") from error
         finally:
             connection.close()
+
+
+def _at_once(step: Callable[[Server], object], servers: Sequence[Server]) -> dict[Server, str]:
+    """Take a step with all servers at the same time. Returns: why, by server that failed.
+
+    By daemon threads: whoever interrupts a promotion does not wait for calls that are under way.
+    """
+    errors: dict[Server, str] = {}
+
+    def take(server: Server) -> None:
+        try:
+            step(server)
+        except Exception as error:  # whatever it is, the others go on
+            errors[server] = str(error) or type(error).__name__
+
+    threads = [threading.Thread(target=take, args=(server,), daemon=True) for server in servers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {server: errors[server] for server in servers if server in errors}
+
+
+def _all(step: Callable[[Server], object], servers: Sequence[Server]) -> None:
+    """The same. Raises: ReleaseError that names each server that failed."""
+    if failed := _at_once(step, servers):
+        raise ReleaseError("; ".join(failed.values()))
 
 
 def verify(folder: Path, engine: str = "") -> dict[str, dict[str, float | str]]:
@@ -253,11 +358,14 @@ def retire(repository: Repository, number: int, servers: Sequence[Server]) -> No
         config = _config(repository)
         if number in pinned(config):
             raise ReleaseError(f"version {number} is the one that config.pbtxt pins; promote another first")
-        for server in servers:
+
+        def check_idle(server: Server) -> None:
             if number in (serving := server.serving()):
                 raise ReleaseError(f"version {number} is still served by {server.url}")
             if not serving:
                 raise ReleaseError(f"{server.url} serves no version, and may be loading this one; try again when it does")
+
+        _all(check_idle, servers)
         history = [version for version in _served_before(repository) if version != number]
         _write_fallback(repository, history)
         repository.write("config.pbtxt", with_release(config, pinned(config), _served_before_as(history)).encode())
@@ -269,9 +377,7 @@ def retire(repository: Repository, number: int, servers: Sequence[Server]) -> No
 def versions(repository: Repository, servers: Sequence[Server]) -> list[Version]:
     """All that is in the repository, ascending. Hashes are checked; golden sets are what ``verify`` embeds."""
     serving: set[int] = set()
-    for server in servers:
-        with contextlib.suppress(ReleaseError):
-            serving |= set(server.serving())
+    _at_once(lambda server: serving.update(server.serving()), servers)
     pins = pinned(_config(repository))
     lines = []
     for number, complete in repository.versions().items():
@@ -324,9 +430,8 @@ def check_server(repository: Repository, server: Server) -> dict[int, float]:
     pins, serving = check_pins(repository), server.serving()
     if serving != pins:
         raise ReleaseError(f"{server.url} serves {serving or 'no version'}, and config.pbtxt pins {pins}; promote again")
-    with NpairClient(server.url, model=server.model) as client:
-        told = client.manifest_sha256(str(pins[-1]))
-    if told != parameters(_config(repository)).get("manifest_sha256"):
+    told, right = server.parameters(), parameters(_config(repository))
+    if any(told.get(key) != right.get(key) for key in ("manifest_version", "manifest_sha256")):
         raise ReleaseError(f"{server.url} tells clients of another manifest than config.pbtxt; promote version {pins[-1]} again")
     distances = {}
     for number in pins:
@@ -375,14 +480,12 @@ def _serve(repository: Repository, number: int, servers: Sequence[Server], *, ke
             told = _client_parameters(repository, version)
             values |= told if version == number else {f"manifest_sha256_{version}": told["manifest_sha256"]}
         after = with_release(config, served, values)
-        for server in servers:
-            server.reach()
+        _all(Server.reach, servers)
         try:
             _write_fallback(repository, history)
             repository.write("config.pbtxt", after.encode())
-            for server in servers:
-                server.load()
-                server.check(folder)
+            _all(Server.load, servers)
+            _all(lambda server: server.check(folder), servers)
             if not history:
                 repository.delete(FALLBACK)
         except BaseException as error:
@@ -393,7 +496,7 @@ def _serve(repository: Repository, number: int, servers: Sequence[Server], *, ke
 
 def _put_back(repository: Repository, config: str, fallback: bytes | None, servers: Sequence[Server]) -> str:
     """Whatever fails meanwhile. Returns: what became of it."""
-    number, failures = pinned(config)[-1], list[str]()
+    number = pinned(config)[-1]
     try:
         repository.write("config.pbtxt", config.encode())
         if fallback is None:
@@ -402,13 +505,14 @@ def _put_back(repository: Repository, config: str, fallback: bytes | None, serve
             repository.write(FALLBACK, fallback)
     except Exception as error:
         return f"config.pbtxt could not be put back to version {number} ({error})"
-    for server in servers:
-        try:
-            server.load()
-            with repository.version(number) as folder:
-                server.check(folder)
-        except Exception as error:  # the others are still to go back
-            failures.append(str(error))
+    failed = _at_once(Server.load, servers)
+    failures = [*failed.values()]
+    try:
+        with repository.version(number) as folder:
+            back = [server for server in servers if server not in failed]
+            failures += _at_once(lambda server: server.check(folder), back).values()
+    except Exception as error:
+        failures.append(str(error))
     if failures:
         return f"config.pbtxt is as it was, but going back to version {number} failed, too ({'; '.join(failures)})"
     return f"all is as it was, with version {number}"

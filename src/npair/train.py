@@ -354,6 +354,7 @@ def interruption() -> Iterator[Callable[[], bool]]:
         signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as in a script's background
     for number in before:
         signal.signal(number, note)
     try:
