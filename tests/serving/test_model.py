@@ -23,7 +23,9 @@ from npair.config import with_release
 from npair.drawings import draw, encode
 from npair.release import Server
 from npair.serving.embedder import UNLIMITED, Embedder
-from npair.serving.preprocess import MAX_SCANS, REASONS, decode
+from npair.serving.jpeg import MAX_SCANS
+from npair.serving.preprocess import decode
+from npair.serving.refusal import REASONS
 
 PHOTO = encode(draw(0, 0), "JPEG")
 REFUSED = {

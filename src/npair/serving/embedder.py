@@ -2,7 +2,7 @@
 
 Layout of a version folder, all of it listed with SHA-256 in ``manifest.json``::
 
-    model.py embedder.py engine.py preprocess.py   the code that serves it
+    model.py embedder.py engine.py preprocess.py jpeg.py refusal.py   the code that serves it
     network.pt2                                    the reference graph with its weights: uint8 [N, size, size, 3] -> fp32 [N, D]
     network.xml network-int8.xml                   the same for OpenVINO, with their weights in .bin
     golden/                                        photos and, in embeddings.npy, the fp32 reference embeddings of each
@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .engine import BATCH, EngineError, load
-from .preprocess import Limits, PhotoError, Preprocessing, decode
+from .preprocess import Limits, Preprocessing, decode
+from .refusal import PhotoError
 
 Answer = TypeVar("Answer")
 Pixels = npt.NDArray[np.uint8]

@@ -19,7 +19,8 @@ import triton_python_backend_utils as pb_utils
 
 from .embedder import Embedder, Vector
 from .engine import cores
-from .preprocess import REASONS, Limits, PhotoError
+from .preprocess import Limits
+from .refusal import REASONS, PhotoError
 
 REPORT_INTERVAL = 1.0  # seconds between two updates of the server's metrics
 STALLED_FOR = 10  # seconds in which a batch makes no progress, after which its process ends itself
