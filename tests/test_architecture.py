@@ -53,6 +53,7 @@ ALLOWED = {
     "serving/preprocess": {"numpy", "PIL", "serving"},
     "serving/jpeg": {"numpy", "PIL", "simplejpeg", "serving"},
     "serving/refusal": set(),
+    "serving/text": {"serving"},
 }
 
 

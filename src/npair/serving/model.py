@@ -38,7 +38,7 @@ WORK = {
 
 
 class TritonPythonModel:
-    """IMAGE (BYTES [b, 1], one encoded photo each) -> EMBEDDING (FP32 [b, D], unit length)."""
+    """IMAGE (BYTES [b, 1], one encoded photo each, or its base64) -> EMBEDDING (FP32 [b, D], unit length)."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load and verify this version; any exception makes Triton refuse it with the message."""

@@ -19,10 +19,10 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
 from . import jpeg
-from .refusal import PhotoError
+from .refusal import PhotoError, no_photo
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-SIGNATURES = (jpeg.SIGNATURE, b"\x89PNG\r\n\x1a\n", b"RIFF")
+PHOTO = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP", re.DOTALL)  # how they begin
 
 # Limits.max_pixels is checked before any pixel is decoded; Pillow's own limit is a global that would override a higher setting.
 Image.MAX_IMAGE_PIXELS = None
@@ -59,6 +59,11 @@ class Limits:
     max_pixels: int
 
 
+def is_photo(content: bytes) -> bool:
+    """Whether it begins like a JPEG, PNG or WebP."""
+    return PHOTO.match(content) is not None
+
+
 def decode(
     photo: bytes, preprocessing: Preprocessing, limits: Limits, large: AbstractContextManager[object] = NOTHING
 ) -> npt.NDArray[np.uint8]:
@@ -78,6 +83,8 @@ def decode(
         raise PhotoError(
             "too_many_bytes", f"the photo has {len(photo)} bytes, more than the limit of {limits.max_bytes}; send a smaller file"
         )
+    if not is_photo(photo):
+        raise PhotoError("not_an_image", no_photo(photo))
     opened = jpeg.read(photo) if photo.startswith(jpeg.SIGNATURE) else _open(photo)
     width, height = opened.size
     if width * height > limits.max_pixels:
@@ -113,9 +120,7 @@ def _open(photo: bytes) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:
-        if photo.startswith(SIGNATURES):
-            raise PhotoError("damaged", "the image data is truncated or damaged") from error
-        raise PhotoError("not_an_image", "not a JPEG, PNG or WebP image; convert it to one of these") from error
+        raise PhotoError("damaged", "the image data is truncated or damaged; send the original file") from error
 
 
 def _to_rgb(image: Image.Image, background: int) -> Image.Image:
