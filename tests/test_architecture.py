@@ -54,6 +54,9 @@ ALLOWED = {
     "serving/jpeg": {"numpy", "PIL", "simplejpeg", "serving"},
     "serving/refusal": set(),
     "serving/text": {"serving"},
+    "serving/png": {"serving"},
+    "serving/metadata": set(),
+    "serving/colour": {"numpy", "PIL", "serving"},
 }
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npair.data import LIMITS, SPLITS, DataError, Dataset, Photos, digest_of, each, read_photo, shown
-from npair.serving import jpeg, preprocess
+from npair.serving import colour, jpeg, metadata, png, preprocess
 from npair.serving.preprocess import Preprocessing, decode
 from npair.serving.refusal import PhotoError
 
@@ -181,7 +181,7 @@ def _decoded(
 ) -> tuple[npt.NDArray[np.uint8], dict[str, str]]:
     """Pixels [m, size, size, 3], a row for each digest in ``sources``, and why some digests have none."""
     decoder = [
-        *(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (preprocess, jpeg)),
+        *(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (preprocess, jpeg, png, metadata, colour)),
         version("pillow"),
         version("simplejpeg"),
         asdict(preprocessing),

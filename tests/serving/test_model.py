@@ -116,27 +116,6 @@ def test_counts_what_it_embeds(served: Served, published: Path) -> None:
     assert 0 < network_seconds < 16 * elapsed
 
 
-def test_photos_may_be_base64(served: Served) -> None:
-    """Which clients need that speak JSON alone; in one batch with photos as they are, over both protocols."""
-    text = base64.b64encode(PHOTO)
-    with NpairClient(served.url) as client, NpairClient(served.grpc) as grpc:
-        expected = client.embed(PHOTO).vectors[0]
-        for vectors in (each.embed([PHOTO, text, b"data:image/jpeg;base64," + text]).vectors for each in (client, grpc)):
-            np.testing.assert_allclose(vectors, [expected] * 3, atol=1e-3)
-        with pytest.raises(InvalidPhotoError, match="looks like base64, but") as caught:
-            grpc.embed([text, text[:99] + b"!" + text[99:]])
-    assert list(caught.value.reasons) == [1]
-    tensor = {
-        "name": "IMAGE",
-        "datatype": "BYTES",
-        "shape": [2, 1],
-        "data": [text.decode(), base64.urlsafe_b64encode(PHOTO).decode()],
-    }
-    request = Request(f"{served.url}/v2/models/npair/infer", json.dumps({"inputs": [tensor]}).encode())
-    answer = json.load(urlopen(request, timeout=10))["outputs"][0]
-    np.testing.assert_allclose(np.reshape(answer["data"], answer["shape"]), [expected] * 2, atol=1e-3)
-
-
 def test_tells_how_the_golden_set_was_embedded(served: Served, published: Path) -> None:
     embedder = Embedder(published / "1", cores=1)
     for name, expected in (("npair_golden_norm", embedder.golden_norm), ("npair_golden_distance", embedder.golden_distance)):
@@ -160,6 +139,27 @@ def test_counts_refusals_by_reason(served: Served) -> None:
                 client.embed([PHOTO, *[photo] * number])
     expected = {reason: before[reason] + number for number, reason in enumerate(REFUSED, 1)}
     eventually(lambda: counted() == expected)
+
+
+def test_photos_may_be_base64(served: Served) -> None:
+    """Which clients need that speak JSON alone; in one batch with photos as they are, over both protocols."""
+    text = base64.b64encode(PHOTO)
+    with NpairClient(served.url) as client, NpairClient(served.grpc) as grpc:
+        expected = client.embed(PHOTO).vectors[0]
+        for vectors in (each.embed([PHOTO, text, b"data:image/jpeg;base64," + text]).vectors for each in (client, grpc)):
+            np.testing.assert_allclose(vectors, [expected] * 3, atol=1e-3)
+        with pytest.raises(InvalidPhotoError, match="looks like base64, but") as caught:
+            grpc.embed([text, text[:99] + b"!" + text[99:]])
+    assert list(caught.value.reasons) == [1]
+    tensor = {
+        "name": "IMAGE",
+        "datatype": "BYTES",
+        "shape": [2, 1],
+        "data": [text.decode(), base64.urlsafe_b64encode(PHOTO).decode()],
+    }
+    request = Request(f"{served.url}/v2/models/npair/infer", json.dumps({"inputs": [tensor]}).encode())
+    answer = json.load(urlopen(request, timeout=10))["outputs"][0]
+    np.testing.assert_allclose(np.reshape(answer["data"], answer["shape"]), [expected] * 2, atol=1e-3)
 
 
 def test_refused_photos_leave_no_memory_behind(served: Served) -> None:

@@ -32,9 +32,10 @@ from PIL.PngImagePlugin import PngInfo
 from npair.drawings import draw, encode
 from npair.serving import preprocess
 from npair.serving.jpeg import MAX_SCANS
-from npair.serving.preprocess import FORMATS, Limits, Preprocessing, decode
+from npair.serving.preprocess import Limits, Preprocessing, decode
 from npair.serving.refusal import PhotoError
 
+FORMATS = ("JPEG", "PNG", "WEBP")
 PHOTO = draw(0, 0, 200)
 SHARP = Preprocessing(size=208, resample="BILINEAR", background=255)
 LARGE = Limits(max_bytes=10_000_000, max_pixels=10_000_000)

@@ -2,7 +2,8 @@
 
 Layout of a version folder, all of it listed with SHA-256 in ``manifest.json``::
 
-    model.py embedder.py engine.py preprocess.py jpeg.py refusal.py text.py   the code that serves it
+    model.py embedder.py engine.py                 the code that serves it
+    text.py preprocess.py jpeg.py png.py metadata.py colour.py refusal.py
     network.pt2                                    the reference graph with its weights: uint8 [N, size, size, 3] -> fp32 [N, D]
     network.xml network-int8.xml                   the same for OpenVINO, with their weights in .bin
     golden/                                        photos and, in embeddings.npy, the fp32 reference embeddings of each

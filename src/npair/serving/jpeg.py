@@ -14,6 +14,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from .metadata import Metadata
 from .refusal import PhotoError
 
 SIGNATURE = b"\xff\xd8\xff"
@@ -54,14 +55,12 @@ class Jpeg:
     """A JPEG whose segments are sound.
 
     size: width and height, in pixels. components: the names of its 1 (grey), 3, or 4 (CMYK) components. scans: their headers.
-    exif, xmp, profile: metadata, empty if there is none. content: the copy for the decoder.
+    content: the copy for the decoder.
     """
 
     size: tuple[int, int] = (0, 0)
     components: bytes = b""
-    exif: bytes = b""
-    xmp: bytes = b""
-    profile: bytes = b""
+    metadata: Metadata = field(default_factory=Metadata)
     scans: list[bytes] = field(default_factory=list)
     content: bytes = b""
 
@@ -146,9 +145,9 @@ def read(photo: bytes) -> Jpeg:
         elif kind == 0xE0 and content.startswith(b"JFIF\0") and JFIF not in parts[:2]:
             parts.insert(1, JFIF)
         elif kind == 0xE1 and content.startswith(EXIF):
-            jpeg.exif = jpeg.exif or content
+            jpeg.metadata.exif = jpeg.metadata.exif or content
         elif kind == 0xE1 and content.startswith(XMP):
-            jpeg.xmp = content[len(XMP) :]
+            jpeg.metadata.xmp = content[len(XMP) :]
         elif kind == 0xE2 and content.startswith(ICC):
             profile.setdefault(content[len(ICC) :][:1], content[len(ICC) + 2 :])
     else:
@@ -159,7 +158,7 @@ def read(photo: bytes) -> Jpeg:
     if not jpeg.scans:
         raise damaged("it has no scan")
     if b"".join(sorted(profile)) == bytes(range(1, len(profile) + 1)):
-        jpeg.profile = b"".join(part for _, part in sorted(profile.items()))
+        jpeg.metadata.profile = b"".join(part for _, part in sorted(profile.items()))
     jpeg.content = b"".join([*parts, EOI])
     return jpeg
 

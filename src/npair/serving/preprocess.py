@@ -12,24 +12,20 @@ import re
 import struct
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
-from . import jpeg
+from . import colour, jpeg, png
+from .metadata import MAX_METADATA, Metadata
 from .refusal import PhotoError, no_photo
 
-FORMATS = ("JPEG", "PNG", "WEBP")
 PHOTO = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP", re.DOTALL)  # how they begin
 
 # Limits.max_pixels is checked before any pixel is decoded; Pillow's own limit is a global that would override a higher setting.
 Image.MAX_IMAGE_PIXELS = None
 
-# Each of thousands of entries in a directory of EXIF data may have all of the data for its value, which Pillow makes objects of:
-# 10 GB from 65 kB. So Pillow parses no directory, and no more metadata is read than one segment of a JPEG holds.
-MAX_METADATA = 65_535
 TIFF = re.compile(rb"(?:Exif\0\0)*(?=II|MM)")  # what follows may be in the wrong order, as in some photos
 
 
@@ -70,12 +66,13 @@ def decode(
     """Decode one JPEG, PNG or WebP file, upright, its central square scaled to the network's input.
 
     Grey, palette, CMYK and 16-bit pixels become 8-bit RGB, transparent ones are laid over ``preprocessing.background``, and the
-    EXIF orientation is applied. Of an animation the first frame counts. Colour profiles are ignored.
+    EXIF orientation is applied. Of an animation the first frame counts. Colours become sRGB by the embedded profile; one that is
+    broken, larger than 4 MiB or for another kind of pixels is ignored.
 
     large: held while a photo of more than LARGE pixels is decoded: with a lock, threads decode one of them at a time, and memory
     need not hold more.
     Returns: uint8 of shape [size, size, 3], RGB.
-    Raises: PhotoError for an empty, too large, truncated or unreadable photo or a format that is not in FORMATS; MemoryError.
+    Raises: PhotoError for an empty, too large, truncated or unreadable photo or a format that is none of these; MemoryError.
     """
     if not photo:
         raise PhotoError("empty", "the photo is empty (0 bytes)")
@@ -85,64 +82,67 @@ def decode(
         )
     if not is_photo(photo):
         raise PhotoError("not_an_image", no_photo(photo))
-    opened = jpeg.read(photo) if photo.startswith(jpeg.SIGNATURE) else _open(photo)
+    opened, metadata = _read(photo)
     width, height = opened.size
     if width * height > limits.max_pixels:
         raise PhotoError(
             "too_many_pixels", f"the photo has {width}x{height} pixels, more than the limit of {limits.max_pixels}; scale it down"
         )
     size = (preprocessing.size, preprocessing.size)
-    info: dict[Any, Any]
     try:
         with large if width * height > LARGE else NOTHING:
-            if isinstance(opened, jpeg.Jpeg):
-                pixels, info = opened.decode(size), {"exif": opened.exif, "xmp": opened.xmp}
-            else:
-                pixels, info = _to_rgb(opened, preprocessing.background), opened.info
-            if pixels.mode == "CMYK":
+            pixels = opened.decode(size) if isinstance(opened, jpeg.Jpeg) else _flat(opened, preprocessing.background)
+            to_srgb = colour.to_srgb(metadata.profile, pixels.mode) if metadata.profile else None
+            if pixels.mode == "CMYK" and not to_srgb:
                 pixels = pixels.convert("RGB")
-            image = ImageOps.fit(pixels, size, Image.Resampling[preprocessing.resample]).convert("RGB")
+            image = ImageOps.fit(pixels, size, Image.Resampling[preprocessing.resample])
             del pixels
+        image = to_srgb.apply(image) if to_srgb else image.convert("RGB")
     except (MemoryError, PhotoError):
         raise
     except Exception as error:  # hostile files make Pillow raise far more than OSError
         raise PhotoError("damaged", f"the image data is truncated or damaged ({error})") from error
-    info = {key: value[:MAX_METADATA] for key, value in info.items() if isinstance(value, (str, bytes))}
     with contextlib.suppress(Exception):  # unreadable EXIF data does not spoil the pixels: browsers show such photos unrotated too
-        image = _upright(image, info)
+        image = _upright(image, metadata)
     return np.array(image)
 
 
-def _open(photo: bytes) -> Image.Image:
-    """A PNG or WebP, of which no pixel is decoded yet."""
+def _read(photo: bytes) -> tuple[jpeg.Jpeg | Image.Image, Metadata]:
+    """A photo of which no pixel is decoded yet, and its metadata. Raises: PhotoError, MemoryError."""
+    if photo.startswith(jpeg.SIGNATURE):
+        read = jpeg.read(photo)
+        return read, read.metadata
     try:
-        return Image.open(io.BytesIO(photo), formats=FORMATS[1:])
+        if photo.startswith(b"RIFF"):
+            image = Image.open(io.BytesIO(photo), formats=["WEBP"])
+            info = {key: value for key, value in image.info.items() if isinstance(value, bytes)}
+            return image, Metadata(info.get("exif", b""), info.get("xmp", b""), info.get("icc_profile", b""))
+        chunks, metadata = png.read(photo)
+        return Image.open(io.BytesIO(chunks), formats=["PNG"]), metadata
     except MemoryError:
         raise
     except Exception as error:
         raise PhotoError("damaged", "the image data is truncated or damaged; send the original file") from error
 
 
-def _to_rgb(image: Image.Image, background: int) -> Image.Image:
-    """Any mode that Pillow reads from FORMATS, as 8-bit RGB."""
+def _flat(image: Image.Image, background: int) -> Image.Image:
+    """The pixels of a PNG or WebP without transparency, L or RGB of 8 bits."""
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255 instead of scaling
-        rgb = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    elif image.has_transparency_data:
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("1", "L", "LA") and not image.has_transparency_data:
+        return image.convert("L")
+    if image.has_transparency_data:
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")  # which would copy it
         rgb = Image.new("RGB", image.size, (background, background, background))
         rgb.paste(rgba, mask=rgba)
-    else:
-        rgb = image.convert("RGB")
-    return rgb
+        return rgb
+    return image.convert("RGB")
 
 
-def _upright(image: Image.Image, info: dict[Any, Any]) -> Image.Image:
+def _upright(image: Image.Image, metadata: Metadata) -> Image.Image:
     """The image, turned as the metadata of its photo say. Raises: whatever, where they cannot be read."""
-    exif, profile = info.pop("exif", None), info.pop("Raw profile type exif", None)
-    if exif is None and profile is not None:  # text: how a PNG has EXIF data that is older than the chunk for it
-        exif = bytes.fromhex("".join(profile.split("\n")[3:]))
-    orientation = _orientation(exif or b"")
-    image.info = info  # for Pillow to look into XMP data, which count where EXIF data say nothing
+    orientation = _orientation(metadata.exif[:MAX_METADATA])
+    image.info = {"xmp": metadata.xmp[:MAX_METADATA]}  # Pillow looks into XMP data where EXIF data say nothing
     if orientation is not None:
         image.getexif()[ExifTags.Base.Orientation] = orientation
     return ImageOps.exif_transpose(image)
