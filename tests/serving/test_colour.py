@@ -34,9 +34,8 @@ def decoded(photo: bytes) -> npt.NDArray[np.int64]:
 
 def in_space(profile: bytes) -> Image.Image:
     """PLAIN, in the colours of a profile; where they cannot be had, the nearest."""
-    transform = ImageCms.buildTransform(
-        ImageCms.createProfile("sRGB"), ImageCms.ImageCmsProfile(io.BytesIO(profile)), "RGB", "RGB", 1
-    )
+    srgb, target = ImageCms.createProfile("sRGB"), ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    transform = ImageCms.buildTransform(srgb, target, "RGB", "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC)
     converted = transform.apply(PLAIN)
     del converted.info["icc_profile"]  # or it would be saved
     return converted

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import itertools
 import struct
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from conftest import LIMITS, PREPROCESSING
+from jpegs import ARITHMETIC, GRADIENT, lossless, segment
 from PIL import Image
 
 from npair.drawings import draw, encode
@@ -20,40 +19,10 @@ from npair.serving.refusal import PhotoError
 
 PHOTO = encode(draw(0, 0, 200), "JPEG", quality=90)
 PROGRESSIVE = encode(draw(0, 0, 200), "JPEG", quality=90, progressive=True)
-GRADIENT = Image.linear_gradient("L").resize((24, 24))
-# GRADIENT, as cjpeg -grayscale -quality 60 -arithmetic writes it, and with -progressive.
-ARITHMETIC = [
-    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAA0JCgsKCA0LCgsODg0PEyAVExISEyccHhcgLikxMC4pLSwzOko+MzZGNywtQFdBRkxOUlNSMj5aYVpQYEpRUk//yQALCAAY"
-    "ABgBAREA/8wABgAQEAX/2gAIAQEAAD8A/wClV4rqkMrsITqwVhf3p2CmdkqBqP/Z",
-    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAA0JCgsKCA0LCgsODg0PEyAVExISEyccHhcgLikxMC4pLSwzOko+MzZGNywtQFdBRkxOUlNSMj5aYVpQYEpRUk//ygALCAAY"
-    "ABgBAREA/8wABAAQ/9oACAEBAAAAAf8ASk2QNv/MAAQQBf/aAAgBAQABBQKbgShYIv/MAAQQBf/aAAgBAQAGPwLA/8wABBAF/9oACAEBAAE/IUxjv3nSsP/aAAgBAQAA"
-    "ABDpgP/MAAQQBf/aAAgBAQABPxBMIJvVQP/Z",
-]
 
 
 def decoded(photo: bytes) -> npt.NDArray[np.uint8]:
     return decode(photo, PREPROCESSING, LIMITS)
-
-
-def segment(marker: int, content: bytes) -> bytes:
-    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
-
-
-def lossless(components: int, width: int = 420, height: int = 420, marker: int = 0xC3) -> bytes:
-    """Of one colour: every difference is 0, which is one bit."""
-    frame = struct.pack(">BHHB", 8, height, width, components) + b"".join(bytes([c, 0x11, 0]) for c in range(components))
-    scan = bytes([components, *itertools.chain(*((c, 0) for c in range(components))), 1, 0, 0])
-    adobe = segment(0xEE, b"Adobe" + struct.pack(">HHHB", 100, 0, 0, 0))
-    tables = segment(0xC4, bytes([0, 1, *[0] * 15, 0]))
-    return (
-        b"\xff\xd8"
-        + adobe
-        + segment(marker, frame)
-        + tables
-        + segment(0xDA, scan)
-        + bytes(-(-width * height * components // 8))
-        + EOI
-    )
 
 
 def with_frame(frame: bytes, marker: int = 0xC0) -> bytes:
@@ -142,9 +111,8 @@ def test_extended_sequential_is_taken() -> None:
     np.testing.assert_array_equal(decoded(with_frame(FRAME, 0xC1)), decoded(PHOTO))
 
 
-@pytest.mark.parametrize("text", ARITHMETIC)
-def test_arithmetic_coding_is_taken(text: str) -> None:
-    photo = base64.b64decode(text)
+@pytest.mark.parametrize("photo", ARITHMETIC, ids=["sequential", "progressive"])
+def test_arithmetic_coding_is_taken(photo: bytes) -> None:
     expected = np.asarray(GRADIENT.resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
     assert np.abs(decoded(photo)[..., 0] - expected).mean() < 4
     with pytest.raises(PhotoError, match="ends too early"):  # the decoder takes what is missing for zeros

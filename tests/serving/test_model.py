@@ -15,7 +15,8 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
-from conftest import eventually, free_ports, lines_until_ready, many_scans, start
+from conftest import eventually, free_ports, lines_until_ready, start
+from jpegs import many_scans
 from PIL import Image
 from soak import shared
 

@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import LIMITS, PREPROCESSING, many_scans
+from conftest import LIMITS, PREPROCESSING
 from fuzz import PHOTOS, Hostile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jpegs import many_scans
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
