@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -182,21 +181,6 @@ def version(published: Path, tmp_path: Path) -> Path:
 def rewrite_manifest(folder: Path, **changes: object) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
-
-
-def many_scans(count: int) -> bytes:
-    """A grey progressive JPEG of 800 x 800 pixels with so many scans, all but the first of which say that nothing changes."""
-
-    def segment(kind: int, content: bytes) -> bytes:
-        return struct.pack(">BBH", 0xFF, kind, len(content) + 2) + content
-
-    tables = [
-        segment(0xDB, b"\0" + b"\1" * 64),
-        *(segment(0xC4, bytes([table, 1, *[0] * 15, value])) for table, value in ((0, 0), (16, 0xE0))),
-    ]
-    head = b"\xff\xd8" + segment(0xC2, struct.pack(">BHHB3B", 8, 800, 800, 1, 1, 0x11, 0)) + b"".join(tables)
-    first = segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + bytes(10_000 // 8)
-    return head + first + (segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + b"\x3f\xff") * (count - 1) + b"\xff\xd9"
 
 
 def eventually(true: Callable[[], object], seconds: float = 20) -> None:

@@ -12,6 +12,7 @@ command that sends them again. Photos for decode come from libFuzzer, see fuzz_d
 from __future__ import annotations
 
 import argparse
+import base64
 import gzip
 import http.client
 import json
@@ -33,8 +34,10 @@ from typing import Any
 
 import grpc
 import numpy as np
+import profiles
 import serve
 from conftest import ROOT, SHIPPED, free_ports, lines_until_ready, start
+from jpegs import ARITHMETIC, lossless, many_scans
 from PIL import Image
 from tritonclient.grpc import service_pb2
 
@@ -130,6 +133,12 @@ def seeds() -> dict[str, bytes]:
         "lossless.webp": encode(cut_out, "WEBP", lossless=True),
         "transparent.webp": encode(cut_out, "WEBP"),
         "animated.webp": encode(rgb, "WEBP", **frames),
+        "Display P3.jpg": encode(rgb, "JPEG", icc_profile=profiles.DISPLAY_P3),
+        "Adobe RGB.png": encode(rgb, "PNG", icc_profile=profiles.ADOBE_RGB),
+        "ProPhoto.webp": encode(rgb, "WEBP", icc_profile=profiles.PROPHOTO),
+        "grey profile.jpg": encode(grey, "JPEG", icc_profile=profiles.GREY),
+        "inks.jpg": encode(rgb.convert("CMYK"), "JPEG", icc_profile=profiles.PRINTER),
+        **{f"arithmetic-{number}.jpg": photo for number, photo in enumerate(ARITHMETIC)},
     }
 
 
@@ -493,8 +502,11 @@ def fuzz_server(protocol: str, seed: int, first: int, runs: int) -> int:
 
 def fuzz_decode(seed: int, runs: int) -> int:
     """Returns: libFuzzer's exit code; it leaves a failing photo in this folder, as crash-, timeout- or oom- and a hash."""
+    others = {"grey.lossless": lossless(1), "rgb.lossless": lossless(3), "scans": many_scans(3)}
+    texts = {f"{name}.txt": base64.b64encode(PHOTOS[name]) for name in ("RGB.jpg", "RGB.png", "lossy.webp")}
+    uri = b"data:image/jpeg;base64," + texts["RGB.jpg.txt"]
     with tempfile.TemporaryDirectory() as corpus:
-        for name, photo in PHOTOS.items():
+        for name, photo in {**PHOTOS, **others, **texts, "uri": uri}.items():
             Path(corpus, name).write_bytes(photo)
         options = [f"-runs={runs}", f"-seed={seed}", f"-timeout={SECONDS:.0f}", f"-rss_limit_mb={MEGABYTES:.0f}", "-max_len=8192"]
         return subprocess.run([sys.executable, ROOT / "tests/fuzz_decode.py", *options, corpus], check=False).returncode

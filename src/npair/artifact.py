@@ -30,7 +30,10 @@ from npair.serving.engine import EngineError, refuse_pickles
 from npair.serving.preprocess import Preprocessing
 
 SCHEMA = 3
-CODE = ("model.py", "embedder.py", "engine.py", "preprocess.py")
+CODE = (
+    *("model.py", "embedder.py", "engine.py"),
+    *("text.py", "preprocess.py", "jpeg.py", "png.py", "metadata.py", "colour.py", "refusal.py"),
+)
 LIBRARIES = ("torch", "openvino", "numpy", "pillow", "simplejpeg")
 MAX_BATCH = 64
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
 import json
 import re
@@ -14,7 +15,8 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
-from conftest import eventually, free_ports, lines_until_ready, many_scans, start
+from conftest import eventually, free_ports, lines_until_ready, start
+from jpegs import many_scans
 from PIL import Image
 from soak import shared
 
@@ -23,7 +25,9 @@ from npair.config import with_release
 from npair.drawings import draw, encode
 from npair.release import Server
 from npair.serving.embedder import UNLIMITED, Embedder
-from npair.serving.preprocess import MAX_SCANS, REASONS, decode
+from npair.serving.jpeg import MAX_SCANS
+from npair.serving.preprocess import decode
+from npair.serving.refusal import REASONS
 
 PHOTO = encode(draw(0, 0), "JPEG")
 REFUSED = {
@@ -51,6 +55,7 @@ class Served:
 
     def __init__(self, models: Path, ports: dict[str, str]) -> None:
         self.models, self.url = models, f"http://127.0.0.1:{ports['HTTP_PORT']}"
+        self.grpc = f"grpc://127.0.0.1:{ports['GRPC_PORT']}"
         self.metrics = f"http://127.0.0.1:{ports['METRICS_PORT']}/metrics"
         self.control = Server(self.url, "npair", secret="secret", timeout=60)
 
@@ -135,6 +140,27 @@ def test_counts_refusals_by_reason(served: Served) -> None:
                 client.embed([PHOTO, *[photo] * number])
     expected = {reason: before[reason] + number for number, reason in enumerate(REFUSED, 1)}
     eventually(lambda: counted() == expected)
+
+
+def test_photos_may_be_base64(served: Served) -> None:
+    """Which clients need that speak JSON alone; in one batch with photos as they are, over both protocols."""
+    text = base64.b64encode(PHOTO)
+    with NpairClient(served.url) as client, NpairClient(served.grpc) as grpc:
+        expected = client.embed(PHOTO).vectors[0]
+        for vectors in (each.embed([PHOTO, text, b"data:image/jpeg;base64," + text]).vectors for each in (client, grpc)):
+            np.testing.assert_allclose(vectors, [expected] * 3, atol=1e-3)
+        with pytest.raises(InvalidPhotoError, match="looks like base64, but") as caught:
+            grpc.embed([text, text[:99] + b"!" + text[99:]])
+    assert list(caught.value.reasons) == [1]
+    tensor = {
+        "name": "IMAGE",
+        "datatype": "BYTES",
+        "shape": [2, 1],
+        "data": [text.decode(), base64.urlsafe_b64encode(PHOTO).decode()],
+    }
+    request = Request(f"{served.url}/v2/models/npair/infer", json.dumps({"inputs": [tensor]}).encode())
+    answer = json.load(urlopen(request, timeout=10))["outputs"][0]
+    np.testing.assert_allclose(np.reshape(answer["data"], answer["shape"]), [expected] * 2, atol=1e-3)
 
 
 def test_refused_photos_leave_no_memory_behind(served: Served) -> None:
