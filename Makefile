@@ -41,7 +41,7 @@ serve: .venv/serve ## Start Triton with model_repository/ (HTTP_PORT, GRPC_PORT,
 test: .venv/dev ## Run all tests, on real servers
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-test-faults: .venv/dev ## Cause faults on a real server under load (needs root, faketime, nginx and prometheus)
+test-faults: .venv/dev ## Cause faults on a real server under load (needs root, faketime, nginx, haproxy and prometheus)
 	$(BIN)/python -m pytest tests/faults*.py $(ARGS)
 
 soak: .venv/dev ## Put a server under mixed load for MINUTES (60), and tell whether all stays as it is
