@@ -18,6 +18,7 @@ Exceptions, all of them NpairError::
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import http.client
 import itertools
@@ -29,6 +30,7 @@ import socket
 import ssl
 import sys
 import threading
+import time
 import uuid
 import zipfile
 from collections import deque
@@ -313,8 +315,8 @@ class NpairClient:
     def _ask(
         self, question: Callable[[_Connection], Answer], retries: int, version: str | None = None, request_id: str = ""
     ) -> Answer:
-        """Ask, and ask again on another connection: where nobody answered, up to ``retries`` times; where the server has not the
-        version, as long as another one has it.
+        """Ask, and ask again on another connection: if nobody answers, up to ``retries`` times; if the server has another version,
+        as long as one is found that has it.
 
         Embedding changes nothing on a server, so it may be repeated. But not after a timeout: the request may still be in work, and
         repeating it would add to the load that delays it.
@@ -326,37 +328,83 @@ class NpairClient:
                     with _mapped_errors(self.model, request_id):
                         return question(connection)
                 except (UnavailableError, InvalidRequestError) as error:
-                    served = self._served(connection) if version else []
+                    served = self._versions(connection) if version else None
                     if isinstance(error, VersionGoneError) or (served and version not in served):
-                        if searches and any(self._has(connection, version) for _ in range(ELSEWHERE)):
-                            searches -= 1
-                            continue
-                        others = f", but {', '.join(served)} is" if served and version not in served else ""
-                        raise VersionGoneError(f"version {version} of model {self.model} is not served{others}") from error
-                    if attempt == retries or isinstance(error, InvalidRequestError):
+                        if not searches:
+                            raise self._gone(version, served) from error
+                        searches -= 1
+                    elif attempt == retries or isinstance(error, InvalidRequestError):
                         raise
-                self._connections.pause(attempt)
-                attempt += 1
-                connection.reconnect()
+                    else:
+                        self._connections.pause(attempt)
+                        attempt += 1
+                self._reconnect(connection, version)
 
-    def _has(self, connection: _Connection, version: str | None) -> bool:
-        """Whether the server that a new connection reaches has the version."""
-        connection.reconnect()
-        return version in self._served(connection)
+    def _reconnect(self, connection: _Connection, version: str | None) -> None:
+        """Take new connections until one reaches a server that serves the model, in that version: which server each one reaches is
+        up to a balancer. Raises: VersionGoneError if they reach other versions alone."""
+        others, began = set[str](), time.monotonic()
+        for _ in range(ELSEWHERE):
+            connection.reconnect()
+            served = self._versions(connection)
+            if served is None or version in served or (version is None and served):
+                return
+            others.update(served)
+            if time.monotonic() - began > 1:  # nobody is there, and it takes long to find out
+                break
+        if others:
+            raise self._gone(version, others)
 
-    def _served(self, connection: _Connection | None = None) -> list[str]:
-        """The versions of the model that are served; none if that cannot be told. Raises: RequestTimeoutError."""
+    def _gone(self, version: str | None, served: Iterable[str] | None) -> VersionGoneError:
+        others = f", but {', '.join(sorted(served))} is" if served else ""
+        return VersionGoneError(f"version {version} of model {self.model} is not served{others}")
+
+    def _versions(self, connection: _Connection) -> list[str] | None:
+        """Those of the model that the server serves; None if it does not tell. Raises: RequestTimeoutError."""
         try:
-            if connection is None:
-                metadata = self._ask(lambda lent: lent.metadata(self.model), retries=0)
-            else:
-                with _mapped_errors(self.model):
-                    metadata = connection.metadata(self.model)
-        except RequestTimeoutError:
-            raise
-        except NpairError:
+            with _mapped_errors(self.model):
+                versions = connection.metadata(self.model).get("versions")
+        except UnavailableError:
             return []
-        return list(map(str, metadata.get("versions", [])))
+        except (InvalidRequestError, AccessDeniedError, ServerFaultError):
+            return None
+        return None if versions is None else list(map(str, versions))
+
+    def _served(self) -> list[str]:
+        """The versions of the model that are served; none if that cannot be told."""
+        with self._connections.lend() as connection, contextlib.suppress(RequestTimeoutError):
+            return self._versions(connection) or []
+        return []
+
+
+class AsyncNpairClient:
+    """NpairClient for asyncio. Each call runs in a thread, to its end even if it is cancelled; as many at a time as asyncio has."""
+
+    def __init__(self, url: str = DEFAULT_URL, **options: Any) -> None:
+        """As of NpairClient."""
+        self._client = NpairClient(url, **options)
+
+    async def __aenter__(self) -> AsyncNpairClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """See NpairClient.close."""
+        self._client.close()
+
+    async def ready(self) -> bool:
+        """See NpairClient.ready."""
+        return await asyncio.to_thread(self._client.ready)
+
+    async def thresholds(self) -> Thresholds | None:
+        """See NpairClient.thresholds."""
+        return await asyncio.to_thread(self._client.thresholds)
+
+    async def embed(self, images: Photo | Iterable[Photo]) -> Embeddings:
+        """See NpairClient.embed."""
+        return await asyncio.to_thread(self._client.embed, images)
 
 
 class EmbeddingStream:
