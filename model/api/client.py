@@ -33,7 +33,7 @@ import threading
 import time
 import uuid
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,8 +55,10 @@ Vectors = npt.NDArray[np.float32]
 DEFAULT_URL = "http://127.0.0.1:8000"
 PATIENT_RETRIES = 8  # for half a minute or more: a server that is full or begins anew is back by then
 IN_FLIGHT = 4  # batches that a stream has under way, so that no instance of the server waits for the next
-ELSEWHERE = 8  # new connections that look for a server with the version: which server each reaches is up to the balancer
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+ELSEWHERE = 8  # new connections that look for another server behind the same address
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
+# Folders in which a NAS or a system keeps thumbnails and deleted files, and so do those whose names begin with a dot.
+LITTER = ("@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "__MACOSX")
 # Of the model's configuration: the version that they were measured on, and its thresholds.
 THRESHOLD_PARAMETERS = ("thresholds_version", "threshold_far_1_percent", "threshold_far_01_percent")
 # The smallest PNG: one white pixel. A model that embeds it works, which its readiness URL alone does not say.
@@ -1034,17 +1036,28 @@ class _Files:
         self.manifest_sha256: str | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Vectors, str]]:
-        names, photos = itertools.tee(name for name in map(str, _files(self._paths)) if name not in self._done)
+        passed_over = Counter[str]()
+        found = map(str, _files(self._paths, passed_over))
+        names, photos = itertools.tee(name for name in found if name not in self._done)
         stream, total, asked = self._client.stream(photos), len(self._done), False
-        for name, result in zip(names, self._progress(stream), strict=True):
-            total += 1
-            if result.vector is None:
-                self.left_out += 1
-                print(f"{name}: {result.reason}", file=sys.stderr)
-            else:
-                if not asked:
-                    self.manifest_sha256, asked = self._client.manifest_sha256(stream.version), True
-                yield name, result.vector, stream.version
+        try:
+            for result, name in zip(self._progress(stream), names, strict=True):
+                total += 1
+                if result.vector is None:
+                    self.left_out += 1
+                    print(f"{name}: {result.reason}", file=sys.stderr)
+                else:
+                    if not asked:
+                        self.manifest_sha256, asked = self._client.manifest_sha256(stream.version), True
+                    yield name, result.vector, stream.version
+        except (UnavailableError, RequestTimeoutError, ServerFaultError) as error:
+            if not isinstance(error, VersionGoneError):
+                waiting = _at(stream.unanswered, total - len(self._done), names)
+                print(f"no answer for these photos: {', '.join(waiting)}", file=sys.stderr)
+            raise
+        if passed_over:
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in passed_over.most_common(10))
+            print(f"{passed_over.total()} other files in folders passed over: {kinds}", file=sys.stderr)
         if not total:
             raise ValueError(f"no photos in {', '.join(map(str, self._paths))}")
         if self.left_out:
@@ -1063,19 +1076,33 @@ class _Files:
         return bar
 
 
-def _files(paths: Iterable[Path]) -> Iterator[Path]:
-    """The paths, and of folders the photos in them and below, in the order of their names."""
+def _files(paths: Iterable[Path], passed_over: Counter[str] | None = None) -> Iterator[Path]:
+    """The paths, and of folders the photos in them and below, in the order of their names.
+
+    passed_over: counts the folders' other files, hidden ones aside, by suffix.
+    """
+    passed_over = Counter() if passed_over is None else passed_over
     for path in paths:
         if not path.is_dir():
             yield path
             continue
+        names = []
         with os.scandir(path) as entries:
-            names = sorted(
-                entry.name
-                for entry in entries
-                if entry.is_dir(follow_symlinks=False) or (entry.name.lower().endswith(SUFFIXES) and entry.is_file())
-            )
-        yield from _files(path / name for name in names)
+            for entry in entries:
+                suffix = Path(entry.name).suffix.lower()
+                if entry.name.startswith(".") or entry.name in LITTER:
+                    continue
+                if entry.is_dir(follow_symlinks=False) or (suffix in SUFFIXES and entry.is_file()):
+                    names.append(entry.name)
+                elif entry.is_file():
+                    passed_over[suffix or "without a suffix"] += 1
+        yield from _files((path / name for name in sorted(names)), passed_over)
+
+
+def _at(batches: dict[int, int], first: int, names: Iterator[str]) -> list[str]:
+    """The names that the batches are of. batches: see EmbeddingStream.unanswered. first: the index of the first of the names."""
+    indices = {index for start, count in list(batches.items()) for index in range(start, start + count)}
+    return [name for index, name in zip(range(first, max(indices, default=0) + 1), names, strict=False) if index in indices]
 
 
 def _line(name: str, vector: Vectors, model: str, version: str, manifest_sha256: str | None) -> str:
