@@ -18,6 +18,7 @@ Exceptions, all of them NpairError::
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import http.client
 import itertools
@@ -29,9 +30,10 @@ import socket
 import ssl
 import sys
 import threading
+import time
 import uuid
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,8 +55,10 @@ Vectors = npt.NDArray[np.float32]
 DEFAULT_URL = "http://127.0.0.1:8000"
 PATIENT_RETRIES = 8  # for half a minute or more: a server that is full or begins anew is back by then
 IN_FLIGHT = 4  # batches that a stream has under way, so that no instance of the server waits for the next
-ELSEWHERE = 8  # new connections that look for a server with the version: which server each reaches is up to the balancer
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+ELSEWHERE = 8  # new connections that look for another server behind the same address
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
+# Folders in which a NAS or a system keeps thumbnails and deleted files, and so do those whose names begin with a dot.
+LITTER = ("@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "__MACOSX")
 # Of the model's configuration: the version that they were measured on, and its thresholds.
 THRESHOLD_PARAMETERS = ("thresholds_version", "threshold_far_1_percent", "threshold_far_01_percent")
 # The smallest PNG: one white pixel. A model that embeds it works, which its readiness URL alone does not say.
@@ -313,8 +317,8 @@ class NpairClient:
     def _ask(
         self, question: Callable[[_Connection], Answer], retries: int, version: str | None = None, request_id: str = ""
     ) -> Answer:
-        """Ask, and ask again on another connection: where nobody answered, up to ``retries`` times; where the server has not the
-        version, as long as another one has it.
+        """Ask, and ask again on another connection: if nobody answers, up to ``retries`` times; if the server has another version,
+        as long as one is found that has it.
 
         Embedding changes nothing on a server, so it may be repeated. But not after a timeout: the request may still be in work, and
         repeating it would add to the load that delays it.
@@ -326,37 +330,83 @@ class NpairClient:
                     with _mapped_errors(self.model, request_id):
                         return question(connection)
                 except (UnavailableError, InvalidRequestError) as error:
-                    served = self._served(connection) if version else []
+                    served = self._versions(connection) if version else None
                     if isinstance(error, VersionGoneError) or (served and version not in served):
-                        if searches and any(self._has(connection, version) for _ in range(ELSEWHERE)):
-                            searches -= 1
-                            continue
-                        others = f", but {', '.join(served)} is" if served and version not in served else ""
-                        raise VersionGoneError(f"version {version} of model {self.model} is not served{others}") from error
-                    if attempt == retries or isinstance(error, InvalidRequestError):
+                        if not searches:
+                            raise self._gone(version, served) from error
+                        searches -= 1
+                    elif attempt == retries or isinstance(error, InvalidRequestError):
                         raise
-                self._connections.pause(attempt)
-                attempt += 1
-                connection.reconnect()
+                    else:
+                        self._connections.pause(attempt)
+                        attempt += 1
+                self._reconnect(connection, version)
 
-    def _has(self, connection: _Connection, version: str | None) -> bool:
-        """Whether the server that a new connection reaches has the version."""
-        connection.reconnect()
-        return version in self._served(connection)
+    def _reconnect(self, connection: _Connection, version: str | None) -> None:
+        """Take new connections until one reaches a server that serves the model, in that version: which server each one reaches is
+        up to a balancer. Raises: VersionGoneError if they reach other versions alone."""
+        others, began = set[str](), time.monotonic()
+        for _ in range(ELSEWHERE):
+            connection.reconnect()
+            served = self._versions(connection)
+            if served is None or version in served or (version is None and served):
+                return
+            others.update(served)
+            if time.monotonic() - began > 1:  # nobody is there, and it takes long to find out
+                break
+        if others:
+            raise self._gone(version, others)
 
-    def _served(self, connection: _Connection | None = None) -> list[str]:
-        """The versions of the model that are served; none if that cannot be told. Raises: RequestTimeoutError."""
+    def _gone(self, version: str | None, served: Iterable[str] | None) -> VersionGoneError:
+        others = f", but {', '.join(sorted(served))} is" if served else ""
+        return VersionGoneError(f"version {version} of model {self.model} is not served{others}")
+
+    def _versions(self, connection: _Connection) -> list[str] | None:
+        """Those of the model that the server serves; None if it does not tell. Raises: RequestTimeoutError."""
         try:
-            if connection is None:
-                metadata = self._ask(lambda lent: lent.metadata(self.model), retries=0)
-            else:
-                with _mapped_errors(self.model):
-                    metadata = connection.metadata(self.model)
-        except RequestTimeoutError:
-            raise
-        except NpairError:
+            with _mapped_errors(self.model):
+                versions = connection.metadata(self.model).get("versions")
+        except UnavailableError:
             return []
-        return list(map(str, metadata.get("versions", [])))
+        except (InvalidRequestError, AccessDeniedError, ServerFaultError):
+            return None
+        return None if versions is None else list(map(str, versions))
+
+    def _served(self) -> list[str]:
+        """The versions of the model that are served; none if that cannot be told."""
+        with self._connections.lend() as connection, contextlib.suppress(RequestTimeoutError):
+            return self._versions(connection) or []
+        return []
+
+
+class AsyncNpairClient:
+    """NpairClient for asyncio. Each call runs in a thread, to its end even if it is cancelled; as many at a time as asyncio has."""
+
+    def __init__(self, url: str = DEFAULT_URL, **options: Any) -> None:
+        """As of NpairClient."""
+        self._client = NpairClient(url, **options)
+
+    async def __aenter__(self) -> AsyncNpairClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """See NpairClient.close."""
+        self._client.close()
+
+    async def ready(self) -> bool:
+        """See NpairClient.ready."""
+        return await asyncio.to_thread(self._client.ready)
+
+    async def thresholds(self) -> Thresholds | None:
+        """See NpairClient.thresholds."""
+        return await asyncio.to_thread(self._client.thresholds)
+
+    async def embed(self, images: Photo | Iterable[Photo]) -> Embeddings:
+        """See NpairClient.embed."""
+        return await asyncio.to_thread(self._client.embed, images)
 
 
 class EmbeddingStream:
@@ -986,17 +1036,28 @@ class _Files:
         self.manifest_sha256: str | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Vectors, str]]:
-        names, photos = itertools.tee(name for name in map(str, _files(self._paths)) if name not in self._done)
+        passed_over = Counter[str]()
+        found = map(str, _files(self._paths, passed_over))
+        names, photos = itertools.tee(name for name in found if name not in self._done)
         stream, total, asked = self._client.stream(photos), len(self._done), False
-        for name, result in zip(names, self._progress(stream), strict=True):
-            total += 1
-            if result.vector is None:
-                self.left_out += 1
-                print(f"{name}: {result.reason}", file=sys.stderr)
-            else:
-                if not asked:
-                    self.manifest_sha256, asked = self._client.manifest_sha256(stream.version), True
-                yield name, result.vector, stream.version
+        try:
+            for result, name in zip(self._progress(stream), names, strict=True):
+                total += 1
+                if result.vector is None:
+                    self.left_out += 1
+                    print(f"{name}: {result.reason}", file=sys.stderr)
+                else:
+                    if not asked:
+                        self.manifest_sha256, asked = self._client.manifest_sha256(stream.version), True
+                    yield name, result.vector, stream.version
+        except (UnavailableError, RequestTimeoutError, ServerFaultError) as error:
+            if not isinstance(error, VersionGoneError):
+                waiting = _at(stream.unanswered, total - len(self._done), names)
+                print(f"no answer for these photos: {', '.join(waiting)}", file=sys.stderr)
+            raise
+        if passed_over:
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in passed_over.most_common(10))
+            print(f"{passed_over.total()} other files in folders passed over: {kinds}", file=sys.stderr)
         if not total:
             raise ValueError(f"no photos in {', '.join(map(str, self._paths))}")
         if self.left_out:
@@ -1015,19 +1076,33 @@ class _Files:
         return bar
 
 
-def _files(paths: Iterable[Path]) -> Iterator[Path]:
-    """The paths, and of folders the photos in them and below, in the order of their names."""
+def _files(paths: Iterable[Path], passed_over: Counter[str] | None = None) -> Iterator[Path]:
+    """The paths, and of folders the photos in them and below, in the order of their names.
+
+    passed_over: counts the folders' other files, hidden ones aside, by suffix.
+    """
+    passed_over = Counter() if passed_over is None else passed_over
     for path in paths:
         if not path.is_dir():
             yield path
             continue
+        names = []
         with os.scandir(path) as entries:
-            names = sorted(
-                entry.name
-                for entry in entries
-                if entry.is_dir(follow_symlinks=False) or (entry.name.lower().endswith(SUFFIXES) and entry.is_file())
-            )
-        yield from _files(path / name for name in names)
+            for entry in entries:
+                suffix = Path(entry.name).suffix.lower()
+                if entry.name.startswith(".") or entry.name in LITTER:
+                    continue
+                if entry.is_dir(follow_symlinks=False) or (suffix in SUFFIXES and entry.is_file()):
+                    names.append(entry.name)
+                elif entry.is_file():
+                    passed_over[suffix or "without a suffix"] += 1
+        yield from _files((path / name for name in sorted(names)), passed_over)
+
+
+def _at(batches: dict[int, int], first: int, names: Iterator[str]) -> list[str]:
+    """The names that the batches are of. batches: see EmbeddingStream.unanswered. first: the index of the first of the names."""
+    indices = {index for start, count in list(batches.items()) for index in range(start, start + count)}
+    return [name for index, name in zip(range(first, max(indices, default=0) + 1), names, strict=False) if index in indices]
 
 
 def _line(name: str, vector: Vectors, model: str, version: str, manifest_sha256: str | None) -> str:
