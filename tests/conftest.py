@@ -155,7 +155,7 @@ def many_scans(count: int) -> bytes:
     ]
     head = b"\xff\xd8" + segment(0xC2, struct.pack(">BHHB3B", 8, 800, 800, 1, 1, 0x11, 0)) + b"".join(tables)
     first = segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + bytes(10_000 // 8)
-    return head + first + (segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + b"\x3f\xff") * (count - 1) + b"\xff\xd9"
+    return head + first + (segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + bytes(2)) * (count - 1) + b"\xff\xd9"
 
 
 def eventually(true: Callable[[], object], seconds: float = 20) -> None:

@@ -15,10 +15,11 @@ from pathlib import Path
 import atheris
 import numpy as np
 
-with atheris.instrument_imports(include=["PIL", "npair.serving.preprocess"]):
+with atheris.instrument_imports(include=["PIL", "npair.serving"]):
     for plugin in ("Jpeg", "Mpo", "Png", "Tiff", "WebP"):  # which Pillow would import only later; EXIF data is TIFF
         import_module(f"PIL.{plugin}ImagePlugin")
-    from npair.serving.preprocess import Limits, PhotoError, Preprocessing, decode
+    from npair.serving.preprocess import Limits, Preprocessing, decode
+    from npair.serving.refusal import PhotoError
 
 PREPROCESSING = Preprocessing(size=64, resample="BILINEAR", background=255)
 LIMITS = Limits(max_bytes=1 << 20, max_pixels=1 << 18)

@@ -50,7 +50,10 @@ ALLOWED = {
     "serving/model": SERVING | {"triton_python_backend_utils"},
     "serving/embedder": SERVING,
     "serving/engine": {"numpy", "openvino", "torch"},
-    "serving/preprocess": {"numpy", "PIL", "simplejpeg"},
+    "serving/preprocess": {"numpy", "PIL", "serving"},
+    "serving/jpeg": {"numpy", "PIL", "simplejpeg", "serving"},
+    "serving/refusal": set(),
+    "serving/text": {"serving"},
 }
 
 

@@ -30,7 +30,7 @@ from npair.serving.engine import EngineError, refuse_pickles
 from npair.serving.preprocess import Preprocessing
 
 SCHEMA = 3
-CODE = ("model.py", "embedder.py", "engine.py", "preprocess.py")
+CODE = ("model.py", "embedder.py", "engine.py", "preprocess.py", "jpeg.py", "refusal.py", "text.py")
 LIBRARIES = ("torch", "openvino", "numpy", "pillow", "simplejpeg")
 MAX_BATCH = 64
 

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from npair.data import LIMITS, SPLITS, DataError, Dataset, Photos, digest_of, each, read_photo, shown
-from npair.serving import preprocess
-from npair.serving.preprocess import PhotoError, Preprocessing, decode
+from npair.serving import jpeg, preprocess
+from npair.serving.preprocess import Preprocessing, decode
+from npair.serving.refusal import PhotoError
 
 # For those who want to know which photos are sound, and their colours, and no more.
 GLANCE = Preprocessing(size=32, resample="BILINEAR", background=255)
@@ -180,7 +181,7 @@ def _decoded(
 ) -> tuple[npt.NDArray[np.uint8], dict[str, str]]:
     """Pixels [m, size, size, 3], a row for each digest in ``sources``, and why some digests have none."""
     decoder = [
-        Path(preprocess.__file__).read_text(encoding="utf-8"),
+        *(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (preprocess, jpeg)),
         version("pillow"),
         version("simplejpeg"),
         asdict(preprocessing),

@@ -16,7 +16,8 @@ from npair.drawings import draw, encode
 from npair.serving import engine
 from npair.serving.embedder import Embedder, VersionError, read_manifest
 from npair.serving.engine import EngineError
-from npair.serving.preprocess import PhotoError, decode
+from npair.serving.preprocess import decode
+from npair.serving.refusal import PhotoError
 
 
 @pytest.mark.parametrize("name", ["torch", "openvino-fp32"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
 import json
 import re
@@ -23,7 +24,9 @@ from npair.config import with_release
 from npair.drawings import draw, encode
 from npair.release import Server
 from npair.serving.embedder import UNLIMITED, Embedder
-from npair.serving.preprocess import MAX_SCANS, REASONS, decode
+from npair.serving.jpeg import MAX_SCANS
+from npair.serving.preprocess import decode
+from npair.serving.refusal import REASONS
 
 PHOTO = encode(draw(0, 0), "JPEG")
 REFUSED = {
@@ -51,6 +54,7 @@ class Served:
 
     def __init__(self, models: Path, ports: dict[str, str]) -> None:
         self.models, self.url = models, f"http://127.0.0.1:{ports['HTTP_PORT']}"
+        self.grpc = f"grpc://127.0.0.1:{ports['GRPC_PORT']}"
         self.metrics = f"http://127.0.0.1:{ports['METRICS_PORT']}/metrics"
         self.control = Server(self.url, "npair", secret="secret", timeout=60)
 
@@ -110,6 +114,27 @@ def test_counts_what_it_embeds(served: Served, published: Path) -> None:
     assert norms == pytest.approx(64 * own + (photos - 64) * golden, abs=1.5 * golden)
     assert 0 < decode_seconds < 16 * elapsed
     assert 0 < network_seconds < 16 * elapsed
+
+
+def test_photos_may_be_base64(served: Served) -> None:
+    """Which clients need that speak JSON alone; in one batch with photos as they are, over both protocols."""
+    text = base64.b64encode(PHOTO)
+    with NpairClient(served.url) as client, NpairClient(served.grpc) as grpc:
+        expected = client.embed(PHOTO).vectors[0]
+        for vectors in (each.embed([PHOTO, text, b"data:image/jpeg;base64," + text]).vectors for each in (client, grpc)):
+            np.testing.assert_allclose(vectors, [expected] * 3, atol=1e-3)
+        with pytest.raises(InvalidPhotoError, match="looks like base64, but") as caught:
+            grpc.embed([text, text[:99] + b"!" + text[99:]])
+    assert list(caught.value.reasons) == [1]
+    tensor = {
+        "name": "IMAGE",
+        "datatype": "BYTES",
+        "shape": [2, 1],
+        "data": [text.decode(), base64.urlsafe_b64encode(PHOTO).decode()],
+    }
+    request = Request(f"{served.url}/v2/models/npair/infer", json.dumps({"inputs": [tensor]}).encode())
+    answer = json.load(urlopen(request, timeout=10))["outputs"][0]
+    np.testing.assert_allclose(np.reshape(answer["data"], answer["shape"]), [expected] * 2, atol=1e-3)
 
 
 def test_tells_how_the_golden_set_was_embedded(served: Served, published: Path) -> None:

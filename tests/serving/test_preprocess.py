@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ctypes
 import dataclasses
@@ -30,7 +31,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from npair.drawings import draw, encode
 from npair.serving import preprocess
-from npair.serving.preprocess import FORMATS, MAX_SCANS, SIGNATURES, Limits, PhotoError, Preprocessing, decode
+from npair.serving.jpeg import MAX_SCANS
+from npair.serving.preprocess import FORMATS, Limits, Preprocessing, decode
+from npair.serving.refusal import PhotoError
 
 PHOTO = draw(0, 0, 200)
 SHARP = Preprocessing(size=208, resample="BILINEAR", background=255)
@@ -185,10 +188,13 @@ def outcome(photo: bytes) -> object:
 TAKEN = ((64, 64, 3), "uint8")
 
 
-@given(st.sampled_from([b"", *SIGNATURES, *PHOTOS.values()]), st.binary(max_size=200))
+@given(
+    st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"RIFF\0\0\0\0WEBP", *PHOTOS.values()]),
+    st.binary(max_size=200),
+)
 def test_anything_is_decoded_or_refused(start: bytes, content: bytes) -> None:
     """What follows the end of a photo does not count; what only begins like one is none."""
-    assert outcome(start + content) == (TAKEN if len(start) > 8 else "refused")
+    assert outcome(start + content) == (TAKEN if len(start) > 12 else "refused")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -242,6 +248,56 @@ def test_other_formats_are_refused(name: str) -> None:
     assert Image.open(io.BytesIO(OTHERS[name])).format == name, "the file is of that format"
     with pytest.raises(PhotoError, match="not a JPEG, PNG or WebP"):
         decoded(OTHERS[name])
+
+
+@pytest.mark.parametrize(
+    ("start", "reason"),
+    [
+        (b"II*\0\x10\0\0\0CR\2\0", "a camera's raw file.*export it as JPEG"),
+        (b"\0\0\0\x18ftypcrx ", "a camera's raw file"),
+        (b"\0\0\0\x24ftypheic\0\0\0\0mif1", "a HEIC.*Most Compatible"),
+        (b"\0\0\0\x20ftypavif", "an AVIF"),
+        (b"\0\0\0\x20ftypisom", "a video.*send one picture"),
+        (b"\0\0\0\x14ftypqt  ", "a video"),
+        (b"\x1aE\xdf\xa3\x01", "a video"),
+        (b"RIFF\x10\0\0\0AVI LIST", "a video"),
+        (b"RIFF\x10\0\0\0WAVEfmt ", "a sound"),
+        (b"RIFF\x10\0\0\0WEBXVP8 ", "another RIFF file"),
+        (b"\xff\x0a\x12", "a JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "a JPEG 2000"),
+        (b"\xff\x4f\xff\x51\0", "a JPEG 2000"),
+        (b"8BPS\0\1", "a Photoshop file"),
+        (b"%PDF-1.7", "a PDF"),
+        (b'<?xml version="1.0"?>\n<!DOCTYPE svg PUBLIC "x">\n<svg xmlns="x"/>', "an SVG"),
+        (b"\n<!DOCTYPE html><html>403", "a web page.*download the photo"),
+        (b"<HTML><body>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer.*git lfs pull"),
+        (b"PK\3\4\x14\0", "an archive.*unpack it"),
+        (b"\x1f\x8b\x08", "an archive"),
+        (b"7z\xbc\xaf\x27\x1c", "an archive"),
+        (b"Rar!\x1a\7\1\0", "an archive"),
+        (b"a.jpg".ljust(257, b"\0") + b"ustar", "an archive"),
+        (b"\x7fELF\2\1", "a program"),
+        (b"MZ\x90\0", "a program"),
+        (bytes(1000), "nothing but zeros"),
+        (b"\0", "nothing but zeros"),
+        (b' {"error": "not found"}', "JSON"),
+        (b"not found", "text, .*send the photo itself, or its base64"),
+        ("pas trouv\u00e9".encode(), "text"),
+        (b"\x01\x02\x03", "of a kind that is not known here, .*convert it"),
+    ],
+)
+def test_refusals_name_what_was_sent(start: bytes, reason: str) -> None:
+    with pytest.raises(PhotoError, match=rf"^{reason}") as caught:
+        decoded(start)
+    assert "not a JPEG, PNG or WebP" in str(caught.value)
+    assert caught.value.reason == "not_an_image"
+
+
+def test_a_data_set_has_no_photos_as_text() -> None:
+    with pytest.raises(PhotoError, match="text, not a JPEG, PNG or WebP"):
+        decoded(base64.b64encode(PHOTOS["RGB.jpg"]))
 
 
 def test_most_formats_that_pillow_reads_were_tried() -> None:
@@ -362,7 +418,7 @@ def test_scans_are_limited() -> None:
 def test_scans_behind_markers_without_a_length_count(code: int) -> None:
     """What looks like the length of such a marker is the next scan. libjpeg sees it there, or gives up."""
     header, first, *others = many_scans(2 * MAX_SCANS).split(b"\xff\xda")
-    with pytest.raises(PhotoError, match=f"more than the limit of {MAX_SCANS} scans"):
+    with pytest.raises(PhotoError, match=f"more than the limit of {MAX_SCANS} scans|marker {code:02X} where none may be"):
         decoded(header + b"\xff\xda" + bytes([0xFF, code, 0xFF, 0xDA]).join([first, *others]))
 
 

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
-from PIL import ExifTags, Image, ImageFile, ImageOps, JpegImagePlugin
+from PIL import ExifTags, Image, ImageOps
+
+from . import jpeg
+from .refusal import PhotoError, no_photo
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
+PHOTO = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP", re.DOTALL)  # how they begin
 
 # Limits.max_pixels is checked before any pixel is decoded; Pillow's own limit is a global that would override a higher setting.
 Image.MAX_IMAGE_PIXELS = None
@@ -31,44 +33,8 @@ MAX_METADATA = 65_535
 TIFF = re.compile(rb"(?:Exif\0\0)*(?=II|MM)")  # what follows may be in the wrong order, as in some photos
 
 
-def _keep_metadata(self: JpegImagePlugin.JpegImageFile, marker: int) -> None:  # noqa: ARG001
-    """What Pillow does with a JPEG's segments of metadata: it keeps the first EXIF data and the last XMP data. Its own handlers
-    keep everything, EXIF data in quadratic time, and have the directory of a file of several pictures (MPF) parsed."""
-    assert self.fp is not None
-    content = ImageFile._safe_read(self.fp, int.from_bytes(self.fp.read(2), "big") - 2)
-    if content.startswith(b"Exif\0\0"):
-        self.info.setdefault("exif", content)
-    elif content.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
-        self.info["xmp"] = content.split(b"\0", 1)[1]
-
-
-for segment in (*range(0xFFE0, 0xFFF0), 0xFFFE):
-    JpegImagePlugin.MARKER[segment] = "", "APP0 to APP15, COM", _keep_metadata
-JpegImagePlugin.JpegImageFile._read_dpi_from_exif = lambda self: None  # type: ignore[method-assign]  # noqa: ARG005
-
-# Each scan of a JPEG visits all of its pixels, and 70 bytes make one, so that 20 MB would keep a core busy for an hour. Encoders
-# write ten or so.
-MAX_SCANS = 100
-SCAN, END = b"\xda", b"\xd9"
-# What has a length, and the end. libjpeg takes anything else for a marker without one, skips it (below C0, where it looks for a
-# restart) or gives up. Without the fill bytes before it: looking for their end would take quadratic time.
-MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
-
 LARGE = 16_000_000  # pixels
 NOTHING = nullcontext()
-
-REASONS = ("empty", "too_many_bytes", "too_many_pixels", "too_many_scans", "not_an_image", "damaged")
-
-
-class PhotoError(ValueError):
-    """A photo that cannot be embedded; the message says why and what to do.
-
-    reason: the same in one word, of REASONS, for whatever counts.
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -93,6 +59,11 @@ class Limits:
     max_pixels: int
 
 
+def is_photo(content: bytes) -> bool:
+    """Whether it begins like a JPEG, PNG or WebP."""
+    return PHOTO.match(content) is not None
+
+
 def decode(
     photo: bytes, preprocessing: Preprocessing, limits: Limits, large: AbstractContextManager[object] = NOTHING
 ) -> npt.NDArray[np.uint8]:
@@ -112,58 +83,44 @@ def decode(
         raise PhotoError(
             "too_many_bytes", f"the photo has {len(photo)} bytes, more than the limit of {limits.max_bytes}; send a smaller file"
         )
-    try:
-        image: Image.Image = Image.open(io.BytesIO(photo), formats=FORMATS)
-    except MemoryError:
-        raise
-    except Exception as error:
-        if photo.startswith(SIGNATURES):
-            raise PhotoError("damaged", "the image data is truncated or damaged") from error
-        raise PhotoError("not_an_image", "not a JPEG, PNG or WebP image; convert it to one of these") from error
-    width, height = image.size
+    if not is_photo(photo):
+        raise PhotoError("not_an_image", no_photo(photo))
+    opened = jpeg.read(photo) if photo.startswith(jpeg.SIGNATURE) else _open(photo)
+    width, height = opened.size
     if width * height > limits.max_pixels:
         raise PhotoError(
             "too_many_pixels", f"the photo has {width}x{height} pixels, more than the limit of {limits.max_pixels}; scale it down"
         )
-    if _scans(photo) > MAX_SCANS:
-        raise PhotoError("too_many_scans", f"the photo has more than the limit of {MAX_SCANS} scans; save it anew")
     size = (preprocessing.size, preprocessing.size)
+    info: dict[Any, Any]
     try:
         with large if width * height > LARGE else NOTHING:
-            rgb = _jpeg_to_rgb(image, photo, size) or _to_rgb(image, preprocessing.background)
-            info = {key: value[:MAX_METADATA] for key, value in image.info.items() if isinstance(value, (str, bytes))}
-            image = ImageOps.fit(rgb, size, Image.Resampling[preprocessing.resample])
-            del rgb
-    except MemoryError:
+            if isinstance(opened, jpeg.Jpeg):
+                pixels, info = opened.decode(size), {"exif": opened.exif, "xmp": opened.xmp}
+            else:
+                pixels, info = _to_rgb(opened, preprocessing.background), opened.info
+            if pixels.mode == "CMYK":
+                pixels = pixels.convert("RGB")
+            image = ImageOps.fit(pixels, size, Image.Resampling[preprocessing.resample]).convert("RGB")
+            del pixels
+    except (MemoryError, PhotoError):
         raise
     except Exception as error:  # hostile files make Pillow raise far more than OSError
-        raise PhotoError("damaged", f"the {image.format or 'image'} data is truncated or damaged ({error})") from error
+        raise PhotoError("damaged", f"the image data is truncated or damaged ({error})") from error
+    info = {key: value[:MAX_METADATA] for key, value in info.items() if isinstance(value, (str, bytes))}
     with contextlib.suppress(Exception):  # unreadable EXIF data does not spoil the pixels: browsers show such photos unrotated too
         image = _upright(image, info)
     return np.array(image)
 
 
-def _scans(photo: bytes) -> int:
-    """How often a JPEG goes over its pixels; of other files, and where it is few anyway, 0."""
-    if not photo.startswith(SIGNATURES[0]) or photo.count(b"\xff\xda") <= MAX_SCANS:
-        return 0
-    scans, start = 0, 2
-    while (marker := MARKER.search(photo, start)) and marker[1] != END and scans <= MAX_SCANS:
-        scans += marker[1] == SCAN
-        start = marker.end() + int.from_bytes(photo[marker.end() : marker.end() + 2], "big")  # behind its segment
-    return scans
-
-
-def _jpeg_to_rgb(image: Image.Image, photo: bytes, size: tuple[int, int]) -> Image.Image | None:
-    """A sound JPEG, decoded at so few eighths of its width and height that both are not below ``size``; None for all else, and
-    Pillow, which knows only halves, says what is wrong with it."""
-    if not photo.startswith(SIGNATURES[0]) or image.mode not in ("L", "RGB"):
-        return None
+def _open(photo: bytes) -> Image.Image:
+    """A PNG or WebP, of which no pixel is decoded yet."""
     try:
-        return Image.fromarray(simplejpeg.decode_jpeg(photo, "RGB", min_width=size[0], min_height=size[1]))
-    except ValueError:
-        image.draft(None, size)
-        return None
+        return Image.open(io.BytesIO(photo), formats=FORMATS[1:])
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise PhotoError("damaged", "the image data is truncated or damaged; send the original file") from error
 
 
 def _to_rgb(image: Image.Image, background: int) -> Image.Image:
