@@ -50,10 +50,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return os.environ | {"PATH": f"{CLIENTS}/bin:{os.environ['PATH']}", "LD_LIBRARY_PATH": str(libraries)}
 
 
-@pytest.mark.parametrize(("title", "language", "code"), BLOCKS, ids=[title for title, _, _ in BLOCKS])
+@pytest.mark.parametrize("block", BLOCKS, ids=[title for title, _, _ in BLOCKS])
 def test_block(
-    title: str, language: str, code: str, urls: dict[str, str], expected: Embeddings, environment: dict[str, str], tmp_path: Path
+    block: tuple[str, str, str], urls: dict[str, str], expected: Embeddings, environment: dict[str, str], tmp_path: Path
 ) -> None:
+    title, language, code = block
     for name, golden in PHOTOS.items():
         shutil.copy(SHIPPED / "golden" / golden, tmp_path / name)
     for protocol, port in (("http", 8000), ("grpc", 8001)):
@@ -62,7 +63,7 @@ def test_block(
         command = ["bash", "-euo", "pipefail", "-c", code]
     else:
         code += "\nimport json\nprint(json.dumps(vectors.tolist()))\nprint(json.dumps(version))"
-        command = [CLIENTS / "bin/python" if "kserve" in title.lower() else sys.executable, "-c", code]
+        command = [str(CLIENTS / "bin/python") if "KServe" in title else sys.executable, "-c", code]
     result = subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     if language == "python":
