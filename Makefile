@@ -33,15 +33,21 @@ help: ## List these targets
 	$(PIP) install --constraint model/api/requirements-torch.txt --editable '.[dev]'
 	@touch $@
 
+# Clients that others wrote. They ask for other versions of what npair needs.
+.venv/clients/installed: tests/clients/requirements.txt | .venv/dev
+	$(BIN)/python -m venv .venv/clients
+	.venv/clients/bin/python -m pip --disable-pip-version-check install --requirement $<
+	@touch $@
+
 install: .venv/dev ## Prepare .venv for training, tests and serving
 
 serve: .venv/serve ## Start Triton with model_repository/ (HTTP_PORT, GRPC_PORT, METRICS_PORT, BIND_ADDRESS)
 	@exec $(BIN)/python model/api/serve.py
 
-test: .venv/dev ## Run all tests, on real servers
+test: .venv/dev .venv/clients/installed ## Run all tests, on real servers
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-test-faults: .venv/dev ## Cause faults on a real server under load (needs root, faketime, nginx and prometheus)
+test-faults: .venv/dev ## Cause faults on a real server under load (needs root, faketime, nginx, haproxy and prometheus)
 	$(BIN)/python -m pytest tests/faults*.py $(ARGS)
 
 soak: .venv/dev ## Put a server under mixed load for MINUTES (60), and tell whether all stays as it is

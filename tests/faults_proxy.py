@@ -48,6 +48,11 @@ class Proxy(NamedTuple):
     def client(self, protocol: str, api_key: str | None = KEY, **options: Any) -> NpairClient:
         return NpairClient(self.urls[protocol], ca=self.ca, api_key=api_key, **options)
 
+    def triton(self) -> Any:
+        """Triton's own client over gRPC."""
+        address = self.urls["grpc"].removeprefix("grpcs://")
+        return tritonclient.grpc.InferenceServerClient(address, ssl=True, root_certificates=self.ca)
+
     def connect(self) -> ssl.SSLSocket:
         context = ssl.create_default_context(cafile=str(self.ca))
         return context.wrap_socket(socket.create_connection(("127.0.0.1", self.port), timeout=60), server_hostname="127.0.0.1")
@@ -216,8 +221,10 @@ def test_control_and_unknown_paths_are_not_there(proxy: Proxy, path: str) -> Non
 
 
 def test_control_over_grpc_is_not_there(proxy: Proxy) -> None:
-    with proxy.client("grpc") as client, pytest.raises(Exception, match="UNIMPLEMENTED"):
-        client._client.get_model_repository_index(headers={f"triton-grpc-protocol-{serve.CONTROL_HEADER}": SECRET})
+    with proxy.triton() as client, pytest.raises(Exception, match="UNIMPLEMENTED"):
+        client.get_model_repository_index(
+            headers={"authorization": f"Bearer {KEY}", f"triton-grpc-protocol-{serve.CONTROL_HEADER}": SECRET}
+        )
 
 
 @pytest.mark.parametrize(("method", "path", "through"), ROUTES)
@@ -302,11 +309,12 @@ def test_json_is_read_whatever_its_content_type(proxy: Proxy) -> None:
 def test_compressed_grpc(proxy: Proxy) -> None:
     photo = tritonclient.grpc.InferInput("IMAGE", [1, 1], "BYTES")
     photo.set_data_from_numpy(np.array([[PHOTOS[0].read_bytes()]], dtype=np.object_))
-    with proxy.client("grpc") as client:
+    key = {"authorization": f"Bearer {KEY}"}
+    with proxy.triton() as client:
         for algorithm in ("gzip", "deflate"):
             with pytest.raises(InferenceServerException, match=r"UNIMPLEMENTED.*without compression"):
-                client._client.infer("npair", [photo], compression_algorithm=algorithm)
-        assert client._client.infer("npair", [photo]).as_numpy("EMBEDDING").shape == (1, 128)
+                client.infer("npair", [photo], headers=key, compression_algorithm=algorithm)
+        assert client.infer("npair", [photo], headers=key).as_numpy("EMBEDDING").shape == (1, 128)
 
 
 def test_compression_behind_another_header(proxy: Proxy, tmp_path: Path) -> None:

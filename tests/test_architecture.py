@@ -45,7 +45,7 @@ ALLOWED = {
     "drawings": {"numpy", "PIL"},
     "tune": {"client", "config", "load", "serve", "serving", "matplotlib"},
     "load": {"numpy"},
-    "client": {"numpy", "tritonclient", "gevent", "tqdm"},  # gevent comes with tritonclient
+    "client": {"numpy", "tritonclient", "tqdm"},
     "serve": set(),
     "serving/model": SERVING | {"triton_python_backend_utils"},
     "serving/embedder": SERVING,

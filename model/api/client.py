@@ -18,40 +18,47 @@ Exceptions, all of them NpairError::
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
+import http.client
 import itertools
 import json
 import os
 import random
 import re
+import socket
 import ssl
 import sys
+import threading
 import time
 import uuid
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
+from urllib.parse import SplitResult, quote, urlsplit
 
-import gevent
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc
 import tritonclient.http
-from tritonclient.http import InferenceServerClientPlugin
 from tritonclient.utils import InferenceServerException
 
+Answer = TypeVar("Answer")
 Photo = str | os.PathLike[str] | bytes | IO[bytes]
 Vectors = npt.NDArray[np.float32]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 PATIENT_RETRIES = 8  # for half a minute or more: a server that is full or begins anew is back by then
 IN_FLIGHT = 4  # batches that a stream has under way, so that no instance of the server waits for the next
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+ELSEWHERE = 8  # new connections that look for another server behind the same address
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
+# Folders in which a NAS or a system keeps thumbnails and deleted files, and so do those whose names begin with a dot.
+LITTER = ("@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "__MACOSX")
 # Of the model's configuration: the version that they were measured on, and its thresholds.
 THRESHOLD_PARAMETERS = ("thresholds_version", "threshold_far_1_percent", "threshold_far_01_percent")
 # The smallest PNG: one white pixel. A model that embeds it works, which its readiness URL alone does not say.
@@ -72,8 +79,11 @@ class InvalidPhotoError(NpairError):
     """
 
     def __init__(self, reasons: dict[int, str]) -> None:
-        super().__init__("; ".join(f"photo {index}: {reason}" for index, reason in reasons.items()))
+        super().__init__(reasons)  # as it is: pickle makes the copy from it
         self.reasons = reasons
+
+    def __str__(self) -> str:
+        return "; ".join(f"photo {index}: {reason}" for index, reason in self.reasons.items())
 
 
 class InvalidRequestError(NpairError):
@@ -136,7 +146,15 @@ class Embedded:
 
 
 class NpairClient:
-    """A connection to one model of one server. Use one client per thread; close it, or use it as a context manager."""
+    """One model of one server, or of several behind one address. Close it, or use it as a context manager.
+
+    Threads may share a client: it takes as many connections as there are calls at a time, and keeps them for the next ones.
+    A forked process may use its parent's client, on connections of its own. (grpc:// needs gRPC's fork support for that, which
+    is on unless GRPC_ENABLE_FORK_SUPPORT=0.) A pickled client, for a process that is spawned, is its arguments, the API key among
+    them.
+
+    A call is repeated on a new connection: behind a balancer, another server may answer there.
+    """
 
     def __init__(
         self,
@@ -152,10 +170,11 @@ class NpairClient:
         cert: tuple[str | os.PathLike[str], str | os.PathLike[str]] | None = None,
         api_key: str | None = None,
     ) -> None:
-        """url: http://, https://, grpc:// or grpcs:// and host:port.
+        """url: http://, https://, grpc:// or grpcs:// and host:port. Proxies that environment variables name are not used.
 
         version: pins a version; otherwise each call of ``embed`` stays with the version that answered its first batch.
-        timeout: seconds for one request. retries: how often a request is repeated while nobody answers.
+        timeout: seconds for one request.
+        retries: how often a request is repeated while nobody answers, and how often ``embed`` starts over if its version is gone.
         batch_size, batch_bytes: the most photos, and the most bytes, of one request; a photo larger than that travels alone.
         ca: certificates (PEM) to trust over https:// and grpcs:// in place of the usual ones.
         cert: the certificate and the private key (PEM, without a password) to show to a server that asks for one.
@@ -175,54 +194,35 @@ class NpairClient:
             raise ValueError("batch_size, batch_bytes and timeout must be positive, and retries must not be negative")
         if api_key and not re.fullmatch("[!-~]+", api_key):
             raise ValueError("api_key must be printable ASCII without blanks")
+        context = None
         try:  # gRPC itself would call the server unavailable
-            if ca is not None:
-                ssl.create_default_context(cafile=ca)
+            if ca is not None or parts.scheme == "https":
+                context = ssl.create_default_context(cafile=ca)
         except OSError as error:
             raise ValueError(f"ca must be a file of certificates (PEM), and {ca} is not: {error}") from error
         try:
             if cert is not None:
-                ssl.create_default_context().load_cert_chain(*cert, password="")
+                context = context or ssl.create_default_context()
+                context.load_cert_chain(*cert, password="")
         except OSError as error:
             raise ValueError(f"cert must be the files (PEM) of a certificate and its key, and {cert} are not: {error}") from error
         self.ca, self.cert, self.api_key = ca, cert, api_key
-        trusted = None if ca is None else os.fspath(ca)
-        shown, key = (None, None) if cert is None else (os.fspath(cert[0]), os.fspath(cert[1]))
         self.version = str(version) if version else None
         self.url, self.model, self.timeout, self.retries = url, model, timeout, retries
         self.batch_size, self.batch_bytes = batch_size, batch_bytes
-        self._protocol: Any
-        self._extra: dict[str, float] = {}  # of every call of the protocol, and of those that answer JSON over HTTP
-        self._as_json: dict[str, bool] = {}
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        connect: Callable[[], _Connection] = partial(_Http, parts, timeout, headers, context)
         if parts.scheme.startswith("grpc"):
-            self._protocol = tritonclient.grpc
-            self._client: Any = tritonclient.grpc.InferenceServerClient(
-                parts.netloc,
-                ssl=parts.scheme == "grpcs",
-                root_certificates=trusted,
-                certificate_chain=shown,
-                private_key=key,
-                # By itself, gRPC would come to look for a server that is away every two minutes only, and keep a connection to a
-                # machine that is gone for a quarter of an hour: with keepalive, what is not received within 10 s ends it.
-                channel_args=[
-                    ("grpc.max_reconnect_backoff_ms", 1000),
-                    ("grpc.keepalive_time_ms", 300_000),
-                    ("grpc.keepalive_timeout_ms", 10_000),
-                ],
-            )
-            self._extra, self._as_json = {"client_timeout": timeout}, {"as_json": True}
-        else:
-            self._protocol = tritonclient.http
-            files = {"ca_certs": trusted, "certfile": shown, "keyfile": key}
-            self._client = tritonclient.http.InferenceServerClient(
-                parts.netloc + parts.path.rstrip("/"),
-                ssl=parts.scheme == "https",
-                ssl_options={name: file for name, file in files.items() if file is not None},
-                connection_timeout=timeout,
-                network_timeout=timeout,
-            )
-        if api_key:
-            self._client.register_plugin(_Bearer(api_key))
+            connect = partial(_Grpc, parts, timeout, headers, ca, cert)
+        self._connections = _Connections(connect)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The arguments of __init__."""
+        names = ("url", "model", "version", "timeout", "retries", "batch_size", "batch_bytes", "ca", "cert", "api_key")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, arguments: dict[str, Any]) -> None:
+        self.__init__(**arguments)  # type: ignore[misc]
 
     def __enter__(self) -> NpairClient:
         return self
@@ -231,23 +231,12 @@ class NpairClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; calling it again does nothing."""
-        self._client.close()
+        """Close the connections, and end the calls that other threads have under way; calling it again does nothing."""
+        self._connections.close()
 
     def copy(self) -> NpairClient:
-        """Another connection to the same model."""
-        return NpairClient(
-            self.url,
-            model=self.model,
-            version=self.version,
-            timeout=self.timeout,
-            retries=self.retries,
-            batch_size=self.batch_size,
-            batch_bytes=self.batch_bytes,
-            ca=self.ca,
-            cert=self.cert,
-            api_key=self.api_key,
-        )
+        """Another client of the same model, with connections of its own."""
+        return NpairClient(**self.__getstate__())
 
     def ready(self) -> bool:
         """Whether the model embeds: sends a picture of one pixel, once, since readiness URLs stay green when inference is dead.
@@ -280,34 +269,27 @@ class NpairClient:
 
     def _parameters(self) -> dict[str, str]:
         """Of the model's configuration, as it was when a version was promoted."""
-        for attempt in range(self.retries + 1):
-            try:
-                with _mapped_errors(self.model):
-                    answer = self._client.get_model_config(self.model, **self._as_json, **self._extra)
-                break
-            except UnavailableError:
-                if attempt == self.retries:
-                    raise
-                _pause(attempt)
-        parameters = answer.get("config", answer).get("parameters", {})  # gRPC wraps it
+        parameters = self._ask(lambda connection: connection.config(self.model), self.retries).get("parameters", {})
         return {key: value.get("string_value", "") for key, value in parameters.items()}
 
     def embed(self, images: Photo | Iterable[Photo]) -> Embeddings:
         """Embed one photo or many: paths, encoded bytes or open binary files.
 
-        All by one version: where another takes its place meanwhile, and none is pinned, the call starts over, once.
+        All by one version: if another takes its place meanwhile, and none is pinned, the call starts over, up to ``retries`` times.
         Raises: InvalidPhotoError that names every photo that was refused, other NpairErrors, OSError for a file that cannot be
         read, ValueError for no photo at all.
         """
         one = isinstance(images, str | os.PathLike | bytes) or hasattr(images, "read")
         photos: list[Photo] = [images] if one else list(images)  # type: ignore[list-item, arg-type]
         photos = [_read(photo) if hasattr(photo, "read") else photo for photo in photos]  # a file is read once only
-        try:
-            results = list(stream := self.stream(map(_read, photos)))
-        except VersionGoneError:
-            if self.version is not None:
-                raise
-            results = list(stream := self.stream(map(_read, photos)))
+        for attempt in itertools.count():
+            try:
+                results = list(stream := self.stream(map(_read, photos)))
+                break
+            except VersionGoneError:
+                if self.version is not None or attempt >= self.retries:
+                    raise
+                self._connections.pause(attempt)
         if not results:
             raise ValueError("no photo to embed")
         if reasons := {result.index: result.reason for result in results if result.reason is not None}:
@@ -320,67 +302,125 @@ class NpairClient:
         return EmbeddingStream(self, images)
 
     def _embed_batch(self, photos: Sequence[bytes], version: str | None, retries: int) -> Embeddings:
-        """One request. Embedding changes nothing on the server, so it may be repeated: but only where nobody answered, since a
-        request that timed out may still be in work, and repeating it would add to the load that delays it."""
-        tensor = self._protocol.InferInput("IMAGE", [len(photos), 1], "BYTES")
-        tensor.set_data_from_numpy(np.array(photos, dtype=np.object_).reshape(-1, 1))
+        """One request."""
         request_id = uuid.uuid4().hex
-        for attempt in range(retries + 1):
-            try:
-                with _mapped_errors(self.model, request_id):
-                    answer = self._client.infer(
-                        self.model, [tensor], model_version=version or "", request_id=request_id, **self._extra
-                    )
-                break
-            except (UnavailableError, InvalidRequestError) as error:
-                if version and (served := self._served()) and version not in served:
-                    message = f"version {version} of model {self.model} is not served, but {', '.join(served)} is"
-                    raise VersionGoneError(message) from error
-                if attempt == retries or isinstance(error, InvalidRequestError):
-                    raise
-                _pause(attempt)
-        head = answer.get_response(**self._as_json)
-        vectors = answer.as_numpy("EMBEDDING")
+        vectors, answered = self._ask(
+            lambda connection: connection.infer(self.model, version or "", photos, request_id), retries, version, request_id
+        )
         if vectors is None or vectors.shape[:1] != (len(photos),) or vectors.ndim != 2:
             shape = None if vectors is None else vectors.shape
             raise ServerFaultError(f"expected {len(photos)} embeddings, got {shape} (request {request_id})")
-        return Embeddings(vectors, str(head["model_version"]))
+        if version not in (None, answered):
+            raise ServerFaultError(f"asked for version {version}, got {answered} (request {request_id})")
+        return Embeddings(vectors, answered)
 
-    def _served(self) -> list[str]:
-        """The versions of the model that are served; none where that cannot be told."""
+    def _ask(
+        self, question: Callable[[_Connection], Answer], retries: int, version: str | None = None, request_id: str = ""
+    ) -> Answer:
+        """Ask, and ask again on another connection: if nobody answers, up to ``retries`` times; if the server has another version,
+        as long as one is found that has it.
+
+        Embedding changes nothing on a server, so it may be repeated. But not after a timeout: the request may still be in work, and
+        repeating it would add to the load that delays it.
+        """
+        attempt, searches = 0, ELSEWHERE if retries else 0
+        with self._connections.lend() as connection:
+            while True:
+                try:
+                    with _mapped_errors(self.model, request_id):
+                        return question(connection)
+                except (UnavailableError, InvalidRequestError) as error:
+                    served = self._versions(connection) if version else None
+                    if isinstance(error, VersionGoneError) or (served and version not in served):
+                        if not searches:
+                            raise self._gone(version, served) from error
+                        searches -= 1
+                    elif attempt == retries or isinstance(error, InvalidRequestError):
+                        raise
+                    else:
+                        self._connections.pause(attempt)
+                        attempt += 1
+                self._reconnect(connection, version)
+
+    def _reconnect(self, connection: _Connection, version: str | None) -> None:
+        """Take new connections until one reaches a server that serves the model, in that version: which server each one reaches is
+        up to a balancer. Raises: VersionGoneError if they reach other versions alone."""
+        others, began = set[str](), time.monotonic()
+        for _ in range(ELSEWHERE):
+            connection.reconnect()
+            served = self._versions(connection)
+            if served is None or version in served or (version is None and served):
+                return
+            others.update(served)
+            if time.monotonic() - began > 1:  # nobody is there, and it takes long to find out
+                break
+        if others:
+            raise self._gone(version, others)
+
+    def _gone(self, version: str | None, served: Iterable[str] | None) -> VersionGoneError:
+        others = f", but {', '.join(sorted(served))} is" if served else ""
+        return VersionGoneError(f"version {version} of model {self.model} is not served{others}")
+
+    def _versions(self, connection: _Connection) -> list[str] | None:
+        """Those of the model that the server serves; None if it does not tell. Raises: RequestTimeoutError."""
         try:
             with _mapped_errors(self.model):
-                answer = self._client.get_model_metadata(self.model, **self._as_json, **self._extra)
-        except NpairError:
+                versions = connection.metadata(self.model).get("versions")
+        except UnavailableError:
             return []
-        return list(map(str, answer.get("versions", [])))
+        except (InvalidRequestError, AccessDeniedError, ServerFaultError):
+            return None
+        return None if versions is None else list(map(str, versions))
+
+    def _served(self) -> list[str]:
+        """The versions of the model that are served; none if that cannot be told."""
+        with self._connections.lend() as connection, contextlib.suppress(RequestTimeoutError):
+            return self._versions(connection) or []
+        return []
 
 
-def _pause(attempt: int) -> None:
-    """Before the next one, and not as long as all others."""
-    time.sleep(0.2 * 2**attempt * random.uniform(0.5, 1))
+class AsyncNpairClient:
+    """NpairClient for asyncio. Each call runs in a thread, to its end even if it is cancelled; as many at a time as asyncio has."""
 
+    def __init__(self, url: str = DEFAULT_URL, **options: Any) -> None:
+        """As of NpairClient."""
+        self._client = NpairClient(url, **options)
 
-class _Bearer(InferenceServerClientPlugin):  # type: ignore[misc]
-    """Adds the API key to each request. In place of the calls' argument for headers, which they change."""
+    async def __aenter__(self) -> AsyncNpairClient:
+        return self
 
-    def __init__(self, api_key: str) -> None:
-        self._authorization = f"Bearer {api_key}"
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
-    def __call__(self, request: Any) -> None:
-        request.headers["authorization"] = self._authorization
+    async def close(self) -> None:
+        """See NpairClient.close."""
+        self._client.close()
+
+    async def ready(self) -> bool:
+        """See NpairClient.ready."""
+        return await asyncio.to_thread(self._client.ready)
+
+    async def thresholds(self) -> Thresholds | None:
+        """See NpairClient.thresholds."""
+        return await asyncio.to_thread(self._client.thresholds)
+
+    async def embed(self, images: Photo | Iterable[Photo]) -> Embeddings:
+        """See NpairClient.embed."""
+        return await asyncio.to_thread(self._client.embed, images)
 
 
 class EmbeddingStream:
     """The results of NpairClient.stream, to iterate over once.
 
     version: the one that answered, known from the first batch on; later batches are pinned to it, so that no two are mixed.
+    unanswered: the batches that were sent and have no answer (yet): the index of the first photo, and how many there are.
     """
 
     def __init__(self, client: NpairClient, photos: Iterable[Photo]) -> None:
         self._client = client
         self._photos = photos
         self._version = client.version
+        self.unanswered: dict[int, int] = {}
 
     @property
     def version(self) -> str:
@@ -391,19 +431,19 @@ class EmbeddingStream:
 
     def __iter__(self) -> Iterator[Embedded]:
         pending: deque[Future[list[Embedded]]] = deque()
-        with ThreadPoolExecutor(IN_FLIGHT) as pool:
-            try:
-                for start, batch in self._batches():
-                    if self._version is None or start == 0:  # one batch alone needs neither a thread nor another connection
-                        yield from self._embed(self._client, batch, start)
-                        continue
-                    if len(pending) == IN_FLIGHT:
-                        yield from pending.popleft().result()
-                    pending.append(pool.submit(self._embed_apart, batch, start))
-                while pending:
+        pool = ThreadPoolExecutor(IN_FLIGHT)
+        try:
+            for start, batch in self._batches():
+                if self._version is None or start == 0:  # one batch alone needs no thread
+                    yield from self._embed(batch, start)
+                    continue
+                if len(pending) == IN_FLIGHT:
                     yield from pending.popleft().result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pending.append(pool.submit(self._embed, batch, start))
+            while pending:
+                yield from pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _batches(self) -> Iterator[tuple[int, list[bytes | str]]]:
         """The number of each batch's first photo, and its photos' bytes, or why they could not be read."""
@@ -423,22 +463,14 @@ class EmbeddingStream:
         if batch:
             yield start, batch
 
-    def _embed_apart(self, batch: Sequence[bytes | str], start: int) -> list[Embedded]:
-        """On a connection of its own, since tritonclient's are not safe to share between threads."""
-        try:
-            with self._client.copy() as client:
-                return self._embed(client, batch, start)
-        finally:
-            if self._client._protocol is tritonclient.http:  # by gevent, which keeps an event loop for each thread, ended or not
-                gevent.get_hub().destroy(destroy_loop=True)
-
-    def _embed(self, client: NpairClient, batch: Sequence[bytes | str], start: int) -> list[Embedded]:
-        """The outcomes of one batch: where photos are refused, the rest is sent once more without them."""
+    def _embed(self, batch: Sequence[bytes | str], start: int) -> list[Embedded]:
+        """The outcomes of one batch: if photos are refused, the rest is sent once more without them."""
+        self.unanswered[start] = len(batch)
         results = {i: Embedded(start + i, reason=content) for i, content in enumerate(batch) if isinstance(content, str)}
         while remaining := [i for i in range(len(batch)) if i not in results]:
             try:
                 photos = [batch[i] for i in remaining]
-                answer = client._embed_batch(photos, self._version, client.retries)  # type: ignore[arg-type]
+                answer = self._client._embed_batch(photos, self._version, self._client.retries)  # type: ignore[arg-type]
             except InvalidPhotoError as error:
                 results |= {remaining[i]: Embedded(start + remaining[i], reason=reason) for i, reason in error.reasons.items()}
                 continue
@@ -450,6 +482,7 @@ class EmbeddingStream:
             self._version = answer.version
             for i, vector in zip(remaining, answer.vectors, strict=True):
                 results[i] = Embedded(start + i, vector)
+        del self.unanswered[start]
         return [results[i] for i in range(len(batch))]
 
 
@@ -465,33 +498,273 @@ def _read(photo: Photo) -> bytes:
     return content
 
 
+class _Connection(Protocol):
+    """To one server, for one call at a time. Calls raise what their library raises; _mapped_errors knows what that means."""
+
+    def infer(self, model: str, version: str, photos: Sequence[bytes], request_id: str) -> tuple[Vectors | None, str]:
+        """The vectors, and the version that made them. No version: the server's choice."""
+
+    def config(self, model: str) -> dict[str, Any]: ...
+
+    def metadata(self, model: str) -> dict[str, Any]: ...
+
+    def reconnect(self) -> None:
+        """Take a new connection in place of this one."""
+
+    def close(self) -> None: ...
+
+    def abort(self) -> None:
+        """End the call that another thread has under way."""
+
+
+class _Http:
+    """Requests and answers are made and read by tritonclient, but travel over the standard library's connection: tritonclient's
+    own is gevent's, which no two threads can use, nor a forked process."""
+
+    def __init__(self, url: SplitResult, timeout: float, headers: dict[str, str], tls: ssl.SSLContext | None) -> None:
+        host = url.hostname or ""
+        self._connection = (
+            http.client.HTTPSConnection(host, url.port, timeout=timeout, context=tls)
+            if url.scheme == "https"
+            else http.client.HTTPConnection(host, url.port, timeout=timeout)
+        )
+        self._path, self._headers, self._aborted = url.path.rstrip("/"), headers, False
+
+    def infer(self, model: str, version: str, photos: Sequence[bytes], request_id: str) -> tuple[Vectors | None, str]:
+        body, length = tritonclient.http.InferenceServerClient.generate_request_body(
+            [_tensor(tritonclient.http, photos)], request_id=request_id
+        )
+        headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(length)}
+        pinned = f"/versions/{quote(version)}" if version else ""
+        content, length = self._request("POST", f"/v2/models/{quote(model)}{pinned}/infer", body, headers)
+        with _understood():
+            answer = tritonclient.http.InferenceServerClient.parse_response_body(content, header_length=length)
+            return answer.as_numpy("EMBEDDING"), str(answer.get_response()["model_version"])
+
+    def config(self, model: str) -> dict[str, Any]:
+        return self._json(f"/v2/models/{quote(model)}/config")
+
+    def metadata(self, model: str) -> dict[str, Any]:
+        return self._json(f"/v2/models/{quote(model)}")
+
+    def reconnect(self) -> None:
+        self.close()  # it connects again by itself
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def abort(self) -> None:
+        self._aborted = True
+        if (connected := self._connection.sock) is not None:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(connected, socket.SHUT_RDWR)  # closing alone wakes nobody
+
+    def _json(self, path: str) -> dict[str, Any]:
+        content, _ = self._request("GET", path)
+        with _understood():
+            answer: dict[str, Any] = dict(json.loads(content))
+            return answer
+
+    def _request(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[bytes, str | None]:
+        """The answer, and how much of it is JSON: all, where the server does not say."""
+        kept = self._connection.sock is not None
+        try:
+            if not kept:
+                self._connection.connect()
+            with contextlib.suppress(ConnectionError):  # a proxy may answer that this is too large before it has read it all
+                self._connection.request(method, self._path + path, body, self._headers | (headers or {}))
+            answer = self._connection.getresponse()
+            content = answer.read()
+        except BaseException as error:
+            self._connection.close()
+            if kept and not self._aborted and isinstance(error, ConnectionError | ssl.SSLEOFError):
+                return self._request(method, path, body, headers)  # the server had closed it, idle as it was
+            raise
+        if answer.status != 200:
+            try:
+                reason = str(json.loads(content)["error"])
+            except (ValueError, LookupError, TypeError):  # a proxy's page
+                reason = f"{answer.reason}: {content[:200].decode(errors='replace')}"
+            raise InferenceServerException(reason, status=str(answer.status))
+        return content, answer.getheader("Inference-Header-Content-Length")
+
+
+class _Grpc:
+    """A channel of tritonclient's."""
+
+    def __init__(
+        self,
+        url: SplitResult,
+        timeout: float,
+        headers: dict[str, str],
+        ca: str | os.PathLike[str] | None,
+        cert: tuple[str | os.PathLike[str], str | os.PathLike[str]] | None,
+    ) -> None:
+        shown, key = cert or (None, None)
+        self._connect = partial(
+            tritonclient.grpc.InferenceServerClient,
+            url.netloc,
+            ssl=url.scheme == "grpcs",
+            root_certificates=ca,
+            certificate_chain=shown,
+            private_key=key,
+            channel_args=[
+                # By itself, gRPC would come to look for a server that is away every two minutes only, and keep a connection to a
+                # machine that is gone for a quarter of an hour: with keepalive, what is not received within 10 s ends it.
+                ("grpc.max_reconnect_backoff_ms", 1000),
+                ("grpc.keepalive_time_ms", 300_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.use_local_subchannel_pool", 1),  # else a new channel would share the old one's connection
+                ("grpc.enable_http_proxy", 0),  # http_proxy would be asked even for 127.0.0.1
+            ],
+        )
+        self._client = self._connect()
+        self._options = {"client_timeout": timeout, "headers": headers}
+
+    def infer(self, model: str, version: str, photos: Sequence[bytes], request_id: str) -> tuple[Vectors | None, str]:
+        tensor = _tensor(tritonclient.grpc, photos)
+        answer = self._client.infer(model, [tensor], model_version=version, request_id=request_id, **self._options)
+        with _understood():
+            return answer.as_numpy("EMBEDDING"), answer.get_response().model_version
+
+    def config(self, model: str) -> dict[str, Any]:
+        answer: dict[str, Any] = self._client.get_model_config(model, as_json=True, **self._options)
+        return answer["config"]  # type: ignore[no-any-return]
+
+    def metadata(self, model: str) -> dict[str, Any]:
+        answer: dict[str, Any] = self._client.get_model_metadata(model, as_json=True, **self._options)
+        return answer
+
+    def reconnect(self) -> None:
+        self.close()
+        self._client = self._connect()
+
+    def close(self) -> None:
+        self._client.close()
+
+    abort = close
+
+
+def _tensor(protocol: Any, photos: Sequence[bytes]) -> Any:
+    tensor = protocol.InferInput("IMAGE", [len(photos), 1], "BYTES")
+    tensor.set_data_from_numpy(np.array(photos, dtype=np.object_).reshape(-1, 1))
+    return tensor
+
+
+class _Connections:
+    """Those of one client: each is lent to one call at a time, and kept for the next one.
+
+    No lock, which a fork could leave locked for ever: what threads do to the list and the set is atomic.
+    """
+
+    def __init__(self, connect: Callable[[], _Connection]) -> None:
+        self._connect = connect
+        self._idle: list[_Connection] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        """In each process anew: what a child sends on its parent's connections would be taken for the parent's."""
+        inherited, self._idle = self._idle, []
+        self._process, self._lent, self._closed = os.getpid(), set[_Connection](), threading.Event()
+        for connection in inherited:
+            connection.close()
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[_Connection]:
+        if self._process != os.getpid() and not self._closed.is_set():
+            self._begin()
+        self._check_open()
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._connect()
+        self._lent.add(connection)
+        try:
+            yield connection
+        finally:
+            self._lent.discard(connection)
+            self._idle.append(connection)
+            if self._closed.is_set():
+                self._close_idle()
+
+    def pause(self, attempt: int) -> None:
+        """Before the next one, and not as long as all others. Raises: RuntimeError if the client is closed meanwhile."""
+        self._closed.wait(0.2 * 2**attempt * random.uniform(0.5, 1))
+        self._check_open()
+
+    def close(self) -> None:
+        if self._process == os.getpid():
+            self._closed.set()
+            for connection in list(self._lent):
+                connection.abort()
+            self._close_idle()
+
+    def _close_idle(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().close()
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise RuntimeError("the client is closed")
+
+
+# What the statuses of HTTP and gRPC mean. Any other is a fault of the server.
+_STATUSES: dict[str, type[NpairError]] = {
+    **dict.fromkeys(("400", "404", "405", "INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"), InvalidRequestError),
+    **dict.fromkeys(("401", "403", "UNAUTHENTICATED", "PERMISSION_DENIED"), AccessDeniedError),
+    **dict.fromkeys(("429", "502", "503", "504", "UNAVAILABLE", "CANCELLED"), UnavailableError),
+    "413": RequestTooLargeError,
+    "DEADLINE_EXCEEDED": RequestTimeoutError,
+}
+# Messages that say more than the status that comes with them.
+_MESSAGES: dict[str, type[NpairError]] = {
+    r"unknown model: .* version \d+ is not found": VersionGoneError,
+    r"is not (at )?ready|has no available versions": UnavailableError,
+    r"header with status: 413$": RequestTooLargeError,  # a proxy's, for which gRPC has no status
+    r"timed out": RequestTimeoutError,
+}
+# What else the connections raise; the first that fits. Nothing else is caught, so that a bug looks like one.
+_RAISED: dict[type[Exception], type[NpairError]] = {
+    TimeoutError: RequestTimeoutError,
+    OSError: UnavailableError,  # names that are not found, connections that are refused or break off, TLS
+    http.client.IncompleteRead: UnavailableError,  # the connection broke off within the answer
+    http.client.HTTPException: ServerFaultError,  # it does not speak HTTP
+}
+
+
 @contextlib.contextmanager
 def _mapped_errors(model: str, request_id: str = "") -> Iterator[None]:
-    """The one place where errors of tritonclient, its transports and the server become this client's."""
+    """The one place where errors of the connections and the server become this client's."""
     try:
         yield
     except InferenceServerException as error:
         status, message = (error.status() or "").removeprefix("StatusCode."), error.message() or str(error)
         if reasons := dict(re.findall(r"(?:^|; )IMAGE\[(\d+)\]: (.*?)(?=; IMAGE\[|$)", message, re.DOTALL)):
             raise InvalidPhotoError({int(index): reason for index, reason in reasons.items()}) from error
-        if status == "DEADLINE_EXCEEDED" or "timed out" in message:
-            raise RequestTimeoutError(message) from error
-        if status in ("UNAUTHENTICATED", "PERMISSION_DENIED", "401", "403"):
-            raise AccessDeniedError(message) from error
-        unavailable = ("UNAVAILABLE", "429", "502", "503", "504")
-        if status in unavailable or re.search("is not (at )?ready|has no available versions", message):
-            raise UnavailableError(message) from error
-        # gRPC has no status of its own for a request that is too large for a proxy.
-        if status == "413" or message.endswith("header with status: 413"):
-            raise RequestTooLargeError("too large for the server, or for a proxy before it (413)") from error
-        if status in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "400", "404", "405"):
-            raise InvalidRequestError(f"model {model}: {message}") from error
-        quoted = f" (request {request_id})" if request_id else ""
-        raise ServerFaultError(f"{status or 'error'}: {message}{quoted}") from error
-    except TimeoutError as error:
-        raise RequestTimeoutError(f"no answer in time: {error}") from error
-    except Exception as error:  # the HTTP library has errors of its own for a connection that broke off
-        raise UnavailableError(f"{type(error).__name__}: {error}") from error
+        said = (meaning for pattern, meaning in _MESSAGES.items() if re.search(pattern, message))
+        meaning = next(said, _STATUSES.get(status, ServerFaultError))
+        if meaning is RequestTooLargeError:
+            message = "too large for the server, or for a proxy before it (413)"
+        elif meaning is InvalidRequestError:
+            message = f"model {model}: {message}"
+        elif meaning is ServerFaultError:
+            message = f"{status or 'error'}: {message}" + (f" (request {request_id})" if request_id else "")
+        raise meaning(message) from error
+    except tuple(_RAISED) as error:
+        meaning = next(meaning for raised, meaning in _RAISED.items() if isinstance(error, raised))
+        raise meaning(f"{type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def _understood() -> Iterator[None]:
+    """Around the reading of an answer."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InferenceServerException(f"an answer that is not understood: {type(error).__name__}: {error}") from error
 
 
 EXIT_OK, EXIT_PHOTOS, EXIT_USAGE, EXIT_SERVER = 0, 1, 2, 3
@@ -763,17 +1036,28 @@ class _Files:
         self.manifest_sha256: str | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Vectors, str]]:
-        names, photos = itertools.tee(name for name in map(str, _files(self._paths)) if name not in self._done)
+        passed_over = Counter[str]()
+        found = map(str, _files(self._paths, passed_over))
+        names, photos = itertools.tee(name for name in found if name not in self._done)
         stream, total, asked = self._client.stream(photos), len(self._done), False
-        for name, result in zip(names, self._progress(stream), strict=True):
-            total += 1
-            if result.vector is None:
-                self.left_out += 1
-                print(f"{name}: {result.reason}", file=sys.stderr)
-            else:
-                if not asked:
-                    self.manifest_sha256, asked = self._client.manifest_sha256(stream.version), True
-                yield name, result.vector, stream.version
+        try:
+            for result, name in zip(self._progress(stream), names, strict=True):
+                total += 1
+                if result.vector is None:
+                    self.left_out += 1
+                    print(f"{name}: {result.reason}", file=sys.stderr)
+                else:
+                    if not asked:
+                        self.manifest_sha256, asked = self._client.manifest_sha256(stream.version), True
+                    yield name, result.vector, stream.version
+        except (UnavailableError, RequestTimeoutError, ServerFaultError) as error:
+            if not isinstance(error, VersionGoneError):
+                waiting = _at(stream.unanswered, total - len(self._done), names)
+                print(f"no answer for these photos: {', '.join(waiting)}", file=sys.stderr)
+            raise
+        if passed_over:
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in passed_over.most_common(10))
+            print(f"{passed_over.total()} other files in folders passed over: {kinds}", file=sys.stderr)
         if not total:
             raise ValueError(f"no photos in {', '.join(map(str, self._paths))}")
         if self.left_out:
@@ -792,19 +1076,33 @@ class _Files:
         return bar
 
 
-def _files(paths: Iterable[Path]) -> Iterator[Path]:
-    """The paths, and of folders the photos in them and below, in the order of their names."""
+def _files(paths: Iterable[Path], passed_over: Counter[str] | None = None) -> Iterator[Path]:
+    """The paths, and of folders the photos in them and below, in the order of their names.
+
+    passed_over: counts the folders' other files, hidden ones aside, by suffix.
+    """
+    passed_over = Counter() if passed_over is None else passed_over
     for path in paths:
         if not path.is_dir():
             yield path
             continue
+        names = []
         with os.scandir(path) as entries:
-            names = sorted(
-                entry.name
-                for entry in entries
-                if entry.is_dir(follow_symlinks=False) or (entry.name.lower().endswith(SUFFIXES) and entry.is_file())
-            )
-        yield from _files(path / name for name in names)
+            for entry in entries:
+                suffix = Path(entry.name).suffix.lower()
+                if entry.name.startswith(".") or entry.name in LITTER:
+                    continue
+                if entry.is_dir(follow_symlinks=False) or (suffix in SUFFIXES and entry.is_file()):
+                    names.append(entry.name)
+                elif entry.is_file():
+                    passed_over[suffix or "without a suffix"] += 1
+        yield from _files((path / name for name in sorted(names)), passed_over)
+
+
+def _at(batches: dict[int, int], first: int, names: Iterator[str]) -> list[str]:
+    """The names that the batches are of. batches: see EmbeddingStream.unanswered. first: the index of the first of the names."""
+    indices = {index for start, count in list(batches.items()) for index in range(start, start + count)}
+    return [name for index, name in zip(range(first, max(indices, default=0) + 1), names, strict=False) if index in indices]
 
 
 def _line(name: str, vector: Vectors, model: str, version: str, manifest_sha256: str | None) -> str:
