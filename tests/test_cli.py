@@ -106,7 +106,7 @@ def test_data_check_names_what_is_wrong(dataset: Path, tmp_path: Path) -> None:
     assert result.returncode == 0
     assert "train: 24 photos of 6 classes\nval: 11 photos of 6 classes" in result.stdout
     assert "cannot be decoded" in result.stdout
-    assert "4.jpg (not a JPEG" in result.stdout
+    assert "4.jpg (text, not a JPEG" in result.stdout
 
 
 def test_data_folds_are_data_sets(dataset: Path, tmp_path: Path) -> None:

@@ -201,5 +201,5 @@ class TestLoadPixels:
 
     def test_names_the_bad_file(self, listed: Path, tmp_path: Path) -> None:
         (tmp_path / "bad.jpg").write_bytes(b"text")
-        with pytest.raises(DataError, match=r"bad.jpg: not a JPEG"):
+        with pytest.raises(DataError, match=r"bad.jpg: text, not a JPEG"):
             load_pixels([*read_dataset(listed).train.paths, tmp_path / "bad.jpg"], SMALL)
