@@ -263,7 +263,7 @@ class TestFlags:
         program.write_text("#!/bin/sh\n" + "".join(f"echo '  {flag} <string>'\n" for flag in ("--model-repository", *known)))
         program.chmod(0o755)
         monkeypatch.setattr(sys, "argv", ["serve.py"])
-        return serve.command(serve.parse_arguments(), serve.Triton(program, folder, dict(os.environ)), "secret")
+        return serve.command(serve.parse_arguments(), serve.Triton(program, folder, dict(os.environ), folder), "secret")
 
     CLOSED = ("--http-restricted-api", "--grpc-restricted-protocol")
 

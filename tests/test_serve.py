@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import http.server
+import json
 import os
 import platform
 import re
@@ -28,7 +29,7 @@ from conftest import PORTS, ROOT, SHIPPED, eventually, free_ports, lines_until_r
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from npair.client import NpairClient, UnavailableError
+from npair.client import InvalidPhotoError, NpairClient, UnavailableError
 from npair.drawings import draw, encode
 from npair.serving.embedder import read_manifest
 
@@ -58,6 +59,27 @@ def child_of(process: subprocess.Popen[str]) -> int:
 
 def stubs_of(process: subprocess.Popen[str]) -> list[int]:
     return serve.children(child_of(process))
+
+
+def control(url: str, action: str) -> int:
+    """Have the model loaded or unloaded; returns the status."""
+    request = urllib.request.Request(f"{url}/v2/repository/models/npair/{action}", b"{}", {serve.CONTROL_HEADER: "s"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return int(answer.status)
+
+
+def listening(pid: int, ports: dict[str, str]) -> set[str]:
+    """The addresses on which this network namespace listens at these ports, as URLs have them."""
+    found = set()
+    for file, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/{pid}/net/{file}").read_text().splitlines()[1:]:
+            local, state = line.split()[1], line.split()[3]
+            address, port = local.split(":")
+            if state == "0A" and str(int(port, 16)) in ports.values():
+                words = bytes.fromhex(address)
+                packed = b"".join(words[start : start + 4][::-1] for start in range(0, len(words), 4))
+                found.add(serve.in_url(socket.inet_ntop(family, packed).removeprefix("::ffff:")))
+    return found
 
 
 def computed(process: subprocess.Popen[str]) -> float:
@@ -188,6 +210,182 @@ class TestRefusals:
         monkeypatch.setattr(sys, "version_info", version)
         with pytest.raises(serve.ServeError, match=r"needs Python 3.10 to 3.12"):
             serve.check_platform()
+
+
+class TestPaths:
+    """Triton starts its stubs by a bash command line, without quotes."""
+
+    @pytest.mark.parametrize("name", ["my clone", "O'Brien", "npair (1)", "a&b;c", "a$b:c", "Téléchargements"])
+    def test_no_character_of_a_path_matters(self, tmp_path: Path, name: str) -> None:
+        repository = shutil.copytree(ROOT / "model_repository", tmp_path / name / "models")
+        with running(MODEL_REPOSITORY=str(repository), TMPDIR=str(tmp_path / name), NPAIR_CONTROL_SECRET="s") as (_, urls):
+            config = repository / "npair/config.pbtxt"
+            config.write_text(config.read_text().replace('"20000000"', '"10"'))
+            assert control(urls["http"], "load") == 200
+            with NpairClient(urls["http"]) as client, pytest.raises(InvalidPhotoError, match="the limit of 10;"):
+                client.embed(SHIPPED / "golden/photo.jpg")
+
+    def test_python_in_such_a_folder(self, tmp_path: Path) -> None:
+        """As where the clone has its .venv in it; with a link in place of one."""
+        venv = tmp_path / "my clone" / "l'été:1"
+        venv.parent.mkdir()
+        venv.symlink_to(sys.prefix)
+        ports = free_ports()
+        process = subprocess.Popen(
+            [venv / "bin/python", ROOT / "model/api/serve.py"], env=os.environ | ports, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            lines_until_ready(process)
+        finally:
+            process.terminate()
+            process.communicate(timeout=30)
+
+    def test_no_folder_for_links(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+        monkeypatch.setattr(serve, "SCRATCH_PARENTS", ("/proc",))
+        with pytest.raises(serve.ServeError, match="/proc cannot be written; set TMPDIR to a folder"):
+            serve.scratch_folder()
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        with serve.scratch_folder() as scratch:
+            assert Path(scratch).parent == tmp_path
+
+
+class TestAddresses:
+    @pytest.mark.parametrize(
+        ("host", "called", "listens"),
+        [
+            ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
+            ("0.0.0.0", "127.0.0.1", "0.0.0.0"),
+            ("localhost", "127.0.0.1", "127.0.0.1"),
+            ("::1", "[::1]", "[::1]"),
+            ("[::1]", "[::1]", "[::1]"),
+            ("::", "[::1]", "[::]"),
+        ],
+    )
+    def test_on_all_ports(self, host: str, called: str, listens: str) -> None:
+        if ":" in host:
+            try:
+                socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+            except OSError as error:
+                pytest.skip(f"this machine has no ::1: {error}")
+        ports = free_ports()
+        http_port, grpc_port, metrics_port = (ports[name] for name in PORTS)
+        process = start(**ports, BIND_ADDRESS=host)
+        try:
+            line = lines_until_ready(process)[-1]
+            assert (
+                f"at http://{listens}:{http_port} and grpc://{listens}:{grpc_port}, metrics at http://{listens}:{metrics_port}/"
+                in line
+            )
+            everywhere = {"0.0.0.0", "[::]"}  # as gRPC's server takes either
+            assert listening(child_of(process), ports) <= (everywhere if listens in everywhere else {listens})
+            for url in (f"http://{called}:{http_port}", f"grpc://{called}:{grpc_port}"):
+                with NpairClient(url) as client:
+                    assert len(client.embed(SHIPPED / "golden/photo.jpg").vectors) == 1
+            with urllib.request.urlopen(f"http://{called}:{metrics_port}/metrics", timeout=10) as answer:
+                assert answer.status == 200
+            health = [sys.executable, str(ROOT / "model/api/serve.py"), "--health"]
+            assert subprocess.run(health, env=os.environ | ports | {"BIND_ADDRESS": host}, check=False).returncode == 0
+        finally:
+            process.terminate()
+            process.communicate(timeout=30)
+
+    def test_a_name_with_both_kinds_stands_for_ipv4(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A machine's own names may have none, so one is made up."""
+        found = [(socket.AF_INET6, 1, 6, "", ("fd00::7", 0, 0, 0)), (socket.AF_INET, 1, 6, "", ("10.0.0.7", 0))]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        assert serve.address_of("host") == "10.0.0.7"
+        found.pop()
+        assert serve.address_of("host") == "fd00::7"
+
+
+class TestControl:
+    """What the control API is told to do is no fault, and a dead model is still one."""
+
+    def test_unloaded_and_never_loaded(self) -> None:
+        with running(NPAIR_CONTROL_SECRET="s") as (process, urls):
+            assert control(urls["http"], "unload") == 200
+            time.sleep(serve.UNHEALTHY_AFTER + 3)
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            _, output = process.communicate(timeout=30)
+            unloaded = "npair: WARNING: the model was unloaded through the control API; waiting for it to be loaded\n"
+            assert (process.returncode, output) == (0, f"{unloaded}npair: stopped\n")
+
+    def test_unloaded_loaded_wrong_and_loaded_right(self) -> None:
+        with running(NPAIR_CONTROL_SECRET="s") as (process, urls), NpairClient(urls["http"]) as client:
+            health = [sys.executable, str(ROOT / "model/api/serve.py"), "--health", f"--http-port={urls['http'].rsplit(':', 1)[1]}"]
+            server = child_of(process)
+            grpc = tritonclient.grpc.InferenceServerClient(urls["grpc"].removeprefix("grpc://"))
+            secret = {f"triton-grpc-protocol-{serve.CONTROL_HEADER}": "s"}
+            grpc.unload_model("npair", headers=secret)
+            time.sleep(5)
+            assert subprocess.run(health, check=False, stderr=subprocess.DEVNULL).returncode == 1, "it serves nobody"
+            wrong = {"backend": "python", "max_batch_size": 64, "version_policy": {"specific": {"versions": [int(SHIPPED.name)]}}}
+            with pytest.raises(InferenceServerException, match="load failed"):
+                grpc.load_model("npair", headers=secret, config=json.dumps(wrong))
+            time.sleep(serve.UNHEALTHY_AFTER + 3)
+            grpc.load_model("npair", headers=secret)
+            grpc.close()
+            assert len(client.embed(SHIPPED / "golden/photo.jpg").vectors) == 1
+            eventually(lambda: subprocess.run(health, check=False, stderr=subprocess.DEVNULL).returncode == 0)
+            time.sleep(2 * serve.WATCH_INTERVAL)
+            assert child_of(process) == server
+            process.send_signal(signal.SIGTERM)
+            _, output = process.communicate(timeout=30)
+            assert [line for line in output.splitlines() if line.startswith("npair: ")] == [
+                "npair: WARNING: the model was unloaded through the control API; waiting for it to be loaded",
+                "npair: WARNING: the model could not be loaded, for the reasons above; waiting for it to be loaded",
+                f"npair: the model is loaded again, version {SHIPPED.name}",
+                "npair: stopped",
+            ]
+
+    def test_loaded_again_while_photos_come(self) -> None:
+        with running(NPAIR_CONTROL_SECRET="s") as (process, urls), NpairClient(urls["http"]) as client:
+            with ThreadPoolExecutor(1) as threads:
+                loading = threads.submit(lambda: [control(urls["http"], "load") for _ in range(3)])
+                while not loading.done():
+                    assert len(client.embed(SHIPPED / "golden/photo.jpg").vectors) == 1
+            assert loading.result() == [200] * 3
+            process.send_signal(signal.SIGTERM)
+            _, output = process.communicate(timeout=30)
+            assert (process.returncode, output) == (0, "npair: stopped\n")
+
+    def test_unloaded_beside_a_dead_stub(self) -> None:
+        """Where the unload ends before the dead stub is seen, all stubs are gone, and a load begins new ones."""
+        with running(NPAIR_CONTROL_SECRET="s") as (process, urls), NpairClient(urls["http"]) as client:
+            os.kill(stubs_of(process)[0], signal.SIGKILL)
+            control(urls["http"], "unload")
+            time.sleep(4 * serve.WATCH_INTERVAL)
+            if process.poll() is None:
+                assert control(urls["http"], "load") == 200
+                assert len(client.embed(SHIPPED / "golden/photo.jpg").vectors) == 1
+                assert not serve.dead_stubs(child_of(process))
+            else:
+                assert process.stderr is not None
+                assert "npair: a Python stub of the model died" in process.stderr.read()
+
+
+def test_a_start_that_hangs_ends_with_the_reason() -> None:
+    """A stub that gets no CPU for two seconds while it loads: Triton has given it up, and waits for it for ever."""
+    ports = free_ports()
+    process = start(**ports, START_SECONDS="15")
+
+    def stub() -> int | None:
+        server = serve.server_at(int(ports["HTTP_PORT"]))
+        return next((pid for pid in serve.children(server) if serve.cpu_seconds(pid) > 0.3), None) if server else None
+
+    eventually(stub)
+    stopped = stub()
+    assert stopped is not None
+    os.kill(stopped, signal.SIGSTOP)
+    time.sleep(4)
+    os.kill(stopped, signal.SIGCONT)
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "loading: npair" in output, "what the server logged"
+    reason = "npair: the model was not ready within START_SECONDS=15, with the last log lines above; the server was ended"
+    assert output.splitlines()[-1] == reason
 
 
 def test_stops_in_order_although_an_idle_client_holds_its_connection() -> None:

@@ -58,6 +58,8 @@ STACK_BYTES = 4 * MAX_REQUEST_BYTES
 # glibc would by itself come to keep what the largest requests took, hundreds of MB. With these (mallopt(3)), pieces of 8 MiB or
 # more go back to the system when they are freed, and of the rest each arena keeps no more than 16 MiB at its end.
 ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 20)}
+SHELL_SAFE = re.compile("[A-Za-z0-9/._+@%-]+")  # paths that need no quotes in a shell and no escape in PATH
+SCRATCH_PARENTS = ("/tmp", "/var/tmp", "/dev/shm")
 FALLBACK = "fallback.json"  # beside config.pbtxt: the configuration of the version that was served before
 
 # What CUDA builds of the server call an error on every machine without a GPU.
@@ -68,6 +70,8 @@ LOG_LINE = re.compile(r"([IWEF])\d{4} [\d:.]+ \d+ ([^:\]]+):\d+\] (.*)")
 LEVELS = {"I": "info", "W": "warning", "E": "error", "F": "error"}
 ABOUT_REQUEST = re.compile(r"(photo refused|request failed): (\{.*\})")  # as a version's model.py says it
 
+START_TIMEOUT = 120.0  # seconds until the server must be ready; it takes about 3
+DOWNLOAD_TIMEOUT = 900.0  # the same where it downloads the model first, from an object store
 WATCH_INTERVAL = 1.0  # seconds between two golden photos
 PROBE_TIMEOUT = 5.0  # seconds for one golden photo
 LOAD_TIMEOUT = 120.0  # seconds for loading another version than the pinned one
@@ -86,11 +90,12 @@ class ServeError(RuntimeError):
 
 @dataclass(frozen=True)
 class Triton:
-    """A server found on this machine: its program, its backends and the environment that it needs."""
+    """A server found on this machine: its program, its backends, the environment that it needs, and a folder for links."""
 
     program: Path
     backends: Path
     environment: dict[str, str]
+    scratch: Path
 
 
 def main() -> int:
@@ -100,6 +105,7 @@ def main() -> int:
         check_platform()
         if options.check:
             return 0
+        options.host = address_of(options.host)
         folder = None if "://" in options.model_repository else Path(options.model_repository, MODEL)
         prober = GoldenProber(folder, options.host, options.http_port)
         if options.health:
@@ -113,7 +119,7 @@ def main() -> int:
         check_ports(
             {"HTTP_PORT": options.http_port, "GRPC_PORT": options.grpc_port, "METRICS_PORT": options.metrics_port}, options.host
         )
-        with tempfile.TemporaryDirectory(prefix="npair-serve-") as scratch:
+        with scratch_folder() as scratch:
             return Supervisor(options, find_triton(Path(scratch)), prober).run()
     except BusyError:
         return 0  # to be restarted would help nobody
@@ -131,7 +137,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model-repository", default=str(repository), help="MODEL_REPOSITORY, a folder, s3:// or gs:// (%(default)s)"
     )
-    parser.add_argument("--host", default=env.get("BIND_ADDRESS", "127.0.0.1"), help="BIND_ADDRESS, to listen on (%(default)s)")
+    parser.add_argument(
+        "--host", default=env.get("BIND_ADDRESS", "127.0.0.1"), help="BIND_ADDRESS, address or name to listen on (%(default)s)"
+    )
     parser.add_argument("--http-port", type=int, default=env.get("HTTP_PORT", "8000"), help="HTTP_PORT (%(default)s)")
     parser.add_argument("--grpc-port", type=int, default=env.get("GRPC_PORT", "8001"), help="GRPC_PORT (%(default)s)")
     parser.add_argument("--metrics-port", type=int, default=env.get("METRICS_PORT", "8002"), help="METRICS_PORT (%(default)s)")
@@ -143,6 +151,12 @@ def parse_arguments() -> argparse.Namespace:
         "--grpc-client-ca",
         default=env.get("GRPC_TLS_CLIENT_CA"),
         help="GRPC_TLS_CLIENT_CA, certificates (PEM) of who signs clients': others are refused",
+    )
+    parser.add_argument(
+        "--start-timeout",
+        type=float,
+        default=env.get("START_SECONDS") or None,
+        help=f"START_SECONDS, to be ready in ({START_TIMEOUT:.0f}; from an object store {DOWNLOAD_TIMEOUT:.0f})",
     )
     parser.add_argument("--drain", type=int, default=env.get("DRAIN_SECONDS", "7"), help="DRAIN_SECONDS, to stop in (%(default)s)")
     parser.add_argument(
@@ -170,6 +184,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"LOG_FORMAT must be text or json, got {options.log_format}")
     if options.trace_rate < 1:
         parser.error(f"TRACE_RATE must be at least 1, got {options.trace_rate}")
+    if options.start_timeout is None:
+        options.start_timeout = DOWNLOAD_TIMEOUT if "://" in options.model_repository else START_TIMEOUT
+    if not options.start_timeout > 0:
+        parser.error(f"START_SECONDS must be more than 0, got {options.start_timeout}")
     Log.as_json = options.log_format == "json"
     return options
 
@@ -195,6 +213,23 @@ def check_platform() -> None:
         )
 
 
+def address_of(host: str) -> str:
+    """The IP address of a host name or address, the IPv4 one where a name has both: Triton's HTTP server takes no names.
+
+    Raises: ServeError where there is none.
+    """
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ServeError(f"cannot listen on {host}: {error}; set BIND_ADDRESS to an address of this machine") from error
+    return str(min(found, key=lambda entry: entry[0] == socket.AF_INET6)[4][0])
+
+
+def in_url(host: str) -> str:
+    """An IP address as URLs have it."""
+    return f"[{host}]" if ":" in host else host
+
+
 def check_ports(ports: dict[str, int], host: str) -> None:
     """Raises: ServeError for the first port that cannot be bound; Triton itself would fail late and with less of a reason."""
     with contextlib.ExitStack() as listeners:
@@ -207,7 +242,32 @@ def check_ports(ports: dict[str, int], host: str) -> None:
             except (OSError, OverflowError) as error:
                 elsewhere = getattr(error, "errno", None) == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror)
                 remedy = "set BIND_ADDRESS to an address of this machine" if elsewhere else f"set {name} to a free port"
-                raise ServeError(f"cannot listen on {host}:{port}: {error}; {remedy}") from error
+                raise ServeError(f"cannot listen on {in_url(host)}:{port}: {error}; {remedy}") from error
+
+
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """A new folder for the backends, TMPDIR's first, whose path can stand in a shell command. Raises: ServeError without one."""
+    for given in filter(None, [os.environ.get("TMPDIR"), *SCRATCH_PARENTS]):
+        parent = str(Path.cwd() / given)
+        if SHELL_SAFE.fullmatch(parent):
+            with contextlib.suppress(OSError):
+                return tempfile.TemporaryDirectory(prefix="npair-serve-", dir=parent)
+    raise ServeError(
+        f"no folder for temporary files: {', '.join(SCRATCH_PARENTS)} cannot be written; "
+        "set TMPDIR to a folder that can, whose path has only ASCII letters, digits and /._-"
+    )
+
+
+def shell_safe(path: str, link: Path) -> str:
+    """This path, or a link to it where a shell or an ASCII locale would not take the path as it is.
+
+    Triton starts its stubs by a bash command line, without quotes, and Python in a stub encodes paths as ASCII.
+    """
+    path = str(Path.cwd() / path)  # links in it may come to lead elsewhere
+    if SHELL_SAFE.fullmatch(path):
+        return path
+    link.symlink_to(path)
+    return str(link)
 
 
 def find_triton(scratch: Path) -> Triton:
@@ -218,7 +278,7 @@ def find_triton(scratch: Path) -> Triton:
     environment = ALLOCATOR | os.environ
     environment.pop("NPAIR_CONTROL_SECRET", None)  # no stub needs it
     if (IMAGE_SERVER / "bin/tritonserver").is_file():
-        return Triton(IMAGE_SERVER / "bin/tritonserver", IMAGE_SERVER / "backends", environment)
+        return Triton(IMAGE_SERVER / "bin/tritonserver", IMAGE_SERVER / "backends", environment, scratch)
     package = importlib.util.find_spec("pytriton")
     if package is None or package.origin is None:
         raise ServeError("no Triton server found: use the image, or install the wheel nvidia-pytriton with: make serve")
@@ -231,10 +291,12 @@ def find_triton(scratch: Path) -> Triton:
     stub = "triton_python_backend_stub"
     (backend / stub).symlink_to(wheel / "tritonserver/python_backend_stubs" / python / stub)
     # The stub takes its packages from the python3 that it finds on PATH, which must be the one that runs this file.
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment.get('PATH', os.defpath)}"
-    libraries = [str(wheel.parent / "nvidia_pytriton.libs"), *libpython_folder(python)]
+    programs = shell_safe(sys.prefix, scratch / "prefix") + "/bin"
+    environment["PATH"] = f"{programs}:{environment.get('PATH', os.defpath)}"
+    own = shell_safe(str(wheel.parent / "nvidia_pytriton.libs"), scratch / "libraries")
+    libraries = [own, *(shell_safe(folder, scratch / "libpython") for folder in libpython_folder(python))]
     environment["LD_LIBRARY_PATH"] = ":".join([*libraries, *filter(None, [environment.get("LD_LIBRARY_PATH")])])
-    return Triton(wheel / "tritonserver/bin/tritonserver", scratch, environment)
+    return Triton(wheel / "tritonserver/bin/tritonserver", scratch, environment, scratch)
 
 
 def libpython_folder(python: str) -> list[str]:
@@ -332,8 +394,11 @@ def remove_remains(port: int) -> None:
             region.unlink()
 
 
-def as_triton_reads(repository: str) -> str:
-    """Triton knows no AWS_ENDPOINT_URL: another S3 server than AWS's stands in the location itself."""
+def as_triton_reads(repository: str, scratch: Path) -> str:
+    """A folder by a path that its stubs can be given. Triton knows no AWS_ENDPOINT_URL: another S3 server than AWS's stands in the
+    location itself."""
+    if "://" not in repository:
+        return shell_safe(repository, scratch / "models")
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
     bucket = repository.removeprefix("s3://")
     return f"s3://{endpoint}/{bucket}" if endpoint and bucket != repository and "://" not in bucket else repository
@@ -357,8 +422,10 @@ def command(options: argparse.Namespace, triton: Triton, secret: str) -> list[st
     }
     if missing := sorted(protection.keys() - known):
         raise ServeError(f"{triton.program} does not know {', '.join(missing)}, and would serve without; take a newer release")
+    # Triton's HTTP library reads "[::1]" as the address of all interfaces, without an error.
+    http_host = f"ipv6:{options.host}" if ":" in options.host else options.host
     flags = {
-        "--model-repository": as_triton_reads(options.model_repository),
+        "--model-repository": as_triton_reads(options.model_repository, triton.scratch),
         "--backend-directory": triton.backends,
         "--backend-config": f"python,shm-region-prefix-name={region_prefix(options.http_port)}",
         # config.pbtxt is complete; to complete it, the server would import the model, and torch, once more.
@@ -370,13 +437,13 @@ def command(options: argparse.Namespace, triton: Triton, secret: str) -> list[st
         "--exit-on-error": "false",
         # Otherwise one refused load makes the whole server "not ready", although the old version answers.
         "--strict-readiness": "false",
-        "--http-address": options.host,
+        "--http-address": http_host,
         "--http-port": options.http_port,
-        "--grpc-address": options.host,
+        "--grpc-address": in_url(options.host),
         "--grpc-port": options.grpc_port,
         # Otherwise the largest gRPC requests so far stay in memory, each twice.
         "--grpc-infer-allocation-pool-size": 0,
-        "--metrics-address": options.host,
+        "--metrics-address": http_host,
         "--metrics-port": options.metrics_port,
         "--allow-gpu-metrics": "false",
         "--pinned-memory-pool-byte-size": 0,
@@ -407,6 +474,9 @@ class Supervisor:
         self.wake: SimpleQueue[None] = SimpleQueue()  # an event's lock could be held by what a signal interrupts
         self.stopping = self.ready = self.drained = False
         self.deadline = 0.0  # of the server's end, once it is to end in order
+        self.failing_since: float | None = None  # golden photos
+        self.changing_since: float | None = None  # a model that is unloaded or loaded
+        self.away = ""  # what was said of a model that is not loaded
         remove_remains(options.http_port)
         on_stop(lambda *_: sys.exit(0))  # there is no server yet
         stack = stack_bytes()
@@ -441,7 +511,7 @@ class Supervisor:
 
     def _watch(self) -> str:
         """Blocks until the server should not go on; returns why."""
-        failing_since, dead = None, set[int]()
+        dead = set[int]()
         while not self._stops_within(WATCH_INTERVAL if self.ready else 0.1):
             if self.process.poll() is not None:
                 when = "" if self.ready else " before the model was ready"
@@ -453,28 +523,69 @@ class Supervisor:
             try:
                 version = self.prober.probe()
             except BusyError:
-                failing_since = None
-                continue
+                self.failing_since = None
             except ProbeError as error:
-                if not self.ready:
-                    # The server is alive as from when loading has ended: asked second, it could have come to be in between.
-                    live = self.prober.green("/v2/health/live")
-                    served = live and self.prober.green(f"/v2/models/{MODEL}/ready")
-                    if live and served is False and (problem := self._fall_back()):
-                        self._drain()
-                        return problem
-                    if not served:
-                        continue
-                failing_since = failing_since or time.monotonic()
-                if time.monotonic() - failing_since > UNHEALTHY_AFTER:
-                    self.process.kill()  # it answers nothing, so there is nothing to drain
-                    return f"the golden photo has failed for {UNHEALTHY_AFTER:.0f} s ({error}); the server was ended"
-                continue
-            failing_since = None
-            if not self.ready:
-                self.ready = True
-                self._announce(version)
+                if problem := self._problem(error):
+                    return problem
+            else:
+                self._well(version)
         return "stopped"
+
+    def _well(self, version: str) -> None:
+        self.failing_since = None
+        if not self.ready:
+            self.ready = True
+            self._announce(version)
+        if self.away:
+            say(f"the model is loaded again, version {version}")
+            self.away = ""
+
+    def _problem(self, error: ProbeError) -> str:
+        """Returns: why the server should not go on after this golden photo failed; empty where it should, at least for now."""
+        if not self.ready:
+            # The server is alive as from when loading has ended: asked second, it could have come to be in between.
+            live = self.prober.green("/v2/health/live")
+            served = live and self.prober.green(f"/v2/models/{MODEL}/ready")
+            if live and served is False and (problem := self._fall_back()):
+                self._drain()
+                return problem
+            if not served:
+                return self._start_problem()
+        elif self._told_to_be_away():
+            self.failing_since = None
+            return ""
+        self.failing_since = self.failing_since or time.monotonic()
+        if time.monotonic() - self.failing_since < UNHEALTHY_AFTER:
+            return ""
+        self.process.kill()  # it answers nothing, so there is nothing to drain
+        return f"the golden photo has failed for {UNHEALTHY_AFTER:.0f} s ({error}); the server was ended"
+
+    def _start_problem(self) -> str:
+        """Triton waits for ever for a stub that it lost sight of while that was loading."""
+        seconds = self.options.start_timeout
+        if time.monotonic() - self.began < seconds:
+            return ""
+        self.process.kill()
+        return f"the model was not ready within START_SECONDS={seconds:g}, with the last log lines above; the server was ended"
+
+    def _told_to_be_away(self) -> bool:
+        """Whether the control API was told to unload or load the model, which is said once. A dead one stays "READY"."""
+        entries: list[dict[str, str]] = []
+        with contextlib.suppress(OSError, http.client.HTTPException, ProbeError, ValueError):
+            entries = self.prober.entries(self.secret)
+        states = {entry.get("state") for entry in entries}
+        if self.stopping or not states or "READY" in states:
+            return False
+        if states != {"UNAVAILABLE"}:  # requests that take minutes may come before an unload, and a download after a load
+            self.changing_since = self.changing_since or time.monotonic()
+            return time.monotonic() < self.changing_since + max(WORKING_FOR, float(self.options.start_timeout))
+        self.changing_since = None
+        unloaded = any(entry.get("reason") == "unloaded" for entry in entries)
+        what = "was unloaded through the control API" if unloaded else "could not be loaded, for the reasons above"
+        if what != self.away:
+            self.away = what
+            say(f"WARNING: the model {what}; waiting for it to be loaded", "warning")
+        return True
 
     def _stops_within(self, seconds: float) -> bool:
         with contextlib.suppress(Empty):
@@ -500,7 +611,7 @@ class Supervisor:
         return ""
 
     def _announce(self, version: str) -> None:
-        options, host = self.options, f"[{self.options.host}]" if ":" in self.options.host else self.options.host
+        options, host = self.options, in_url(self.options.host)
         say(
             f"ready after {time.monotonic() - self.began:.1f} s: model {MODEL} version {version} "
             f"at http://{host}:{options.http_port} and grpc{'s' if options.grpc_cert else ''}://{host}:{options.grpc_port}, "
@@ -636,6 +747,15 @@ class GoldenProber:
         body = json.dumps({"parameters": {"config": config}}).encode()
         self._request("POST", f"/v2/repository/models/{MODEL}/load", body, {CONTROL_HEADER: secret}, LOAD_TIMEOUT)
 
+    def entries(self, secret: str) -> list[dict[str, str]]:
+        """What the server says of each version that it was to load: name, version, state, and a reason where that is UNAVAILABLE.
+
+        Raises: ProbeError, OSError, HTTPException, ValueError.
+        """
+        index = json.loads(self._request("POST", "/v2/repository/index", b"{}", {CONTROL_HEADER: secret})[1])
+        # Every folder beside the model's is listed, too, without a state; the model's own is not while its storage is away.
+        return [entry for entry in index if entry["name"] == MODEL]
+
     def unload(self, secret: str, seconds: float) -> bool:
         """Unload the model: what comes from then on is refused. Returns: whether all that it had accepted was answered in time.
 
@@ -651,9 +771,7 @@ class GoldenProber:
                 worked, before, looked = self._worked(), worked, now
                 if dead_stubs(self.server) and worked - before < IDLE_AFTER / 10:
                     return False
-            index = json.loads(self._request("POST", "/v2/repository/index", b"{}", {CONTROL_HEADER: secret})[1])
-            # Every folder beside the model's is listed, too, without a state; the model's own is not while its storage is away.
-            states = {entry.get("state") for entry in index if entry["name"] == MODEL}
+            states = {entry.get("state") for entry in self.entries(secret)}
             if not states:
                 raise ProbeError(f"the repository no longer lists {MODEL}")
             if states == {"UNAVAILABLE"}:
