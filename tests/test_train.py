@@ -19,7 +19,7 @@ from npair.evaluate import embed_run
 from npair.network import load_network
 from npair.pixels import default_cache, load
 from npair.run import RunError, TrainConfig
-from npair.train import moving_average, schedule, settle, train
+from npair.train import interruption, moving_average, schedule, settle, train
 
 
 def weights(run: Path) -> torch.Tensor:
@@ -72,6 +72,20 @@ def test_ctrl_c_keeps_a_checkpoint_and_resuming_ends_where_the_whole_run_does(da
     whole = dataclasses.replace(TINY, epochs=16)
     assert train(dataset, tmp_path / "whole", whole)
     torch.testing.assert_close(weights(run), weights(tmp_path / "whole"), rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_ignored_does_not_interrupt() -> None:
+    """As Ctrl-C in a script's background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruption() as interrupted:
+            signal.raise_signal(signal.SIGINT)
+            assert not interrupted()
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupted()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("variant", [{"loss": "cosine"}, {"loss": "tuplet"}, {"mine_from": 6}, {"augmentation": "none"}], ids=str)

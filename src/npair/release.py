@@ -480,11 +480,11 @@ def _serve(repository: Repository, number: int, servers: Sequence[Server], *, ke
             told = _client_parameters(repository, version)
             values |= told if version == number else {f"manifest_sha256_{version}": told["manifest_sha256"]}
         after = with_release(config, served, values)
-        _all(Server.reach, servers)
+        _all(lambda server: server.reach(), servers)
         try:
             _write_fallback(repository, history)
             repository.write("config.pbtxt", after.encode())
-            _all(Server.load, servers)
+            _all(lambda server: server.load(), servers)
             _all(lambda server: server.check(folder), servers)
             if not history:
                 repository.delete(FALLBACK)
@@ -505,7 +505,7 @@ def _put_back(repository: Repository, config: str, fallback: bytes | None, serve
             repository.write(FALLBACK, fallback)
     except Exception as error:
         return f"config.pbtxt could not be put back to version {number} ({error})"
-    failed = _at_once(Server.load, servers)
+    failed = _at_once(lambda server: server.load(), servers)
     failures = [*failed.values()]
     try:
         with repository.version(number) as folder:
