@@ -19,7 +19,8 @@ import triton_python_backend_utils as pb_utils
 
 from .embedder import Embedder, Vector
 from .engine import cores
-from .preprocess import REASONS, Limits, PhotoError
+from .preprocess import Limits
+from .refusal import REASONS, PhotoError
 
 REPORT_INTERVAL = 1.0  # seconds between two updates of the server's metrics
 STALLED_FOR = 10  # seconds in which a batch makes no progress, after which its process ends itself
@@ -37,7 +38,7 @@ WORK = {
 
 
 class TritonPythonModel:
-    """IMAGE (BYTES [b, 1], one encoded photo each) -> EMBEDDING (FP32 [b, D], unit length)."""
+    """IMAGE (BYTES [b, 1], one encoded photo each, or its base64) -> EMBEDDING (FP32 [b, D], unit length)."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load and verify this version; any exception makes Triton refuse it with the message."""

@@ -2,7 +2,8 @@
 
 Layout of a version folder, all of it listed with SHA-256 in ``manifest.json``::
 
-    model.py embedder.py engine.py preprocess.py   the code that serves it
+    model.py embedder.py engine.py                 the code that serves it
+    text.py preprocess.py jpeg.py png.py metadata.py colour.py refusal.py
     network.pt2                                    the reference graph with its weights: uint8 [N, size, size, 3] -> fp32 [N, D]
     network.xml network-int8.xml                   the same for OpenVINO, with their weights in .bin
     golden/                                        photos and, in embeddings.npy, the fp32 reference embeddings of each
@@ -27,7 +28,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .engine import BATCH, EngineError, load
-from .preprocess import Limits, PhotoError, Preprocessing, decode
+from .preprocess import Limits, Preprocessing, decode
+from .refusal import PhotoError
+from .text import photo_of
 
 Answer = TypeVar("Answer")
 Pixels = npt.NDArray[np.uint8]
@@ -100,7 +103,7 @@ class Embedder:
         raise VersionError(f"{folder}: no engine works: " + "; ".join(self.passed_over.values()))
 
     def embed_photos(self, photos: Sequence[bytes], limits: Limits) -> list[Vector | PhotoError]:
-        """Decode and embed encoded photos: for each its float32 [D] of unit length, or why there is none.
+        """Decode and embed encoded photos, or their base64 text: for each its float32 [D] of unit length, or why there is none.
 
         Raises: ArithmeticError where the network's output has no direction.
         """
@@ -177,7 +180,7 @@ class Embedder:
 
     def _decode(self, photo: bytes, limits: Limits) -> Pixels | PhotoError:
         try:
-            return decode(photo, self.preprocessing, limits, self.large)
+            return decode(photo_of(photo, limits), self.preprocessing, limits, self.large)
         except PhotoError as error:
             # A new one: the frames of its traceback, and of its cause's, would keep the photos, and the memory that the server
             # shares, until the garbage collector comes.

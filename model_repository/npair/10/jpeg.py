@@ -1,0 +1,187 @@
+"""JPEG, as far as its segments go: which kind it is, its metadata, and a copy that holds only what makes its pixels.
+
+Decoders never see the file itself. The copy has one frame of a kind that they scale correctly, no metadata, nothing between its
+segments and nothing after its end, so that this module and libjpeg cannot understand it in two ways.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from .metadata import Metadata
+from .refusal import PhotoError
+
+SIGNATURE = b"\xff\xd8\xff"
+SOI, EOI = b"\xff\xd8", b"\xff\xd9"
+SOS = 0xDA
+TABLES = {0xC4, 0xCC, 0xDB, 0xDD}  # Huffman, arithmetic, quantisation, restart interval
+METADATA = {*range(0xE0, 0xF0), 0xFE}
+PROGRESSIVE, ARITHMETIC = {0xC2, 0xCA}, {0xC9, 0xCA}
+FRAMES = {0xC0, 0xC1, *PROGRESSIVE, *ARITHMETIC}
+SEGMENTS = {SOS, *TABLES, *METADATA, *FRAMES}
+# libjpeg cannot scale lossless frames: asked for a smaller picture, it writes all of it past the end of the small one's memory.
+OTHER_FRAMES = {
+    **dict.fromkeys((0xC3, 0xCB), "lossless JPEG"),
+    **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF, 0xDE, 0xDF), "hierarchical JPEG"),
+    0xF7: "JPEG-LS file",
+}
+REMEDY = "which is not read; save it as a baseline or progressive JPEG, or as PNG"
+
+# As libjpeg finds them: any number of FF, then anything but 00. Other bytes before one are skipped; in the data of a scan,
+# restart markers belong to the data.
+MARKER = re.compile(rb"\xff([^\x00\xff])")
+END_OF_SCAN = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
+
+# Each scan goes over all of the pixels, and 70 bytes make one, so that 20 MB would keep a core busy for an hour. Encoders write
+# ten or so.
+MAX_SCANS = 100
+
+# Some cameras pad the data before the end marker, which libjpeg warns of as it does of data that are out of step.
+EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
+MAX_EXTRANEOUS = 4
+
+JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+EXIF, XMP, ICC = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0"
+
+
+@dataclass
+class Jpeg:
+    """A JPEG whose segments are sound.
+
+    size: width and height, in pixels. components: the names of its 1 (grey), 3, or 4 (CMYK) components. scans: their headers.
+    content: the copy for the decoder.
+    """
+
+    size: tuple[int, int] = (0, 0)
+    components: bytes = b""
+    metadata: Metadata = field(default_factory=Metadata)
+    scans: list[bytes] = field(default_factory=list)
+    content: bytes = b""
+
+    def decode(self, at_least: tuple[int, int]) -> Image.Image:
+        """The pixels, L, RGB or CMYK, at so few eighths of width and height that both are not below ``at_least``.
+
+        Raises: PhotoError if any of the data is missing or destroyed; MemoryError.
+        """
+        try:
+            return self._decode(self.content, at_least)
+        except PhotoError as error:
+            padding = EXTRANEOUS.search(str(error))
+            if not padding or int(padding[1]) > MAX_EXTRANEOUS:
+                raise
+            return self._decode(self.content[: -2 - int(padding[1])] + EOI, at_least)  # all else may be wrong too
+
+    def _decode(self, content: bytes, at_least: tuple[int, int]) -> Image.Image:
+        colours = {1: "GRAY", 3: "RGB", 4: "CMYK"}[len(self.components)]
+        try:
+            pixels = simplejpeg.decode_jpeg(content, colours, min_width=at_least[0], min_height=at_least[1])
+        except ValueError as error:  # warnings too
+            if "Could not determine subsampling" in str(error):
+                return self._decode_by_pillow(content, at_least)
+            if "nsufficient memory" in str(error):
+                raise MemoryError(str(error)) from error
+            raise damaged(str(error)) from error
+        if len(self.components) == 4:  # written inverted, as Adobe does, and as everyone reads it
+            return Image.fromarray(np.invert(pixels, out=pixels), "CMYK")
+        return Image.fromarray(pixels[..., 0] if len(self.components) == 1 else pixels)
+
+    def _decode_by_pillow(self, content: bytes, at_least: tuple[int, int]) -> Image.Image:
+        """Colours at odd resolutions, which simplejpeg does not take. Pillow knows halves only, and does not tell of warnings."""
+        image = Image.open(io.BytesIO(content), formats=["JPEG"])
+        image.draft(None, at_least)
+        image.load()
+        return image
+
+
+def damaged(why: str) -> PhotoError:
+    return PhotoError("damaged", f"the JPEG data is truncated or damaged ({why}); send the original file")
+
+
+def read(photo: bytes) -> Jpeg:
+    """Read the segments of a JPEG up to its end, in linear time.
+
+    Raises: PhotoError if it is cut off before its scans, or has more than MAX_SCANS of them, or is of a kind that is not decoded.
+    """
+    jpeg, frame = Jpeg(), 0
+    parts, profile = [SOI], dict[bytes, bytes]()
+    start, marker_to_find = 2, MARKER
+    while marker := marker_to_find.search(photo, start):
+        kind, begin = marker[1][0], marker.end() + 2
+        if marker_to_find is END_OF_SCAN:
+            parts.append(photo[start : marker.start()].rstrip(b"\xff"))
+        if kind == EOI[1]:
+            break
+        if kind in OTHER_FRAMES:
+            raise PhotoError("not_an_image", f"a {OTHER_FRAMES[kind]}, {REMEDY}")
+        if kind not in SEGMENTS:
+            raise damaged(f"marker {kind:02X} where none may be")
+        start, marker_to_find = marker.end() + int.from_bytes(photo[marker.end() : begin], "big"), MARKER
+        if not begin <= start <= len(photo):
+            raise damaged("a segment is cut off")
+        content = photo[begin:start]
+        if kind in FRAMES:
+            if frame:
+                raise damaged("a second frame")
+            frame = kind
+            _read_frame(jpeg, content)
+        if kind == SOS:
+            jpeg.scans.append(content)
+            if not frame or len(content) < 4:
+                raise damaged("a scan without a frame")
+            if len(jpeg.scans) > MAX_SCANS:
+                raise PhotoError("too_many_scans", f"the photo has more than the limit of {MAX_SCANS} scans; save it anew")
+            marker_to_find = END_OF_SCAN
+            if frame not in PROGRESSIVE:  # some cameras leave zeros here, which libjpeg ignores with a warning
+                parts.append(photo[marker.start() : start - 3] + b"\0\x3f\0")
+                continue
+        if kind not in METADATA or (kind == 0xEE and content.startswith(b"Adobe")):
+            parts.append(photo[marker.start() : start])
+        elif kind == 0xE0 and content.startswith(b"JFIF\0") and JFIF not in parts[:2]:
+            parts.insert(1, JFIF)
+        elif kind == 0xE1 and content.startswith(EXIF):
+            jpeg.metadata.exif = jpeg.metadata.exif or content
+        elif kind == 0xE1 and content.startswith(XMP):
+            jpeg.metadata.xmp = content[len(XMP) :]
+        elif kind == 0xE2 and content.startswith(ICC):
+            profile.setdefault(content[len(ICC) :][:1], content[len(ICC) + 2 :])
+    else:
+        if marker_to_find is END_OF_SCAN:
+            parts.append(photo[start:].rstrip(b"\xff"))
+        if frame in ARITHMETIC or not _complete(jpeg, frame):  # the decoder would not miss what arithmetic coding leaves out
+            raise damaged("it ends too early")
+    if not jpeg.scans:
+        raise damaged("it has no scan")
+    if b"".join(sorted(profile)) == bytes(range(1, len(profile) + 1)):
+        jpeg.metadata.profile = b"".join(part for _, part in sorted(profile.items()))
+    jpeg.content = b"".join([*parts, EOI])
+    return jpeg
+
+
+def _read_frame(jpeg: Jpeg, content: bytes) -> None:
+    if len(content) < 6 or len(content) != 6 + 3 * content[5]:
+        raise damaged("a frame header of the wrong length")
+    if content[0] != 8:
+        raise PhotoError("not_an_image", f"a JPEG of {content[0]} bits for each colour, {REMEDY}")
+    if content[5] not in (1, 3, 4):
+        raise PhotoError("not_an_image", f"a JPEG of {content[5]} colours, {REMEDY}")
+    jpeg.components = content[6::3]
+    jpeg.size = int.from_bytes(content[3:5], "big"), int.from_bytes(content[1:3], "big")
+    if not all(jpeg.size):
+        raise PhotoError("not_an_image", f"a JPEG that does not say its size before its pixels, {REMEDY}")
+
+
+def _complete(jpeg: Jpeg, frame: int) -> bool:
+    """Whether the scans give every coefficient of every component, down to its last bit."""
+    missing = {(component, coefficient): 1 for component in jpeg.components for coefficient in range(64)}
+    for scan in jpeg.scans:
+        first, last, low = (scan[-3], scan[-2], scan[-1] & 15) if frame in PROGRESSIVE else (0, 63, 0)
+        for component in scan[1:-3:2]:
+            for coefficient in range(first, last + 1):
+                missing[component, coefficient] = low
+    return not any(missing.values())

@@ -1,0 +1,60 @@
+"""PNG, as far as its chunks go: the metadata that counts, and a copy with what makes the pixels and nothing else.
+
+Pillow unpacks all of the text and the profile, and refuses a file in which one of them is large.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+from .metadata import MAX_METADATA, MAX_PROFILE, Metadata
+
+START = 8  # behind the signature
+EXIF_TEXT, XMP_TEXT = b"Raw profile type exif", b"XML:com.adobe.xmp"
+
+
+def read(photo: bytes) -> tuple[bytes, Metadata]:
+    """The file without its ancillary chunks, except for transparency, and the metadata in these.
+
+    Whatever is no chunk stays as it is, for the decoder to refuse.
+    """
+    metadata, parts, start = Metadata(), [photo[:START]], START
+    while start + 12 <= len(photo):
+        length, kind = struct.unpack_from(">I4s", photo, start)
+        end = start + 12 + length
+        if kind == b"IEND" or end > len(photo) or not kind.isalpha():
+            break
+        if kind[:1].isupper() or kind == b"tRNS":
+            parts.append(photo[start:end])
+        else:
+            _keep(metadata, kind, photo[start + 8 : end - 4])
+        start = end
+    return b"".join([*parts, photo[start:]]), metadata
+
+
+def _keep(metadata: Metadata, kind: bytes, content: bytes) -> None:
+    key, _, value = content.partition(b"\0")
+    if kind == b"eXIf":
+        metadata.exif = metadata.exif or content
+    elif kind == b"iCCP":
+        metadata.profile = _unpacked(value[1:], MAX_PROFILE + 1)
+    elif kind == b"iTXt" and key == XMP_TEXT:
+        text = value[2:].split(b"\0", 2)[-1]
+        metadata.xmp = _unpacked(text, MAX_METADATA) if value[:1] == b"\1" else text
+    elif kind in (b"tEXt", b"zTXt") and key == XMP_TEXT:
+        metadata.xmp = _unpacked(value[1:], MAX_METADATA) if kind == b"zTXt" else value
+    elif kind in (b"tEXt", b"zTXt") and key == EXIF_TEXT and not metadata.exif:  # as hexadecimal text: older than its chunk
+        text = (_unpacked(value[1:], MAX_METADATA) if kind == b"zTXt" else value)[:MAX_METADATA]
+        try:
+            metadata.exif = bytes.fromhex("".join(text.decode("latin-1").split("\n")[3:])[: MAX_METADATA // 2 * 2])
+        except ValueError:
+            return
+
+
+def _unpacked(packed: bytes, most: int) -> bytes:
+    """What was compressed, empty if it is broken, cut at ``most`` bytes."""
+    try:
+        return zlib.decompressobj().decompress(packed, most)
+    except zlib.error:
+        return b""
