@@ -53,7 +53,7 @@ CONTROL_HEADER = "npair-control-secret"
 # Of one HTTP request, in bytes, where Triton has a limit (2.51 has none): three photos of the largest size, or 64 of 1 MiB.
 MAX_REQUEST_BYTES = 64 << 20
 # Of each of the server's threads, in bytes. Triton's HTTP library puts two arrays of the body's length on a thread's stack when the
-# content type is application/x-www-form-urlencoded, as curl's is by default. Only what is used of a stack takes memory.
+# content type is application/x-www-form-urlencoded, as curl's is by default. A stack takes memory as it is used, and keeps it.
 STACK_BYTES = 4 * MAX_REQUEST_BYTES
 # At once, where the hard limit allows it. Beyond the usual soft limit of 1,024, connections go unanswered, the golden photo's too.
 OPEN_FILES = 65_536
