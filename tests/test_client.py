@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import http.server
+import inspect
 import json
 import os
+import pickle
+import random
 import shutil
+import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +29,13 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from conftest import ROOT, SHIPPED, certificate, eventually, running
+from conftest import ROOT, SHIPPED, certificate, eventually, free_ports, lines_until_ready, running, start
 
 from npair.client import (
     IN_FLIGHT,
     PIXEL,
     AccessDeniedError,
+    AsyncNpairClient,
     EmbeddingStream,
     InvalidPhotoError,
     InvalidRequestError,
@@ -38,8 +46,10 @@ from npair.client import (
     ServerFaultError,
     Thresholds,
     UnavailableError,
+    Vectors,
     VersionGoneError,
 )
+from npair.config import with_release
 from npair.serving.preprocess import Limits, Preprocessing, decode
 
 PHOTOS = list[bytes]
@@ -259,6 +269,334 @@ class TestVersionGone:
             assert saved["vectors"][:, 0].tolist() == list(range(1, 101))
 
 
+@pytest.fixture(scope="module")
+def urls() -> Iterator[dict[str, str]]:
+    """A real server's, by protocol."""
+    with running() as (_, urls):
+        yield urls
+
+
+PHOTO = SHIPPED / "golden/photo.jpg"
+
+
+class TestConnections:
+    """Each connection of a FakeServer has a thread of its own."""
+
+    def test_are_kept(self) -> None:
+        used: set[int] = set()
+
+        def answer(photos: PHOTOS, _: str) -> tuple[int, str]:
+            used.add(threading.get_ident())
+            time.sleep(0.01)
+            return embeddings(photos)
+
+        with serving(answer) as (url, server), NpairClient(url, batch_size=1) as client:
+            for _ in range(5):
+                client.embed([b"x"] * 20)
+        assert len(server.batches) == 100
+        assert len(used) <= 1 + IN_FLIGHT
+
+    def test_a_new_one_before_a_call_is_repeated(self) -> None:
+        """A server that drains says this for as long as the connection is open."""
+        draining = set[int]()
+
+        def answer(photos: PHOTOS, _: str) -> tuple[int, str]:
+            if not draining or threading.get_ident() in draining:
+                draining.add(threading.get_ident())
+                return 404, '{"error": "Request for unknown model: \'npair\' has no available versions"}'
+            return embeddings(photos)
+
+        with serving(answer) as (url, _), NpairClient(url, retries=1) as client:
+            assert client.embed(b"x").version == "1"
+
+    def test_one_that_the_server_has_closed_meanwhile(self) -> None:
+        def answer(photos: PHOTOS, _: str) -> tuple[int, str]:
+            threading.Timer(0.1, hang_up).start()
+            return embeddings(photos)
+
+        def hang_up() -> None:
+            for connection in connections:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+        connections: list[socket.socket] = []
+        with serving(answer) as (url, server), NpairClient(url, retries=0) as client:
+            answer_one = server.process_request_thread
+
+            def remember(connection: Any, address: Any) -> None:
+                connections.append(connection)
+                answer_one(connection, address)
+
+            server.process_request_thread = remember  # type: ignore[method-assign, assignment]
+            client.embed(b"x")
+            time.sleep(0.3)
+            assert client.embed(b"x").version == "1"
+
+    def test_each_reaches_another_version(self) -> None:
+        """As behind a balancer while versions change: all vectors of a call are of one, and no call fails."""
+        numbers, versions = iter(range(10**6)), dict[int, str]()
+
+        def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
+            mine = versions.setdefault(threading.get_ident(), "12"[next(numbers) % 2])
+            if path.endswith("/models/npair"):
+                return 200, json.dumps({"name": "npair", "versions": [mine]})
+            if "/versions/" in path and f"/versions/{mine}/" not in path:
+                return 400, '{"error": "Request for unknown model: \'npair\' version 0 is not found"}'
+            status, text = embeddings([b"x" * int(mine)] * len(photos), mine)
+            return status, text
+
+        with serving(answer) as (url, _), ThreadPoolExecutor(4) as pool, NpairClient(url, batch_size=2) as client:
+            for vectors, version in pool.map(client.embed, [[b"x"] * 12] * 40):
+                assert set(vectors[:, 0]) == {int(version)}
+
+    def test_an_answer_of_another_version_than_was_asked_for(self) -> None:
+        fault = pytest.raises(ServerFaultError, match="asked for version 1, got 2")
+        with serving(partial(embeddings_of, "2")) as (url, _), NpairClient(url, version="1") as client, fault:
+            client.embed(b"x")
+
+    def test_a_closed_client_says_so(self) -> None:
+        with serving(lambda photos, _: embeddings(photos)) as (url, server):
+            with NpairClient(url) as client:
+                client.embed(b"x")
+            client.close()
+            with pytest.raises(RuntimeError, match="the client is closed"):
+                client.embed(b"x")
+        assert len(server.batches) == 1
+
+    @pytest.mark.parametrize("scheme", ["http", "grpc"])
+    def test_closing_ends_the_calls_of_other_threads(self, scheme: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as pool:
+            client = NpairClient(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}", timeout=60)
+            call = pool.submit(client.embed, b"x")
+            with silent.accept()[0]:
+                time.sleep(0.3)
+                client.close()
+                assert isinstance(call.exception(timeout=30), RuntimeError)
+
+
+class Balancer:
+    """A TCP port whose new connections go to one of the ports in ``live``, by chance; open ones stay where they are."""
+
+    def __init__(self) -> None:
+        self.live: list[str] = []
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            threading.Thread(target=self._connect, args=(self._listener.accept()[0],), daemon=True).start()
+
+    def _connect(self, client: socket.socket) -> None:
+        with client, suppress(OSError), socket.create_connection(("127.0.0.1", int(random.choice(self.live)))) as server:
+            for end in (client, server):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=self._copy, args=(server, client), daemon=True).start()
+            self._copy(client, server)
+
+    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while content := source.recv(65536):
+                sink.sendall(content)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_rolling_restart_fails_no_call(published: Path, tmp_path: Path) -> None:
+    """Two real servers behind an address are replaced, one after the other, by servers of another version."""
+    old, new = str(ROOT / "model_repository"), str(tmp_path / "models")
+    shutil.copytree(published, tmp_path / "models/npair")
+    config = tmp_path / "models/npair/config.pbtxt"
+    config.write_text(with_release(config.read_text(), [1], {}))
+    photos, balancers, expected = [PHOTO.read_bytes()] * 12, {"http": Balancer(), "grpc": Balancer()}, dict[str, Vectors]()
+    processes: list[subprocess.Popen[str]] = []
+
+    def serve(models: str) -> dict[str, str]:
+        ports = free_ports()
+        processes.append(start(MODEL_REPOSITORY=models, DRAIN_SECONDS="5", **ports))
+        lines_until_ready(processes[-1])
+        with NpairClient(f"http://127.0.0.1:{ports['HTTP_PORT']}") as client:
+            vectors, version = client.embed(photos[:1])
+        expected[version] = vectors
+        by_protocol = {"http": ports["HTTP_PORT"], "grpc": ports["GRPC_PORT"]}
+        for protocol, port in by_protocol.items():
+            balancers[protocol].live.append(port)
+        return by_protocol
+
+    stop, problems, versions = threading.Event(), list[str](), set[tuple[str, int, str]]()
+
+    def work(protocol: str, count: int) -> None:
+        with NpairClient(f"{protocol}://127.0.0.1:{balancers[protocol].port}", batch_size=2) as client:
+            while not stop.is_set():
+                try:
+                    vectors, version = client.embed(photos[:count])
+                    versions.add((protocol, count, version))
+                    if not np.allclose(vectors, expected[version], atol=1e-3):
+                        problems.append("mixed")
+                except Exception as error:
+                    problems.append(repr(error))
+
+    threads = [threading.Thread(target=work, args=(protocol, count)) for protocol in balancers for count in (1, 12)]
+    try:
+        before = [serve(old), serve(old)]
+        for thread in threads:
+            thread.start()
+        for process, ports in zip(processes[:2], before, strict=True):
+            process.terminate()
+            time.sleep(1)  # until the balancer learns of it
+            for protocol, port in ports.items():
+                balancers[protocol].live.remove(port)
+            process.wait(timeout=60)
+            serve(new)
+            time.sleep(1)
+    finally:
+        stop.set()
+        for thread in threads:
+            if thread.ident:
+                thread.join()
+        for process in processes:
+            process.terminate()
+            process.wait(timeout=60)
+    assert problems == []
+    assert versions == {(protocol, count, version) for protocol in balancers for count in (1, 12) for version in expected}
+    assert len(expected) == 2
+
+
+PROCESSES = """
+import multiprocessing, os, sys, threading
+
+from torch.utils.data import DataLoader, Dataset
+
+from npair.client import NpairClient
+
+
+class Photos(Dataset):
+    def __init__(self, client):
+        self.client = client
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return self.client.embed(sys.argv[2]).vectors[0]
+
+
+def embed(client):
+    return len(client.embed([sys.argv[2]] * 3).vectors)
+
+
+def main():
+    with NpairClient(sys.argv[1], batch_size=1, timeout=20) as client:
+        assert embed(client) == 3
+        busy, stop = threading.Event(), threading.Event()
+
+        def work():
+            while not stop.is_set():
+                if sys.argv[1].startswith("http"):  # gRPC's calls do not survive it
+                    client.embed(sys.argv[2])
+                busy.set()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        busy.wait()
+        children = []
+        for _ in range(3):  # as gunicorn does; over HTTP, while a call is under way
+            child = os.fork()
+            if child == 0:
+                with client:
+                    os._exit(0 if embed(client) == 3 else 1)
+            children.append(child)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+        stop.set()
+        thread.join()
+        for method in ("fork", "spawn"):
+            with multiprocessing.get_context(method).Pool(2) as pool:
+                assert pool.map(embed, [client] * 4) == [3, 3, 3, 3], method
+            loader = DataLoader(Photos(client), batch_size=2, num_workers=2, multiprocessing_context=method)
+            assert [batch.shape for batch in loader] == [(2, 128), (2, 128)], method
+        assert embed(client) == 3
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+class TestThreadsAndProcesses:
+    def test_threads_share_a_client(self, urls: dict[str, str], scheme: str) -> None:
+        with NpairClient(urls[scheme], batch_size=2) as client, ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(client.embed, [[PHOTO] * 5] * 24))
+            expected = client.embed(PHOTO).vectors
+        for vectors, _ in answers:
+            np.testing.assert_allclose(vectors, np.resize(expected, (5, 128)), atol=1e-3)
+
+    def test_threads_that_come_and_go_leave_nothing(self, urls: dict[str, str], scheme: str) -> None:
+        with NpairClient(urls[scheme]) as client:
+            client.embed(PHOTO)
+            before = len(list(Path("/proc/self/fd").iterdir()))
+            for _ in range(30):
+                thread = threading.Thread(target=client.embed, args=(PHOTO,))
+                thread.start()
+                thread.join()
+            assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+
+    def test_processes(self, urls: dict[str, str], scheme: str, tmp_path: Path) -> None:
+        """Forked or spawned, with a client that their parent has used."""
+        script = tmp_path / "processes.py"
+        script.write_text(PROCESSES)
+        command: list[str | Path] = [sys.executable, script, urls[scheme], PHOTO]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    def test_asyncio(self, urls: dict[str, str], scheme: str) -> None:
+        async def main() -> None:
+            async with AsyncNpairClient(urls[scheme], batch_size=2) as client:
+                assert await client.ready()
+                answers = await asyncio.gather(*(client.embed([PHOTO] * 3) for _ in range(8)), client.embed(PHOTO))
+                assert [len(vectors) for vectors, _ in answers] == [3] * 8 + [1]
+                thresholds = await client.thresholds()
+                assert thresholds is not None
+                assert thresholds.version == answers[0].version
+
+        asyncio.run(main())
+
+    def test_proxies_of_the_environment_are_not_used(
+        self, urls: dict[str, str], scheme: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(name, "http://127.0.0.1:9")
+        monkeypatch.delenv("no_proxy", raising=False)
+        with NpairClient(urls[scheme], retries=0) as client:
+            assert client.embed(PHOTO).vectors.shape == (1, 128)
+
+
+def tree(error: type[NpairError]) -> list[type[NpairError]]:
+    return [error, *(below for one in error.__subclasses__() for below in tree(one))]
+
+
+class TestPickle:
+    @pytest.mark.parametrize("kind", tree(NpairError))
+    @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))])
+    def test_exceptions(self, kind: type[NpairError], again: Callable[[NpairError], NpairError]) -> None:
+        error = InvalidPhotoError({3: "broken"}) if kind is InvalidPhotoError else kind("a reason")
+        made = again(error)
+        assert (type(made), str(made), vars(made)) == (kind, str(error), vars(error))
+
+    def test_a_client_is_its_arguments(self, tmp_path: Path) -> None:
+        cert, key = certificate(tmp_path)
+        limits: dict[str, Any] = {"timeout": 1.5, "retries": 7, "batch_size": 2, "batch_bytes": 9}
+        files: dict[str, Any] = {"ca": cert, "cert": (cert, key)}
+        given = {"model": "other", "version": "3", "api_key": "abc"} | limits | files
+        with NpairClient("https://127.0.0.1:9", **given) as client:
+            made = pickle.loads(pickle.dumps(client))
+        given["url"] = "https://127.0.0.1:9"
+        assert given.keys() == inspect.signature(NpairClient).parameters.keys()
+        assert {name: getattr(made, name) for name in given} == given
+        assert not made.ready(), "it is not closed"
+
+
 class TestErrors:
     def test_bad_photos_are_named_by_their_place_in_the_call(self) -> None:
         def answer(photos: PHOTOS, _: str) -> tuple[int, str]:
@@ -406,6 +744,110 @@ class TestErrors:
             assert server.batches == []
 
 
+class TestTransportErrors:
+    """What the network does, on sockets that do it."""
+
+    @contextmanager
+    def answering(self, content: bytes, *, reset: bool = False) -> Iterator[tuple[str, list[int]]]:
+        """A server that reads a bit, answers this and hangs up. Yields its address, and a list as long as its calls."""
+        calls: list[int] = []
+
+        def answer() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                with connection, suppress(OSError):
+                    calls.append(len(connection.recv(1 << 20)))
+                    connection.sendall(content)
+                    if reset:  # what is unsent is dropped
+                        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    else:
+                        connection.shutdown(socket.SHUT_WR)
+                        connection.recv(1 << 20)
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            threading.Thread(target=answer, daemon=True).start()
+            yield f"127.0.0.1:{listener.getsockname()[1]}", calls
+            listener.shutdown(socket.SHUT_RDWR)
+
+    HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"
+
+    @pytest.mark.parametrize(
+        ("content", "expected"),
+        [
+            (b"", UnavailableError),
+            (b"HTTP/1.1 200", UnavailableError),
+            (HEAD + b"{", UnavailableError),
+            (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n{", UnavailableError),
+            (b"SSH-2.0-OpenSSH_9.2\r\n", ServerFaultError),
+            (b"\0" * 100_000, ServerFaultError),
+            (HEAD.replace(b"1000", b"2") + b"{}", ServerFaultError),
+            (HEAD.replace(b"1000", b"4") + b"null", ServerFaultError),
+            (HEAD.replace(b"1000", b"5") + b"<html", ServerFaultError),
+            (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nInference-Header-Content-Length: x\r\n\r\n{}", ServerFaultError),
+        ],
+    )
+    def test_http(self, content: bytes, expected: type[NpairError]) -> None:
+        with self.answering(content) as (address, calls), NpairClient(f"http://{address}", retries=0) as client:
+            with pytest.raises(expected):
+                client.embed(b"photo")
+            assert len(calls) == 1
+
+    @pytest.mark.parametrize("content", [b"", HEAD + b"{"])
+    def test_http_reset(self, content: bytes) -> None:
+        with (
+            self.answering(content, reset=True) as (address, _),
+            NpairClient(f"http://{address}", retries=0) as client,
+            pytest.raises(UnavailableError),
+        ):
+            client.embed(b"photo")
+
+    @pytest.mark.parametrize("content", [b"", b"SSH-2.0-OpenSSH_9.2\r\n", HEAD + b"{"])
+    def test_grpc(self, content: bytes) -> None:
+        with (
+            self.answering(content) as (address, _),
+            NpairClient(f"grpc://{address}", retries=0, timeout=5) as client,
+            pytest.raises(UnavailableError),
+        ):
+            client.embed(b"photo")
+
+    @pytest.mark.parametrize("scheme", ["http", "https", "grpc", "grpcs"])
+    def test_a_name_that_is_not_found(self, scheme: str) -> None:
+        with NpairClient(f"{scheme}://npair.invalid:1", retries=0) as client, pytest.raises(UnavailableError):
+            client.embed(b"photo")
+
+    @pytest.mark.parametrize("scheme", ["https", "grpcs"])
+    def test_no_tls(self, scheme: str) -> None:
+        with (
+            self.answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as (address, _),
+            NpairClient(f"{scheme}://{address}", retries=0) as client,
+            pytest.raises(UnavailableError),
+        ):
+            client.embed(b"photo")
+
+    def test_a_certificate_that_is_not_trusted(self, tmp_path: Path) -> None:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(*certificate(tmp_path))
+        refused = pytest.raises(UnavailableError, match="CERTIFICATE_VERIFY_FAILED")
+        with serving(lambda photos, _: embeddings(photos), tls) as (url, _), NpairClient(url, retries=0) as client, refused:
+            client.embed(b"photo")
+
+    @pytest.mark.parametrize("scheme", ["http", "grpc"])
+    def test_a_bug_stays_what_it_is(self, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        tries = []
+
+        def bug(*_: object) -> None:
+            tries.append(1)
+            raise ZeroDivisionError
+
+        monkeypatch.setattr("npair.client._tensor", bug)
+        with NpairClient(f"{scheme}://127.0.0.1:9") as client, pytest.raises(ZeroDivisionError):
+            client.embed(b"photo")
+        assert len(tries) == 1
+
+
 def test_shows_its_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And its copies do, and command lines."""
     cert, key = certificate(tmp_path)
@@ -540,6 +982,69 @@ class TestCommandLine:
 
         with serving(answer) as (url, _):
             return self.run(url, "embed", folder, "--out", out)
+
+    def test_which_files_of_folders_are_photos(self, tmp_path: Path) -> None:
+        wanted = ["1.jpg", "2.JPE", "3.jfif", "4.webp", "sub/5.jpeg"]
+        litter = [
+            *("@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "#recycle/1.jpg", "@Recycle/1.jpg", "__MACOSX/._1.jpg", "$RECYCLE.BIN/1.jpg"),
+            *(".hidden/1.jpg", "._1.jpg", ".DS_Store"),
+        ]
+        for name in (*wanted, *litter, "a.HEIC", "sub/b.heic", "Thumbs.db", "README"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"x")
+        with serving(lambda photos, _: embeddings(photos)) as (url, _):
+            result = self.run(url, "embed", tmp_path)
+            named = self.run(url, "embed", tmp_path / "@eaDir", tmp_path / "README")
+        assert result.returncode == 0
+        found = [str(Path(json.loads(line)["photo"]).relative_to(tmp_path)) for line in result.stdout.splitlines()]
+        assert found == wanted
+        assert result.stderr == "4 other files in folders passed over: 2 .heic, 1 .db, 1 without a suffix\n"
+        assert (len(named.stdout.splitlines()), named.stderr) == (2, ""), "what is named is not passed over"
+
+    def test_photos_that_nobody_answered_are_named(self, hundred: Path) -> None:
+        """One of them may be what stops the server."""
+
+        def answer(photos: PHOTOS, _: str) -> tuple[int, str]:
+            if photos and len(photos[0]) == 33:
+                time.sleep(1)  # the other batches are answered meanwhile
+                return 500, '{"error": "stub is not healthy"}'
+            return embeddings(photos)
+
+        with serving(answer) as (url, _):
+            result = self.run(url, "embed", hundred)
+        assert result.returncode == 3
+        assert len(result.stdout.splitlines()) == 32
+        names = [f"{hundred / ('a' if length < 40 else 'b') / f'{length:03}.jpg'}" for length in range(33, 65)]
+        assert f"no answer for these photos: {', '.join(names)}\n" in result.stderr
+
+    @pytest.mark.parametrize(("scheme", "answered"), [("http", 0), ("http", 1), ("grpc", 0)])
+    def test_an_interrupt_does_not_wait_for_answers(self, hundred: Path, scheme: str, answered: int) -> None:
+        """Neither for a first batch nor for those that threads have sent."""
+        with ExitStack() as stack:
+            if scheme == "http":
+                asked = threading.Event()
+
+                def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
+                    if photos and len(photos[0]) > 32 * answered:
+                        asked.set()
+                        time.sleep(60)
+                    return (200, "{}") if path.endswith("/config") else embeddings(photos)
+
+                url, _ = stack.enter_context(serving(answer))
+            else:
+                silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+                url = f"grpc://127.0.0.1:{silent.getsockname()[1]}"
+            command: list[str | Path] = [sys.executable, ROOT / "model/api/client.py", "embed", hundred, "--url", url]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            if scheme == "http":
+                assert asked.wait(60)
+            else:
+                stack.enter_context(silent.accept()[0])
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=20)
+        assert process.returncode == 130
+        assert "Traceback" not in said
 
     @pytest.mark.parametrize("suffix", ["npz", "jsonl"])
     def test_goes_on_after_an_interruption(self, hundred: Path, suffix: str) -> None:

@@ -149,9 +149,9 @@ class NpairClient:
     """One model of one server, or of several behind one address. Close it, or use it as a context manager.
 
     Threads may share a client: it takes as many connections as there are calls at a time, and keeps them for the next ones.
-    A forked process may use its parent's client, on connections of its own. (grpc:// needs gRPC's fork support for that, which
-    is on unless GRPC_ENABLE_FORK_SUPPORT=0.) A pickled client, for a process that is spawned, is its arguments, the API key among
-    them.
+    A forked process may use its parent's client, on connections of its own. gRPC has limits there: over grpc://, do not fork while
+    another thread has a call under way, which can crash the child, and leave GRPC_ENABLE_FORK_SUPPORT as it is. A pickled client,
+    for a process that is spawned, is its arguments, the API key among them.
 
     A call is repeated on a new connection: behind a balancer, another server may answer there.
     """
@@ -330,6 +330,7 @@ class NpairClient:
                     with _mapped_errors(self.model, request_id):
                         return question(connection)
                 except (UnavailableError, InvalidRequestError) as error:
+                    self._connections.check_open()
                     served = self._versions(connection) if version else None
                     if isinstance(error, VersionGoneError) or (served and version not in served):
                         if not searches:
@@ -348,6 +349,7 @@ class NpairClient:
         others, began = set[str](), time.monotonic()
         for _ in range(ELSEWHERE):
             connection.reconnect()
+            self._connections.check_open()
             served = self._versions(connection)
             if served is None or version in served or (version is None and served):
                 return
@@ -573,10 +575,14 @@ class _Http:
         try:
             if not kept:
                 self._connection.connect()
+            if self._aborted:
+                raise ConnectionAbortedError("the client is closed")
             with contextlib.suppress(ConnectionError):  # a proxy may answer that this is too large before it has read it all
                 self._connection.request(method, self._path + path, body, self._headers | (headers or {}))
             answer = self._connection.getresponse()
             content = answer.read()
+            if not content and answer.getheader("Content-Length") is None:
+                raise http.client.IncompleteRead(content)  # it broke off within the head, which http.client takes for its end
         except BaseException as error:
             self._connection.close()
             if kept and not self._aborted and isinstance(error, ConnectionError | ssl.SSLEOFError):
@@ -675,7 +681,7 @@ class _Connections:
     def lend(self) -> Iterator[_Connection]:
         if self._process != os.getpid() and not self._closed.is_set():
             self._begin()
-        self._check_open()
+        self.check_open()
         try:
             connection = self._idle.pop()
         except IndexError:
@@ -692,7 +698,7 @@ class _Connections:
     def pause(self, attempt: int) -> None:
         """Before the next one, and not as long as all others. Raises: RuntimeError if the client is closed meanwhile."""
         self._closed.wait(0.2 * 2**attempt * random.uniform(0.5, 1))
-        self._check_open()
+        self.check_open()
 
     def close(self) -> None:
         if self._process == os.getpid():
@@ -706,7 +712,7 @@ class _Connections:
             while True:
                 self._idle.pop().close()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
         if self._closed.is_set():
             raise RuntimeError("the client is closed")
 
