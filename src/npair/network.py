@@ -1,4 +1,4 @@
-"""Networks that turn pixels into an embedding: a compact residual one, and any vision model of Hugging Face transformers."""
+"""Networks that turn pixels into an embedding: a compact residual one, EfficientNet-Lite, and any vision model of transformers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from npair import efficientnet_lite
+from npair.efficientnet_lite import EfficientNetLite, load_weights
 from npair.run import RunError, read_run
 
 EMBEDDING_DIM = 128
@@ -22,8 +24,9 @@ EMBEDDING_DIM = 128
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-# What a run's config.json keeps to build the network again: {"name": "compact", "views": v, "width": w}, or a pretrained model's
-# name and views with its transformers configuration, mean and std.
+# What a run's config.json keeps to build the network again: {"name": "compact", "views": v, "width": w}; an EfficientNet-Lite's
+# name and views with the SHA-256 of the weights that it started from; or a pretrained model's name and views with its
+# transformers configuration, mean and std.
 Description = dict[str, Any]
 
 
@@ -135,15 +138,23 @@ class EmbeddingNetwork(nn.Module):
         return features
 
 
-def new_network(name: str, width: int, views: int = 1) -> tuple[EmbeddingNetwork, Description]:
+def new_network(name: str, width: int, views: int = 1, weights: str = "") -> tuple[EmbeddingNetwork, Description]:
     """A network to train: ``compact``, of this width, from scratch, or a pretrained one with its weights.
 
-    name: ``compact``, or what transformers calls a model: a name on the Hugging Face hub or a local folder.
-    Raises: RunError where transformers is not installed or knows no such vision model.
+    name: ``compact``; one of efficientnet_lite.VARIANTS; or what transformers calls a model: a name on the Hugging Face hub or a
+    local folder.
+    weights: a file for an EfficientNet-Lite to start from in place of its package's.
+    Raises: RunError if weights are not to be had or do not fit, or transformers is not installed or knows no such vision model.
     """
+    if weights and name not in efficientnet_lite.VARIANTS:
+        raise RunError(f"--weights is for {', '.join(efficientnet_lite.VARIANTS)}; {name} has its own or none")
     if name == "compact":
         description: Description = {"name": name, "views": views, "width": width}
         return build_network(description), description
+    if name in efficientnet_lite.VARIANTS:
+        backbone = EfficientNetLite(name)
+        description = {"name": name, "views": views, "weights": load_weights(backbone, name, Path(weights) if weights else None)}
+        return _lite(backbone, views), description
     transformers = _transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(name)
@@ -169,6 +180,8 @@ def build_network(description: Description) -> EmbeddingNetwork:
     """The network of a description, its weights random. Raises: RunError where it needs transformers and that is not installed."""
     if description["name"] == "compact":
         return EmbeddingNetwork(CompactResidual(description["width"]), description["views"])
+    if description["name"] in efficientnet_lite.VARIANTS:
+        return _lite(EfficientNetLite(description["name"]), description["views"])
     transformers = _transformers()
     config = transformers.AutoConfig.for_model(**description["architecture"])
     model = transformers.AutoModel.from_config(config, **_without_pooler(config))
@@ -214,6 +227,10 @@ def load_network(run: Path) -> EmbeddingNetwork:
     state = (checkpoint["best"] or checkpoint)["ema"]
     network.load_state_dict({name.removeprefix("module."): value for name, value in state.items() if name != "n_averaged"})
     return network.eval()
+
+
+def _lite(backbone: EfficientNetLite, views: int) -> EmbeddingNetwork:
+    return EmbeddingNetwork(backbone, views, mean=efficientnet_lite.MEAN, std=efficientnet_lite.STD)
 
 
 def _transformers() -> Any:

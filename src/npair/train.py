@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from npair.batches import Indices, NPairSampler
 from npair.data import Dataset, Photos, read_dataset
+from npair.efficientnet_lite import VARIANTS
 from npair.evaluate import compare
 from npair.loss import CosineNPairLoss, NPairLoss, TupletLoss
 from npair.metrics import Vectors
@@ -77,7 +78,7 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False, c
                 raise RunError(f"the photos in {data} are not those that {run} was started on")
             network = build_network(started["network"])
         else:
-            network, description = new_network(config.network, config.width, config.views)
+            network, description = new_network(config.network, config.width, config.views, config.weights)
             if rank() == 0:
                 run.mkdir(parents=True, exist_ok=True)
                 described |= {"made": dataset.made, "findings": findings.lines()}
@@ -218,20 +219,26 @@ def settle(config: TrainConfig, photos: Photos) -> TrainConfig:
     looks = [look for look in map(glance, sample) if look is not None]
     short_side = float(np.median([side for side, _ in looks])) if looks else 160.0
     colourful = sum(colour for _, colour in looks) > len(looks) / 20
-    compact = config.network == "compact"
     augmentation = config.augmentation if config.augmentation != "auto" else "photo" if colourful else "drawing"
-    # Photo crops show things larger than drawing crops do, by the square root of their areas.
-    largest, enlarged = (208, 1.6) if augmentation == "photo" else (160, 1.25)
-    size = config.size or (int(min(largest, max(32, 16 * (short_side // 16)))) if compact else 224)
+    size = crop_size = config.size or 224
+    views, learning_rate = 1, 1e-4
+    if config.network == "compact" or config.network in VARIANTS:
+        # Photo crops show things larger than drawing crops do, by the square root of their areas.
+        largest, enlarged = (208, 1.6) if augmentation == "photo" else (160, 1.25)
+        views, learning_rate = 2 if augmentation == "photo" else 1, 5e-4
+        if config.network in VARIANTS:
+            largest, enlarged, views, learning_rate = 192, 1.2, 1, 4e-4
+        size = config.size or int(min(largest, max(32, 16 * (short_side // 16))))
+        crop_size = 16 * round(size / enlarged / 16)
     return replace(
         config,
         size=size,
-        crop_size=config.crop_size or (16 * round(size / enlarged / 16) if compact else size),
-        views=config.views or (2 if compact and augmentation == "photo" else 1),
+        crop_size=config.crop_size or crop_size,
+        views=config.views or views,
         classes_per_batch=config.classes_per_batch or (8 if config.loss == "tuplet" else 60),
         epochs=config.epochs or min(400, max(10, round(BUDGET / len(photos)))),
         augmentation=augmentation,
-        learning_rate=config.learning_rate or (5e-4 if compact else 1e-4),
+        learning_rate=config.learning_rate or learning_rate,
     )
 
 
