@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, folders, photo, sizes, table
 
-from npair.data import SPLIT_NAMES, SUFFIXES, DataError, Dataset, read_dataset, summary
+from npair import client
+from npair.data import SPLIT_NAMES, SUFFIXES, SYSTEM_FOLDERS, DataError, Dataset, read_dataset, summary
 
 NFC, NFD = (unicodedata.normalize(form, "Crème") for form in ("NFC", "NFD"))
 # Pairs that the field's tools and data sets use: Roboflow, Keras, Hugging Face, fastai, and their spellings.
@@ -310,6 +311,10 @@ def test_every_tuple_of_suffixes_is_the_same() -> None:
     suffixes = [values for values in found if ".webp" in values or ".png" in values]
     assert len(suffixes) >= 2
     assert all(values == [*SUFFIXES] for values in suffixes), suffixes
+
+
+def test_the_client_passes_over_the_same_folders() -> None:
+    assert client.SYSTEM_FOLDERS == SYSTEM_FOLDERS
 
 
 class TestSplit:

@@ -57,8 +57,11 @@ PATIENT_RETRIES = 8  # for half a minute or more: a server that is full or begin
 IN_FLIGHT = 4  # batches that a stream has under way, so that no instance of the server waits for the next
 ELSEWHERE = 8  # new connections that look for another server behind the same address
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
-# Folders in which a NAS or a system keeps thumbnails and deleted files, and so do those whose names begin with a dot.
-LITTER = ("@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "__MACOSX")
+# What systems keep beside the user's photos, in any case: thumbnails, deleted files, snapshots (Synology, QNAP, macOS, Windows).
+SYSTEM_FOLDERS = {
+    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
+    *("__macosx", "lost+found", "$recycle.bin", "system volume information"),
+}
 # Of the model's configuration: the version that they were measured on, and its thresholds.
 THRESHOLD_PARAMETERS = ("thresholds_version", "threshold_far_1_percent", "threshold_far_01_percent")
 # The smallest PNG: one white pixel. A model that embeds it works, which its readiness URL alone does not say.
@@ -1096,7 +1099,7 @@ def _files(paths: Iterable[Path], passed_over: Counter[str] | None = None) -> It
         with os.scandir(path) as entries:
             for entry in entries:
                 suffix = Path(entry.name).suffix.lower()
-                if entry.name.startswith(".") or entry.name in LITTER:
+                if entry.name.startswith(".") or entry.name.casefold() in SYSTEM_FOLDERS:
                     continue
                 if entry.is_dir(follow_symlinks=False) or (suffix in SUFFIXES and entry.is_file()):
                     names.append(entry.name)
