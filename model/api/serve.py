@@ -158,7 +158,7 @@ def parse_arguments() -> argparse.Namespace:
         "--start-timeout",
         type=float,
         default=env.get("START_SECONDS") or None,
-        help=f"START_SECONDS, to be ready in ({START_TIMEOUT:.0f}; from an object store {DOWNLOAD_TIMEOUT:.0f})",
+        help=f"START_SECONDS, until the server must be ready ({START_TIMEOUT:.0f}; from an object store {DOWNLOAD_TIMEOUT:.0f})",
     )
     parser.add_argument("--drain", type=int, default=env.get("DRAIN_SECONDS", "7"), help="DRAIN_SECONDS, to stop in (%(default)s)")
     parser.add_argument(
@@ -265,7 +265,7 @@ def shell_safe(path: str, link: Path) -> str:
 
     Triton starts its stubs by a bash command line, without quotes, and Python in a stub encodes paths as ASCII.
     """
-    path = str(Path.cwd() / path)  # links in it may come to lead elsewhere
+    path = str(Path.cwd() / path)  # not resolved: a link in it may be changed later
     if SHELL_SAFE.fullmatch(path):
         return path
     link.symlink_to(path)
@@ -543,7 +543,7 @@ class Supervisor:
             self.away = ""
 
     def _problem(self, error: ProbeError) -> str:
-        """Returns: why the server should not go on after this golden photo failed; empty where it should, at least for now."""
+        """Returns: why the server must be ended after a failed golden photo; empty to keep watching."""
         if not self.ready:
             # The server is alive as from when loading has ended: asked second, it could have come to be in between.
             live = self.prober.green("/v2/health/live")
@@ -563,7 +563,7 @@ class Supervisor:
         return f"the golden photo has failed for {UNHEALTHY_AFTER:.0f} s ({error}); the server was ended"
 
     def _start_problem(self) -> str:
-        """Triton waits for ever for a stub that it lost sight of while that was loading."""
+        """Triton waits for ever if it loses a stub while that loads. Returns: why the server must be ended; empty until then."""
         seconds = self.options.start_timeout
         if time.monotonic() - self.began < seconds:
             return ""

@@ -199,8 +199,8 @@ def _add_servers(parser: argparse.ArgumentParser) -> None:
         "--url",
         nargs="+",
         default=[os.environ.get("NPAIR_URL", DEFAULT_URL)],
-        help="the running servers, all addresses of each host, which want NPAIR_CONTROL_SECRET or NPAIR_CONTROL_SECRET_FILE"
-        f" (NPAIR_URL; {DEFAULT_URL})",
+        help="the running servers: every address of each host. Set NPAIR_CONTROL_SECRET or NPAIR_CONTROL_SECRET_FILE"
+        f" as they have it (NPAIR_URL; {DEFAULT_URL})",
     )
     where.add_argument("--offline", dest="url", action="store_const", const=[], help="none runs")
     parser.add_argument("--timeout", type=_positive, default=120.0, help="seconds for each call to a server (%(default)g)")

