@@ -20,7 +20,7 @@ from npair.metrics import over_seeds
 from npair.run import TrainConfig
 
 SEEDS = 1
-PROTOCOL = TrainConfig(size=96, crop_size=80, views=1, epochs=40, evaluations=0)
+PROTOCOL = TrainConfig(network="compact", size=96, crop_size=80, views=1, epochs=40, evaluations=0)
 VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "N = 30": {"classes_per_batch": 30},

@@ -68,7 +68,7 @@ def two_versions(scratch: Path) -> Repository:
     config = (ROOT / "model_repository/npair/config.pbtxt").read_text()
     (folder / "config.pbtxt").write_text(config)
     write_dataset(scratch / "data", products=6, train=4, val=2)
-    knobs = ("--epochs", 2, "--classes-per-batch", 4, "--size", 64, "--crop-size", 48, "--evaluations", 0)
+    knobs = ("--network", "compact", "--epochs", 2, "--classes-per-batch", 4, "--size", 64, "--crop-size", 48, "--evaluations", 0)
     for seed in (1, 2):
         run = scratch / f"run-{seed}"
         npair("train", "--data", scratch / "data", "--run", run, *knobs, "--seed", seed)

@@ -41,7 +41,7 @@ SHIPPED = next((ROOT / "model_repository/npair").glob("[0-9]*"))  # the version 
 PORTS = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
 PREPROCESSING = Preprocessing(size=64, resample="BILINEAR", background=255)
 LIMITS = Limits(max_bytes=1_000_000, max_pixels=1_000_000)
-TINY = TrainConfig(epochs=2, classes_per_batch=4, size=64, crop_size=48, evaluations=2)
+TINY = TrainConfig(network="compact", epochs=2, classes_per_batch=4, size=64, crop_size=48, evaluations=2)
 PNG = encode(draw(0, 0, 8), "PNG")
 
 # nohup ignores SIGHUP, and a script's background SIGINT, and processes that tests start would inherit that; not so a handler.

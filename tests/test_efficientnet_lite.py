@@ -54,6 +54,23 @@ def test_photos_are_scaled_as_the_weights_expect() -> None:
         torch.testing.assert_close(network.features(photos), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_bf16_learns_as_fp32_does() -> None:
+    network, _ = new_network(NAME, 32)
+    photos = torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8)
+    network.eval()  # statistics of a few random photos would magnify what is rounded
+    gradients = {}
+    for bf16 in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            features = network.features(photos)
+        features.float().square().mean().backward()
+        gradients[bf16] = torch.cat(
+            [p.grad.flatten() for n, p in network.named_parameters() if "depthwise" in n and p.grad is not None]
+        )
+    assert features.dtype == torch.bfloat16
+    assert torch.cosine_similarity(gradients[False], gradients[True], dim=0) > 0.9
+
+
 def test_trains_and_exports(tmp_path: Path) -> None:
     """Every layer learns, and the graph, of an odd size, answers as the network does that a run's description builds again."""
     network, description = new_network(NAME, 32)

