@@ -21,7 +21,7 @@ from npair.engines import ENGINES, REFERENCE, EnginesError
 from npair.network import EmbeddingNetwork, load_network
 from npair.publish import check_libraries, refusals
 from npair.release import ReleaseError
-from npair.repository import RepositoryError
+from npair.repository import RepositoryError, open_repository
 from npair.run import RunError
 from npair.serving.embedder import VersionError
 
@@ -72,6 +72,30 @@ def test_a_worse_network_needs_a_reason(second: Path, trained: Path, dataset: Pa
     accepted = json.loads((folder / "manifest.json").read_text())["compared_with"]["accepted_recall"]
     assert accepted["reason"] == "a test"
     assert "version 1 has" in accepted["problem"]
+
+
+def test_what_was_refused_is_not_measured_again(
+    second: Path, trained: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attempt(**options: Any) -> int:
+        return publish.publish(trained, dataset, open_repository(second), cache=tmp_path / "cache", say=said.append, **options)
+
+    said: list[str] = []
+    monkeypatch.setattr(publish, "COST_RISE", 0.0)
+    with pytest.raises(PublishError, match="--accept-cost REASON"):
+        attempt()
+    assert any("measuring" in line for line in said)
+    said.clear()
+    number = attempt(accept_cost="a test")
+    assert len(said) == 1
+    assert "was measured before" in said[0]
+    manifest = json.loads((second / str(number) / "manifest.json").read_text())
+    assert manifest["compared_with"]["accepted_cost"]["reason"] == "a test"
+    assert manifest["version"] == number
+    assert not list((tmp_path / "cache/refused").iterdir()), "it takes no room once it is published"
+    said.clear()
+    attempt(accept_cost="a test")
+    assert any("measuring" in line for line in said), "another number is another version"
 
 
 def test_refusals() -> None:

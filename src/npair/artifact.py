@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -42,11 +43,14 @@ class PublishError(RuntimeError):
     """A network that must not be published; nothing was written."""
 
 
-def write_version(folder: Path, run: Path, data: Path, cache: Path, *, model: str, version: int) -> tuple[Dataset, Manifest]:
+def write_version(
+    folder: Path, run: Path, data: Path, cache: Path, *, model: str, version: int, say: Callable[[str], None]
+) -> tuple[Dataset, Manifest]:
     """Write a version into an empty folder: a run's averaged network, scored on val of ``data`` by the code that will serve it.
 
     run: its folder, or that of an earlier version, whose network is then published anew with the present serving code.
     Without a val split, it has no metrics and no thresholds.
+    say: is told what is being done.
     Returns: the data set without what its findings left out, and the manifest.
     Raises: PublishError, RunError, DataError, EnginesError, VersionError.
     """
@@ -60,6 +64,7 @@ def write_version(folder: Path, run: Path, data: Path, cache: Path, *, model: st
         raise PublishError(f"{run} was not trained on {data}")
     for name in CODE:
         shutil.copyfile(Path(npair.serving.__path__[0]) / name, folder / name)
+    say("exporting the network, and quantising it to int8")
     export(network, preprocessing.size, folder / ENGINES[REFERENCE]["graph"])
     with contextlib.redirect_stdout(sys.stderr):  # progress bars
         failed = write_graphs(folder, pixels.array[pixels.of(dataset.train)])
@@ -79,6 +84,7 @@ def write_version(folder: Path, run: Path, data: Path, cache: Path, *, model: st
         "files": {},
     }
     write_manifest(folder, manifest)
+    say(f"measuring what {', '.join(manifest['engines'])} cost and find")
     compared = choose(folder, manifest, dataset, pixels)
     # For those who see only answers, and not which engine gave them.
     manifest["golden"]["tolerance"] = max(engine["tolerance"] for engine in manifest["engines"].values())

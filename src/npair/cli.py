@@ -320,6 +320,10 @@ def _load(arguments: argparse.Namespace, preprocessing: Preprocessing) -> tuple[
     return load(dataset, preprocessing, arguments.cache or default_cache())
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _publish(arguments: argparse.Namespace) -> int:
     from npair.metrics import Evaluation
     from npair.pixels import default_cache
@@ -334,6 +338,7 @@ def _publish(arguments: argparse.Namespace) -> int:
         cache=arguments.cache or default_cache(),
         accept_recall_drop=arguments.accept_recall_drop,
         accept_cost=arguments.accept_cost,
+        say=_say,
     )
     manifest = json.loads(repository.read(f"{number}/manifest.json"))
     if scores := manifest.get("metrics", {}).get("val"):
@@ -475,7 +480,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         p99=arguments.p99_ms,
         seconds=arguments.seconds,
         axes=axes,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        say=_say,
     )
     print(table(frontier(points)))
     if arguments.picture:

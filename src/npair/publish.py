@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version as installed
@@ -11,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+import npair
 from npair.artifact import LIBRARIES, PublishError, write_manifest, write_version
 from npair.config import pinned
 from npair.data import Dataset, Photos, read_photo
@@ -19,7 +24,7 @@ from npair.evaluate import compare
 from npair.metrics import Vectors
 from npair.release import published_code, verify
 from npair.repository import Repository
-from npair.serving.embedder import UNLIMITED, Embedder
+from npair.serving.embedder import UNLIMITED, Embedder, read_manifest
 from npair.serving.engine import cores
 
 RECALL_DROP = 0.01  # of Recall@1 on val, below the pinned version's, for fine labels or for coarse ones
@@ -29,32 +34,79 @@ PINS = Path(__file__).parents[2] / "model/api"
 
 
 def publish(
-    run: Path, data: Path, repository: Repository, *, cache: Path, accept_recall_drop: str = "", accept_cost: str = ""
+    run: Path,
+    data: Path,
+    repository: Repository,
+    *,
+    cache: Path,
+    accept_recall_drop: str = "",
+    accept_cost: str = "",
+    say: Callable[[str], None] = lambda _: None,
 ) -> int:
     """Write the next version from a run's averaged network, or from an earlier version's.
 
     accept_recall_drop, accept_cost: why a version may be published that finds less than the pinned one, or that is slower or
-    larger, by more than is tolerated; the manifest keeps it.
+    larger, by more than is tolerated; the manifest keeps it. What was measured is kept in ``cache`` if the version is refused, so
+    that publishing it all the same takes seconds.
+    say: is told what is being done.
     Returns: its number. Raises: PublishError, ReleaseError, RepositoryError, RunError, DataError, EnginesError, VersionError; then
     there is no such version.
     """
     check_libraries()
     with repository.new_version() as (number, folder):
-        dataset, manifest = write_version(folder, run, data, cache, model=repository.name, version=number)
-        others = repository.versions()
-        pins = [pin for pin in pinned(repository.read("config.pbtxt").decode()) if others.get(pin)]
-        if pins:
-            with repository.version(pins[-1]) as served:
-                manifest["compared_with"] = compared = compare_with(served, folder, manifest, dataset)
-            reasons = {"recall": accept_recall_drop, "cost": accept_cost}
-            for what, problem in refusals(compared).items():
-                if not reasons[what]:
-                    flag = {"recall": "--accept-recall-drop", "cost": "--accept-cost"}[what]
-                    raise PublishError(f"{problem}; nothing was published ({flag} REASON publishes it all the same)")
-                compared[f"accepted_{what}"] = {"problem": problem, "reason": reasons[what]}
-            write_manifest(folder, manifest)
+        pin = _pin(repository)
+        with repository.version(pin) if pin else contextlib.nullcontext() as served:
+            refused = cache / "refused" / _fingerprint(run, data, repository, number, served)
+            if refused.is_dir():
+                say(f"version {number} was measured before and refused; taking it from {refused}")
+                shutil.copytree(refused, folder, dirs_exist_ok=True)
+                manifest = read_manifest(folder)
+            else:
+                dataset, manifest = write_version(folder, run, data, cache, model=repository.name, version=number, say=say)
+                if served:
+                    say(f"comparing with version {pin}")
+                    manifest["compared_with"] = compare_with(served, folder, manifest, dataset)
+                write_manifest(folder, manifest)
+        reasons = {"recall": accept_recall_drop, "cost": accept_cost}
+        flags = {"recall": "--accept-recall-drop", "cost": "--accept-cost"}
+        problems = refusals(manifest["compared_with"]) if pin else {}
+        if unexplained := [what for what in problems if not reasons[what]]:
+            _keep(folder, refused)
+            why = "; ".join(problems[what] for what in unexplained)
+            options = " ".join(f"{flags[what]} REASON" for what in unexplained)
+            raise PublishError(f"{why}; nothing was published ({options} publishes it all the same)")
+        for what, problem in problems.items():
+            manifest["compared_with"][f"accepted_{what}"] = {"problem": problem, "reason": reasons[what]}
+        write_manifest(folder, manifest)
         verify(folder)
+    shutil.rmtree(refused, ignore_errors=True)
     return number
+
+
+def _pin(repository: Repository) -> int | None:
+    """The newest complete version that is pinned."""
+    versions = repository.versions()
+    return next((pin for pin in reversed(pinned(repository.read("config.pbtxt").decode())) if versions.get(pin)), None)
+
+
+def _fingerprint(run: Path, data: Path, repository: Repository, number: int, served: Path | None) -> str:
+    """Of everything that a version is made of and compared with."""
+    network = run / "manifest.json" if (run / "manifest.json").exists() else run / "checkpoint.pt"
+    files = [network, *((served / "manifest.json",) if served else ()), *sorted(Path(npair.__file__).parent.rglob("*.py"))]
+    parts = [str(data.absolute()), repository.name, number, cores(), *(installed(name) for name in LIBRARIES)]
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes() if file.is_file() else b"").digest())
+    return digest.hexdigest()
+
+
+def _keep(folder: Path, refused: Path) -> None:
+    """Of refused versions, only the last is worth its room."""
+    shutil.rmtree(refused.parent, ignore_errors=True)
+    with contextlib.suppress(OSError):  # a full disk must not hide why the version was refused
+        unfinished = refused.with_suffix(".unfinished")
+        shutil.copytree(folder, unfinished)
+        unfinished.rename(refused)
 
 
 def check_libraries() -> None:
