@@ -81,7 +81,7 @@ CHANGES: dict[str, Callable[[Image.Image], bytes]] = {
     "grey": lambda image: png(image.convert("L")),
     "half the light": lambda image: png(exposed(image, 0.5)),
     "twice the light": lambda image: png(exposed(image, 2)),
-    f"blurred, sigma {BLUR:.0%} of the side": lambda image: png(blurred(image)),
+    f"blurred, sigma {100 * BLUR:g} % of the side": lambda image: png(blurred(image)),
     "JPEG of quality 30": jpeg,
     f"rotated by {DEGREES}°": lambda image: png(rotated(image)),
     "a third of the area cropped away": lambda image: png(cropped(image)),
