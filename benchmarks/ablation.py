@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from cross_validation import Row, parser_of, run_all
+from cross_validation import Row, lookalike_folds, parser_of, run_all
 
 from npair.metrics import over_seeds
 from npair.run import TrainConfig
@@ -44,7 +44,7 @@ def main() -> None:
         rows = [json.loads(line) for line in arguments.results.open()]
     else:
         configs = {(name, seed): replace(PROTOCOL, **VARIANTS[name]) for seed in range(SEEDS) for name in arguments.variants}
-        rows = run_all(configs, ["train"], arguments)
+        rows = run_all(configs, lookalike_folds(["train"], arguments), arguments)
     print(table(rows))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from npair.data import read_dataset
-from npair.evaluate import embed_run
+from npair.evaluate import Comparison, embed_run
 from npair.folds import write_folds
 from npair.metrics import over_seeds
 from npair.pixels import GLANCE, default_cache, load
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100, help="(%(default)s)")
     arguments = parser.parse_args()
     configs = {("recipe", 0): TrainConfig(epochs=arguments.epochs, evaluations=0)}
-    rows = run_all(configs, ["train", "val"], arguments)
+    rows = run_all(configs, lookalike_folds(["train", "val"], arguments), arguments)
     for kind in ("fine", "coarse"):
         print(f"Recall@1 {kind}: {' ± '.join(f'{number:.3f}' for number in over_seeds([row[kind] for row in rows]))}")
 
@@ -50,26 +50,52 @@ def parser_of(description: str, *, runs: str, results: str) -> argparse.Argument
     return parser
 
 
-def run_all(configs: Mapping[tuple[str, int], TrainConfig], splits: Sequence[str], arguments: argparse.Namespace) -> list[Row]:
-    """Train each named config with its seed on each fold of these splits, as far as the results do not hold it yet.
+def lookalike_folds(splits: Sequence[str], arguments: argparse.Namespace) -> list[Path]:
+    """The table of each fold of these splits."""
+    dataset, pixels, _ = load(read_dataset(arguments.data), GLANCE, default_cache())
+    return write_folds(dataset, pixels, FOLDS, splits, arguments.runs / "folds")
 
+
+def run_one(variant: str, config: TrainConfig, table: Path, runs: Path) -> Row:
+    """Train on a fold's table and score the photos that it holds back."""
+    found, epochs = train_and_embed(variant, config, table, runs)
+    scores = found.evaluate()
+    assert scores.fine.map_at_r is not None
+    assert scores.verification is not None
+    return {
+        "epochs": epochs,
+        "fine": round(scores.fine.recall_at_1.value, 4),
+        "coarse": round(scores.coarse.recall_at_1.value, 4),
+        "map_at_r": round(scores.fine.map_at_r.value, 4),
+        "eer": round(scores.verification.eer, 4),
+    }
+
+
+def run_all(
+    configs: Mapping[tuple[str, int], TrainConfig],
+    tables: Sequence[Path],
+    arguments: argparse.Namespace,
+    run_one: Callable[[str, TrainConfig, Path, Path], Row] = run_one,
+) -> list[Row]:
+    """Train each named config with its seed on each fold's table, as far as the results do not hold it yet.
+
+    run_one: trains and scores one of them, in a process of its own.
     Returns: a row for each, old and new, appended to the results as it came.
     """
     rows = [json.loads(line) for line in arguments.results.open()] if arguments.results.exists() else []
     done = {(row["variant"], row["seed"], row["fold"]) for row in rows}
-    dataset, pixels, _ = load(read_dataset(arguments.data), GLANCE, default_cache())
-    tables = write_folds(dataset, pixels, FOLDS, splits, arguments.runs / "folds")
     threads = max(1, torch.get_num_threads() // arguments.jobs)
-    pool = ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn"))
-    futures = [
-        pool.submit(run_one, variant, replace(config, seed=seed), tables[fold], arguments.runs, threads)
+    pool = ProcessPoolExecutor(arguments.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    futures = {
+        pool.submit(run_one, variant, replace(config, seed=seed), table, arguments.runs): (variant, seed, fold)
         for (variant, seed), config in configs.items()
-        for fold in range(FOLDS)
+        for fold, table in enumerate(tables)
         if (variant, seed, fold) not in done
-    ]
+    }
     try:
         for future in as_completed(futures):
-            rows.append(future.result())
+            variant, seed, fold = futures[future]
+            rows.append({"variant": variant, "seed": seed, "fold": fold, **future.result(), "commit": git_commit()})
             with arguments.results.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
             print(rows[-1], flush=True)
@@ -78,30 +104,15 @@ def run_all(configs: Mapping[tuple[str, int], TrainConfig], splits: Sequence[str
     return rows
 
 
-def run_one(variant: str, config: TrainConfig, table: Path, runs: Path, threads: int) -> Row:
-    """Train on a fold's table and score the photos that it holds back."""
-    torch.set_num_threads(threads)
-    fold = int(table.stem.removeprefix("fold-"))
-    run = runs / f"{variant}-seed-{config.seed}-fold-{fold}".replace(" ", "-")
+def train_and_embed(variant: str, config: TrainConfig, table: Path, runs: Path) -> tuple[Comparison, int]:
+    """Train on a fold's table: the photos that it holds back, embedded, and for how many epochs it was trained."""
+    run = runs / f"{variant}-seed-{config.seed}-{table.stem}".replace(" ", "-")
     shutil.rmtree(run, ignore_errors=True)
     if not train(table, run, config):
         raise KeyboardInterrupt  # half a run is no result
     settled, log = TrainConfig(**read_run(run)["train"]), [json.loads(line) for line in (run / "log.jsonl").open()]
     dataset, pixels, _ = load(read_dataset(table), settled.preprocessing(), default_cache())
-    scores = embed_run(run, dataset, pixels, "val").evaluate()
-    assert scores.fine.map_at_r is not None
-    assert scores.verification is not None
-    return {
-        "variant": variant,
-        "seed": config.seed,
-        "fold": fold,
-        "epochs": len(log),
-        "fine": round(scores.fine.recall_at_1.value, 4),
-        "coarse": round(scores.coarse.recall_at_1.value, 4),
-        "map_at_r": round(scores.fine.map_at_r.value, 4),
-        "eer": round(scores.verification.eer, 4),
-        "commit": git_commit(),
-    }
+    return embed_run(run, dataset, pixels, "val"), len(log)
 
 
 if __name__ == "__main__":

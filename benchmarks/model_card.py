@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import robustness
+import unseen
 
 from npair.metrics import MEASURES, Evaluation, over_seeds
 from npair.network import build_network, multiply_adds
@@ -47,6 +49,8 @@ def card(version: Path) -> str:
         folds=folds,
         across={kind: over_seeds([row[kind] for row in folds]) for kind in ("fine", "coarse")},
         scored=rows("scored.jsonl"),
+        robustness=robustness.table(rows("robustness.jsonl")),
+        unseen=unseen.table(rows("unseen.jsonl")),
     )
 
 

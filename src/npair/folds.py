@@ -62,7 +62,7 @@ def found_by_colour(queries: Photos, gallery: Photos, pixels: Pixels) -> float:
 def write_folds(dataset: Dataset, pixels: Pixels, k: int, splits: Sequence[str], folder: Path) -> list[Path]:
     """Write ``fold-0.csv`` to ``fold-<k - 1>.csv`` over the photos of these splits: a fold's own are val, all others train.
 
-    The tables hold absolute paths. Returns: the tables.
+    Returns: the tables, as of write_tables.
     Raises: DataError for a split that is not there, a name that no table can hold, or fewer than two folds.
     """
     for split in splits:
@@ -70,7 +70,15 @@ def write_folds(dataset: Dataset, pixels: Pixels, k: int, splits: Sequence[str],
             raise DataError(f"the data set has no split {split!r}; it has {', '.join(dataset.splits)}")
     parts = [dataset.splits[split] for split in splits]
     histograms = np.concatenate([colour_histograms(photos, pixels) for photos in parts])
-    fold = folds(np.concatenate([photos.fine for photos in parts]), histograms, k)
+    return write_tables(parts, folds(np.concatenate([photos.fine for photos in parts]), histograms, k), k, folder)
+
+
+def write_tables(parts: Sequence[Photos], fold: npt.NDArray[np.int64], k: int, folder: Path) -> list[Path]:
+    """Write ``fold-0.csv`` to ``fold-<k - 1>.csv`` over the photos of these parts: a fold's own are val, all others train.
+
+    fold: int64 [n], of each photo, part after part.
+    Returns: the tables, which hold absolute paths. Raises: DataError for a name that no table can hold.
+    """
     rows = [
         (path.absolute(), photos.fine_names[fine], photos.coarse_names[coarse])
         for photos in parts

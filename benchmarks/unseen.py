@@ -1,0 +1,129 @@
+"""Products that a network has never seen: trained on two thirds of the products, and scored on the photos of the others.
+
+    python benchmarks/unseen.py --data data/grocery
+
+The products of train are dealt into three folds at random. Each fold's own are the ones to find: no photo of them is trained on,
+and they are looked for among each other. Photos of one visit to a shop nearly repeat each other, and would find each other by
+colours alone. So the photos of each product are divided by colour into three groups of lookalikes (npair.folds), and each third of
+the photos is looked for among the other two. "colours alone" says how much this still gives away.
+
+Val would be another judge, with photos that are known to be of other visits. But it has 296 photos of 60 products where train has
+2,640 of 81, and it is to be scored once for each version, not whenever the recipe changes. Here it is not touched.
+
+Variants: "colours alone", whose embeddings are colour histograms; "ImageNet alone", EfficientNet-Lite0 as it comes, whose
+embeddings are its 1,280 features; and npair train, "from scratch" and "from ImageNet". Runs whose results are already there are not
+repeated, so the command can be stopped and started again. It ends by printing the table of the model card; with --table it does
+nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from cross_validation import FOLDS, Row, parser_of, run_all, train_and_embed
+from torch import nn
+
+from npair.data import Dataset, read_dataset
+from npair.evaluate import Comparison, compare
+from npair.folds import colour_histograms, folds, write_tables
+from npair.metrics import over_seeds
+from npair.network import embed, new_network
+from npair.pixels import GLANCE, Pixels, default_cache, load
+from npair.run import TrainConfig
+
+SEED = 0  # of the folds and of training
+COLOURS, IMAGENET = "colours alone", "ImageNet alone"
+LITE0 = TrainConfig(network="efficientnet-lite0", size=192, seed=SEED, evaluations=0)
+VARIANTS = {
+    COLOURS: replace(LITE0, size=GLANCE.size),
+    IMAGENET: LITE0,
+    "from scratch": TrainConfig(network="compact", seed=SEED, evaluations=0),
+    "from ImageNet": LITE0,
+}
+
+
+def main() -> None:
+    parser = parser_of(__doc__ or "", runs="runs/unseen", results="docs/unseen.jsonl")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help="(all)")
+    parser.add_argument("--epochs", type=int, default=0, help="of what is trained (as many as npair train chooses)")
+    parser.add_argument("--table", action="store_true", help="only print the table of the results")
+    arguments = parser.parse_args()
+    if arguments.table:
+        rows = [json.loads(line) for line in arguments.results.open()]
+    else:
+        configs = {(name, SEED): replace(VARIANTS[name], epochs=arguments.epochs) for name in arguments.variants}
+        rows = run_all(configs, product_folds(read_dataset(arguments.data), arguments.runs / "folds"), arguments, run_one)
+    print(table(rows))
+
+
+def product_folds(dataset: Dataset, folder: Path) -> list[Path]:
+    """The table of each fold of train: all photos of its own products are val, those of the others train."""
+    fold_of = np.random.default_rng(SEED).permutation(len(dataset.train.fine_names)) % FOLDS
+    return write_tables([dataset.train], fold_of[dataset.train.fine], FOLDS, folder)
+
+
+def run_one(variant: str, config: TrainConfig, table: Path, runs: Path) -> Row:
+    """Embed the photos of a fold's products, by a network that was trained on the others' where the variant says so."""
+    dataset, glances, _ = load(read_dataset(table), GLANCE, default_cache())
+    if variant == COLOURS:
+        found, epochs = compare(variant, dataset, "val", lambda photos: colour_histograms(photos, glances)), 0
+    elif variant == IMAGENET:
+        network, _ = new_network(config.network, config.width, views=1)
+        network.embedding = nn.Identity()  # type: ignore[assignment]
+        _, pixels, _ = load(dataset, config.preprocessing(), default_cache())
+        found, epochs = compare(variant, dataset, "val", lambda photos: embed(network, pixels.array, pixels.of(photos))), 0
+    else:
+        found, epochs = train_and_embed(variant, config, table, runs)
+    return {"epochs": epochs, **across_groups(found, glances)}
+
+
+def across_groups(found: Comparison, glances: Pixels) -> Row:
+    """Scores of each third of the photos, made of groups of lookalikes, among the other two: the mean over photos.
+
+    found: photos of unseen products, compared with each other. glances: their pixels, from which the groups are made.
+    """
+    photos, vectors = found.query_photos, found.queries
+    group = folds(photos.fine, colour_histograms(photos, glances), FOLDS)
+    parts = []
+    for number in np.unique(group):
+        own, others = np.flatnonzero(group == number), np.flatnonzero(group != number)
+        parts.append(Comparison(found.embedded_by, photos.select(own), vectors[own], photos.select(others), vectors[others]))
+    scores = [part.evaluate() for part in parts]
+    weights = [part.queries for part in scores]
+
+    def mean(values: list[float]) -> float:
+        return round(float(np.average(values, weights=weights)), 4)
+
+    return {
+        "queries": sum(weights),
+        "fine": mean([part.fine.recall_at_1.value for part in scores]),
+        "coarse": mean([part.coarse.recall_at_1.value for part in scores]),
+        "map_at_r": mean([part.fine.map_at_r.value if part.fine.map_at_r else 0.0 for part in scores]),
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: means over folds with 95 % intervals by Student's t; the difference is from ImageNet alone on the same fold."""
+    imagenet = {row["fold"]: row for row in rows if row["variant"] == IMAGENET}
+    lines = [
+        "| network | epochs | Recall@1 product | difference | Recall@1 kind | MAP@R |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for variant in VARIANTS:
+        own = [row for row in rows if row["variant"] == variant and row["fold"] in imagenet]
+        if len(own) < 2:
+            continue
+        fine, coarse, map_at_r = (
+            "{:.3f} ± {:.3f}".format(*over_seeds([row[name] for row in own])) for name in ("fine", "coarse", "map_at_r")
+        )
+        mean, half = over_seeds([row["fine"] - imagenet[row["fold"]]["fine"] for row in own])
+        difference = f"{mean:+.3f} ± {half:.3f}" if variant != IMAGENET else ""
+        lines.append(f"| {variant} | {own[0]['epochs'] or '-'} | {fine} | {difference} | {coarse} | {map_at_r} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
