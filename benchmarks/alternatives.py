@@ -118,9 +118,10 @@ def decoders_of(preprocessing: Preprocessing) -> dict[str, tuple[Decoder, Sequen
         "simplejpeg, then Pillow": (lambda photo: fit(full(photo)), ["simplejpeg", "pillow"]),
         "OpenCV, area": (imdecode, [opencv]),
         "simplejpeg by eighths, then OpenCV": (lambda photo: resize(eighths(photo), cv2.INTER_LINEAR), ["simplejpeg", opencv]),
-        "npair: simplejpeg by eighths, then Pillow": (
+        "simplejpeg by eighths, then Pillow": (lambda photo: fit(eighths(photo)), ["simplejpeg", "pillow"]),
+        "npair: simplejpeg by eighths, then cykooz-resizer": (
             partial(decode, preprocessing=preprocessing, limits=UNLIMITED),
-            ["simplejpeg", "pillow"],
+            ["simplejpeg", "cykooz-resizer", "pillow"],
         ),
     }
 

@@ -52,7 +52,7 @@ ALLOWED = {
     "serving/embedder": SERVING,
     "serving/engine": {"numpy", "openvino", "torch"},
     "serving/preprocess": {"numpy", "PIL", "serving"},
-    "serving/jpeg": {"numpy", "PIL", "simplejpeg", "serving"},
+    "serving/jpeg": {"numpy", "PIL", "simplejpeg", "cykooz_resizer", "serving"},
     "serving/refusal": set(),
     "serving/text": {"serving"},
     "serving/png": {"serving"},

@@ -35,7 +35,7 @@ CODE = (
     *("model.py", "embedder.py", "engine.py"),
     *("text.py", "preprocess.py", "jpeg.py", "png.py", "metadata.py", "colour.py", "refusal.py"),
 )
-LIBRARIES = ("torch", "openvino", "numpy", "pillow", "simplejpeg")
+LIBRARIES = ("torch", "openvino", "numpy", "pillow", "simplejpeg", "cykooz-resizer")
 MAX_BATCH = 64
 
 

@@ -184,6 +184,7 @@ def _decoded(
         *(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (preprocess, jpeg, png, metadata, colour)),
         version("pillow"),
         version("simplejpeg"),
+        version("cykooz-resizer"),
         asdict(preprocessing),
         asdict(LIMITS),
     ]

@@ -8,9 +8,10 @@ import struct
 import numpy as np
 import numpy.typing as npt
 import pytest
+import simplejpeg
 from conftest import LIMITS, PREPROCESSING
 from jpegs import ARITHMETIC, GRADIENT, lossless, segment
-from PIL import Image
+from PIL import Image, ImageOps
 
 from npair.drawings import draw, encode
 from npair.serving.jpeg import EOI, read
@@ -183,3 +184,15 @@ def test_harmless_oddities_are_taken() -> None:
     np.testing.assert_array_equal(decoded(PHOTO[: end - 3] + bytes(3) + PHOTO[end:]), decoded(PHOTO))
     assert PHOTO[6:11] == b"JFIF\0"
     np.testing.assert_array_equal(decoded(PHOTO[:11] + b"\7" + PHOTO[12:]), decoded(PHOTO))
+
+
+@pytest.mark.parametrize("resample", ["BOX", "BILINEAR", "BICUBIC", "LANCZOS"])
+@pytest.mark.parametrize("size", [(3, 70), (64, 64), (72, 71), (100, 90), (65, 999)])
+@pytest.mark.parametrize(("mode", "colours"), [("L", "GRAY"), ("RGB", "RGB"), ("CMYK", "CMYK")])
+def test_pixels_are_scaled_as_by_pillow(mode: str, colours: str, size: tuple[int, int], resample: str) -> None:
+    """Up to rounding, which both do after either direction."""
+    photo = encode(draw(0, 0).convert(mode).resize(size), "JPEG", quality=90)
+    pixels = simplejpeg.decode_jpeg(photo, colours, min_width=64, min_height=64)
+    image = Image.fromarray(255 - pixels if mode == "CMYK" else pixels.squeeze(), mode)
+    expected = np.asarray(ImageOps.fit(image, (64, 64), Image.Resampling[resample]))
+    assert np.abs(read(photo).decode(64, resample).astype(int) - expected).max() <= 2

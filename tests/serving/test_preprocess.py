@@ -64,6 +64,7 @@ def test_central_square_scaled() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (64, 64), (999, 1001)])
 def test_any_shape(size: tuple[int, int]) -> None:
     assert (decoded(encode(Image.new("RGB", size, "lime"), "PNG")) == (0, 255, 0)).all()
+    assert (decoded(encode(Image.new("L", size, 99), "JPEG")) == 99).all()
 
 
 def test_limits_are_inclusive() -> None:
