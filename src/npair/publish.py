@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-import npair
 from npair.artifact import LIBRARIES, PublishError, write_manifest, write_version
 from npair.config import pinned
 from npair.data import Dataset, Photos, read_photo
@@ -92,7 +91,7 @@ def _pin(repository: Repository) -> int | None:
 def _fingerprint(run: Path, data: Path, repository: Repository, number: int, served: Path | None) -> str:
     """Of everything that a version is made of and compared with."""
     network = run / "manifest.json" if (run / "manifest.json").exists() else run / "checkpoint.pt"
-    files = [network, *((served / "manifest.json",) if served else ()), *sorted(Path(npair.__file__).parent.rglob("*.py"))]
+    files = [network, *((served / "manifest.json",) if served else ()), *sorted(Path(__file__).parent.rglob("*.py"))]
     parts = [str(data.absolute()), repository.name, number, cores(), *(installed(name) for name in LIBRARIES)]
     digest = hashlib.sha256(json.dumps(parts).encode())
     for file in files:
