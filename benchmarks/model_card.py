@@ -1,6 +1,6 @@
 """The card of a published version, from its manifest and from the results in docs/; prints Markdown.
 
-python benchmarks/model_card.py model_repository/npair/10 > docs/model-card.md
+python benchmarks/model_card.py model_repository/npair/11 > docs/model-card.md
 """
 
 from __future__ import annotations

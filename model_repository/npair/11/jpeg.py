@@ -11,8 +11,10 @@ import re
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
-from PIL import Image
+from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
+from PIL import Image, ImageOps
 
 from .metadata import Metadata
 from .refusal import PhotoError
@@ -49,6 +51,15 @@ MAX_EXTRANEOUS = 4
 JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
 EXIF, XMP, ICC = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0"
 
+CHANNELS = {1: PixelType.U8, 3: PixelType.U8x3, 4: PixelType.U8x4}
+FILTERS = {  # by Pillow's names
+    "BOX": FilterType.box,
+    "BILINEAR": FilterType.bilinear,
+    "BICUBIC": FilterType.catmull_rom,
+    "LANCZOS": FilterType.lanczos3,
+}
+Pixels = npt.NDArray[np.uint8]
+
 
 @dataclass
 class Jpeg:
@@ -64,39 +75,52 @@ class Jpeg:
     scans: list[bytes] = field(default_factory=list)
     content: bytes = b""
 
-    def decode(self, at_least: tuple[int, int]) -> Image.Image:
-        """The pixels, L, RGB or CMYK, at so few eighths of width and height that both are not below ``at_least``.
+    def decode(self, size: int, resample: str) -> Pixels:
+        """The central square, scaled: uint8 [size, size] of a grey photo, else [size, size, 3 or 4], RGB or CMYK.
 
+        resample: BOX, BILINEAR, BICUBIC or LANCZOS.
         Raises: PhotoError if any of the data is missing or destroyed; MemoryError.
         """
         try:
-            return self._decode(self.content, at_least)
+            return self._decode(self.content, size, resample)
         except PhotoError as error:
             padding = EXTRANEOUS.search(str(error))
             if not padding or int(padding[1]) > MAX_EXTRANEOUS:
                 raise
-            return self._decode(self.content[: -2 - int(padding[1])] + EOI, at_least)  # all else may be wrong too
+            return self._decode(self.content[: -2 - int(padding[1])] + EOI, size, resample)  # all else may be wrong too
 
-    def _decode(self, content: bytes, at_least: tuple[int, int]) -> Image.Image:
+    def _decode(self, content: bytes, size: int, resample: str) -> Pixels:
         colours = {1: "GRAY", 3: "RGB", 4: "CMYK"}[len(self.components)]
-        try:
-            pixels = simplejpeg.decode_jpeg(content, colours, min_width=at_least[0], min_height=at_least[1])
+        try:  # at so few eighths of width and height that neither is below size
+            pixels: Pixels = simplejpeg.decode_jpeg(content, colours, min_width=size, min_height=size)
         except ValueError as error:  # warnings too
             if "Could not determine subsampling" in str(error):
-                return self._decode_by_pillow(content, at_least)
+                return self._decode_by_pillow(content, size, resample)
             if "nsufficient memory" in str(error):
                 raise MemoryError(str(error)) from error
             raise damaged(str(error)) from error
+        pixels = _fit(pixels, size, resample)
         if len(self.components) == 4:  # written inverted, as Adobe does, and as everyone reads it
-            return Image.fromarray(np.invert(pixels, out=pixels), "CMYK")
-        return Image.fromarray(pixels[..., 0] if len(self.components) == 1 else pixels)
+            return np.invert(pixels)
+        return pixels[..., 0] if len(self.components) == 1 else pixels
 
-    def _decode_by_pillow(self, content: bytes, at_least: tuple[int, int]) -> Image.Image:
+    def _decode_by_pillow(self, content: bytes, size: int, resample: str) -> Pixels:
         """Colours at odd resolutions, which simplejpeg does not take. Pillow knows halves only, and does not tell of warnings."""
         image = Image.open(io.BytesIO(content), formats=["JPEG"])
-        image.draft(None, at_least)
-        image.load()
-        return image
+        image.draft(None, (size, size))
+        return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling[resample]))
+
+
+def _fit(pixels: Pixels, size: int, resample: str) -> Pixels:
+    """The central square of pixels [h, w, channels], scaled to [size, size, channels].
+
+    As ImageOps.fit does it, up to rounding, in a quarter of the time; the same on every CPU.
+    """
+    height, width, channels = pixels.shape
+    square = ImageData(size, size, CHANNELS[channels])
+    options = ResizeOptions(ResizeAlg.convolution(FILTERS[resample]), use_alpha=False, fit_into_destination=True)
+    Resizer().resize(ImageData(width, height, CHANNELS[channels], pixels.tobytes()), square, options)
+    return np.frombuffer(square.get_buffer(), np.uint8).reshape(size, size, channels)
 
 
 def damaged(why: str) -> PhotoError:

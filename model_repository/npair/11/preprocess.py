@@ -38,7 +38,7 @@ class Preprocessing:
     """What a network was trained on; travels in the version's manifest, so it has no defaults.
 
     size: width and height of the network's input, in pixels.
-    resample: Pillow's name of the resampling filter, for example ``BILINEAR``.
+    resample: Pillow's name of the resampling filter: ``BOX``, ``BILINEAR``, ``BICUBIC`` or ``LANCZOS``.
     background: grey level (0 to 255) that shows through transparent pixels.
     """
 
@@ -88,15 +88,17 @@ def decode(
         raise PhotoError(
             "too_many_pixels", f"the photo has {width}x{height} pixels, more than the limit of {limits.max_pixels}; scale it down"
         )
-    size = (preprocessing.size, preprocessing.size)
+    size, resample = preprocessing.size, preprocessing.resample
     try:
         with large if width * height > LARGE else NOTHING:
-            pixels = opened.decode(size) if isinstance(opened, jpeg.Jpeg) else _flat(opened, preprocessing.background)
-            to_srgb = colour.to_srgb(metadata.profile, pixels.mode) if metadata.profile else None
-            if pixels.mode == "CMYK" and not to_srgb:
-                pixels = pixels.convert("RGB")
-            image = ImageOps.fit(pixels, size, Image.Resampling[preprocessing.resample])
-            del pixels
+            if isinstance(opened, jpeg.Jpeg):
+                pixels = opened.decode(size, resample)
+                if pixels.shape == (size, size, 3) and metadata == Metadata():  # nothing is left to do
+                    return pixels
+                image = Image.fromarray(pixels, "CMYK" if pixels.shape == (size, size, 4) else None)
+            else:  # by Pillow, which holds no copies of a large photo while it scales
+                image = ImageOps.fit(_flat(opened, preprocessing.background), (size, size), Image.Resampling[resample])
+        to_srgb = colour.to_srgb(metadata.profile, image.mode) if metadata.profile else None
         image = to_srgb.apply(image) if to_srgb else image.convert("RGB")
     except (MemoryError, PhotoError):
         raise
