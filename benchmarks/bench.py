@@ -3,10 +3,16 @@
     make bench ARGS='--photos data/grocery'
 
 Each peer is installed into an environment of its own and serves the shipped network in two ways: eager, in fp32, as its
-documentation shows; and with npair's own engine and decoder inside. A short search tunes the workers, threads and batches of each.
-Then all run in turn, several rounds, under the same load from wrk: closed loops of 1, 8 and 32 connections. Every answer's status
-and size is checked in the load, and every photo's embedding before it. Prints tables in Markdown; --json keeps all that was
-measured.
+documentation shows; and with npair's own engine and decoder inside. Two more show what image embeddings cost elsewhere: ResNet-50,
+and CLIP ViT-B/32, both with random weights, which take the same time as trained ones. A short search tunes the workers, threads and
+batches of each. Then all run in turn, several rounds, under the same load from wrk: closed loops of 1, 8 and 32 connections. Every
+answer's status and size is checked in the load, and every photo's embedding before it. Prints tables in Markdown; --json keeps all
+that was measured.
+
+--also adds another version of npair to the same rounds. One that was retired comes out of the history:
+
+    git worktree add ../older COMMIT
+    make bench ARGS='--photos data/grocery --short --seconds 4 --also ../older/model_repository/npair/10'
 
 Needs: Linux, the .venv of `make install`, wrk (Debian: apt install wrk) and, the first time, a package index.
 """
@@ -39,8 +45,9 @@ import numpy.typing as npt
 import serve
 from PIL import Image
 
+from npair.config import with_release
 from npair.data import read_dataset
-from npair.serving.embedder import UNLIMITED, Embedder
+from npair.release import published_code
 from npair.serving.engine import cores
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +55,10 @@ PEERS = Path(__file__).parent / "peers"
 BOUNDARY = "npair-benchmark"
 CONNECTIONS = (1, 8, 32)
 SIZES = ((348, 348), (1024, 1024), (4000, 3000))
+MODES = {"eager": "eager", "npair": "npair inside"}  # of the shipped network
+OTHERS = {"ResNet-50": "LitServe", "CLIP ViT-B/32": "infinity"}  # networks in wide use, and the peer that serves each
+LEAST_COSINE = {"eager": 0.8, "npair": 0.8}  # with int8, which is above 0.9 of fp32
+LEAST_COSINE |= dict.fromkeys(OTHERS, 0.9999)  # random weights embed all photos alike: different ones reach 0.9996
 Vectors = npt.NDArray[np.float32]
 
 
@@ -92,8 +103,10 @@ class Load:
 @dataclass
 class Contestant:
     peer: Peer
-    mode: str  # "eager" or "npair"
+    mode: str  # of MODES or OTHERS
     setting: Setting
+    version: Path = costs.VERSION  # npair's
+    rate: float = 0.0  # the most photos a second of all settings, in a short run of each
     lone: float = np.inf  # the least p50 at one connection of all settings, since the one for many connections may not be it
     loads: list[Load] = field(default_factory=list)
     megabytes: list[float] = field(default_factory=list)
@@ -101,7 +114,9 @@ class Contestant:
 
     @property
     def name(self) -> str:
-        return "npair" if self.peer.name == "npair" else f"{self.peer.name}, {'eager' if self.mode == 'eager' else 'npair inside'}"
+        if self.peer.name == "npair":
+            return "npair" if self.version == costs.VERSION else f"npair, version {self.version.name}"
+        return f"{self.peer.name}, {MODES.get(self.mode, self.mode)}"
 
     def rates(self, connections: int) -> list[float]:
         return [load.rate for load in self.loads if load.connections == connections]
@@ -141,6 +156,20 @@ def from_json(*keys: str | int) -> Callable[[http.client.HTTPMessage, bytes], Ve
 
 def from_triton(headers: http.client.HTTPMessage, body: bytes) -> Vectors:
     return np.frombuffer(body, np.float32, offset=int(headers["Inference-Header-Content-Length"]))
+
+
+def openai(photo: bytes) -> bytes:
+    uri = f"data:image/jpeg;base64,{base64.b64encode(photo).decode()}"
+    return json.dumps({"model": "clip", "modality": "image", "input": uri}).encode()
+
+
+def infinity(python: Path, port: int, _scratch: Path, setting: Setting) -> Sequence[str | Path]:
+    environment = ["env", "HF_HUB_OFFLINE=1", "DO_NOT_TRACK=1"]
+    flags = {"model-id": clip_folder(python.parents[2]), "served-model-name": "clip", "port": port, "batch-size": setting.batch}
+    flags |= {"device": "cpu", "log-level": "warning"}
+    # Compiled, the network answers no sooner, and its first photo waits for a compiler.
+    switches = ["--no-compile", "--no-bettertransformer", "--no-vector-disk-cache", "--no-model-warmup"]
+    return [*environment, python.parent / "infinity_emb", "v2", *(f"--{flag}={value}" for flag, value in flags.items()), *switches]
 
 
 def plain_backend(_: Path, port: int, scratch: Path, setting: Setting) -> Sequence[str | Path]:
@@ -225,8 +254,19 @@ ALL = (
         tuple(s for s in spreads() if s.concurrency == 1),
         "mlserver",
     ),
+    Peer(
+        "infinity",
+        "/embeddings",
+        infinity,
+        openai,
+        {"Content-Type": "application/json"},
+        from_json("data", 0, "embedding"),
+        tuple(Setting(1, threads, 1, batch) for threads, batch in ((cores(), 8), (cores(), 32), (1, 8))),
+        "infinity",
+    ),
     Peer("Python backend", command=plain_backend, settings=tuple(s for s in spreads() if s.concurrency == 1), **TRITON),  # type: ignore[arg-type]
 )
+SAME = [peer.name for peer in ALL[1:] if peer.name != "infinity"]  # infinity loads only what transformers knows
 
 
 def main() -> None:
@@ -237,54 +277,67 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--seconds", type=int, default=6, help="of each closed loop (%(default)s)")
     parser.add_argument("--environments", type=Path, default=ROOT / ".venv/peers", help="folder for the peers' (%(default)s)")
-    parser.add_argument("--peers", nargs="+", choices=[peer.name for peer in ALL[1:]], default=[peer.name for peer in ALL[1:]])
+    parser.add_argument("--peers", nargs="*", choices=SAME, default=SAME, help="that serve the shipped network (all)")
+    parser.add_argument("--others", nargs="*", choices=OTHERS, default=list(OTHERS), help="networks in wide use (all)")
+    parser.add_argument("--also", type=Path, help="folder of another npair version")
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="for the ratios alone: of the peers as documented, rounds of the quickest; none with npair inside, no load of 8 "
+        "connections, no larger photos, no costs",
+    )
     parser.add_argument("--json", type=Path, help="file for all measurements")
     parser.add_argument("--pictures", type=Path, help="folder for pictures")
     arguments = parser.parse_args()
     if not shutil.which("wrk"):
         sys.exit("wrk is missing; on Debian: apt install wrk")
-    version = next((ROOT / "model_repository/npair").glob("[0-9]*"))
     dataset = read_dataset(arguments.photos)
     if dataset.val is None:
         sys.exit(f"{arguments.photos} has no val photos")
     photos = [path.read_bytes() for path in dataset.val.paths[:: max(1, len(dataset.val) // 50)]]
 
-    def embed(photos: list[bytes]) -> Vectors:
-        embedder = Embedder(version, cores=cores())
-        vectors = np.stack(embedder.embed_photos(photos, UNLIMITED))  # type: ignore[arg-type]
-        embedder.close()
-        return vectors
-
-    bench = Bench(photos, embed(photos), version, arguments)
-    npair, peers = ALL[0], [peer for peer in ALL[1:] if peer.name in arguments.peers]
-    contestants = [Contestant(npair, "npair", Setting(2, 1))]
-    for peer, mode in itertools.product(peers, ("eager", "npair")):
-        contestants.append(bench.tuned(peer, mode))
+    bench = Bench(photos, arguments)
+    contestants = [Contestant(ALL[0], "npair", Setting(2, 1))]
+    if arguments.also:
+        contestants.append(Contestant(ALL[0], "npair", Setting(2, 1), arguments.also.resolve()))
+    by_name = {peer.name: peer for peer in ALL}
+    tuned = [
+        bench.tuned(by_name[name], mode)
+        for name, mode in itertools.product(arguments.peers, ["eager"] if arguments.short else MODES)
+    ]
+    contestants += sorted(tuned, key=lambda c: c.rate)[-1:] if arguments.short else tuned
+    contestants += [bench.tuned(by_name[OTHERS[network]], network) for network in arguments.others]
     limits: list[float] = []
     for number in range(arguments.rounds):
         limits.append(bench.limit())
         for contestant in contestants[number % len(contestants) :] + contestants[: number % len(contestants)]:
-            bench.measure(contestant)
+            bench.measure(contestant, connections=(1, CONNECTIONS[-1]) if arguments.short else CONNECTIONS)
             say(f"round {number + 1}: {contestant.name} {contestant.rates(CONNECTIONS[-1])[-1]:.0f}/s")
     print(report(contestants, limits))
     if arguments.pictures:
         draw(contestants, limits, arguments.pictures / "throughput.svg")
+    if not arguments.short:
+        larger_photos(contestants, photos, arguments)
+        costs.report(dataset, arguments.rounds, arguments.seconds, arguments.pictures)
+    if arguments.json:
+        rows = [{"name": c.name, **{key: value for key, value in asdict(c).items() if key in KEPT}} for c in contestants]
+        arguments.json.write_text(json.dumps({"limit": limits, "contestants": rows}, indent=1) + "\n")
+
+
+def larger_photos(contestants: list[Contestant], photos: list[bytes], arguments: argparse.Namespace) -> None:
+    """Prints photos a second of npair and of the best peer as documented, with photos of several sizes."""
     eager = [contestant for contestant in contestants if contestant.mode == "eager"]
     best = max(eager, key=lambda contestant: contestant.median("rate", CONNECTIONS[-1]), default=contestants[0])
     print(f"| photo | npair, photos/s | {best.name} | ratio |\n| --- | --- | --- | --- |")
     for width, height in SIZES:
         larger = [resized(photo, width, height) for photo in photos[::5]]
-        sized = Bench(larger, embed(larger), version, arguments)
+        sized = Bench(larger, arguments)
         pair = [Contestant(contestant.peer, contestant.mode, contestant.setting) for contestant in (contestants[0], best)]
         for contestant in arguments.rounds * pair:
             sized.measure(contestant, connections=CONNECTIONS[-1:])
         mine, other = (contestant.median("rate", CONNECTIONS[-1]) for contestant in pair)
         print(f"| {width} x {height} | {mine:.0f} | {other:.0f} | {mine / other:.1f} |", flush=True)
     print()
-    costs.report(dataset, arguments.rounds, arguments.seconds, arguments.pictures)
-    if arguments.json:
-        rows = [{"name": c.name, **{key: value for key, value in asdict(c).items() if key in KEPT}} for c in contestants]
-        arguments.json.write_text(json.dumps({"limit": limits, "contestants": rows}, indent=1) + "\n")
 
 
 KEPT = ("mode", "setting", "loads", "megabytes", "first_answer")
@@ -293,8 +346,44 @@ KEPT = ("mode", "setting", "loads", "megabytes", "first_answer")
 class Bench:
     """Starts servers, loads them and checks what they answer."""
 
-    def __init__(self, photos: list[bytes], expected: Vectors, version: Path, arguments: argparse.Namespace) -> None:
-        self.photos, self.expected, self.version, self.arguments = photos, expected, version, arguments
+    def __init__(self, photos: list[bytes], arguments: argparse.Namespace) -> None:
+        self.photos, self.arguments = photos, arguments
+        self.embeddings: dict[tuple[str, Path], Vectors] = {}
+
+    def expected(self, contestant: Contestant) -> Vectors:
+        """float32 [number of photos, D]: as its network embeds the photos with no server."""
+        key = contestant.mode if contestant.mode in OTHERS else "", contestant.version
+        if key not in self.embeddings:
+            with tempfile.TemporaryDirectory() as name:
+                self.embeddings[key] = self.alone(contestant, Path(name))
+        return self.embeddings[key]
+
+    def alone(self, contestant: Contestant, scratch: Path) -> Vectors:
+        vectors: Vectors
+        if contestant.mode in OTHERS:
+            self.write_bodies(scratch / "bodies", lambda photo: photo, {})
+            environment = self.environment(contestant) | {"THREADS": str(cores())}
+            command = [self.python(contestant.peer), PEERS / "network.py", scratch / "bodies/list", scratch / "vectors.npy"]
+            subprocess.run(command, env=environment, check=True)
+            vectors = np.load(scratch / "vectors.npy")
+        else:
+            with published_code(contestant.version) as code:  # an older version's is not today's
+                embedder = code.Embedder(contestant.version, cores=cores())
+                vectors = np.stack(embedder.embed_photos(self.photos, code.UNLIMITED))
+                embedder.close()
+        return vectors
+
+    def python(self, peer: Peer) -> Path:
+        return python_of(peer.environment, self.arguments.environments) if peer.environment else Path(sys.executable)
+
+    def environment(self, contestant: Contestant) -> dict[str, str]:
+        """Variables of a peer's process, for peers/network.py and the peer's app."""
+        python, setting = self.python(contestant.peer), contestant.setting
+        settings = {"MODE": contestant.mode, "VERSION": contestant.version, "OMP_NUM_THREADS": setting.threads}
+        settings |= {"CLIP_FOLDER": clip_folder(self.arguments.environments)}
+        settings |= {name.upper(): value for name, value in asdict(setting).items()}
+        settings |= {"PYTHONPATH": f"{PEERS}:{ROOT / 'src'}", "PATH": f"{python.parent}:{os.environ['PATH']}"}
+        return {**os.environ, **{name: str(value) for name, value in settings.items()}}
 
     def tuned(self, peer: Peer, mode: str) -> Contestant:
         """With the setting that answers most photos a second at the largest number of connections, in a short run of each."""
@@ -303,37 +392,36 @@ class Bench:
             self.measure(trial, connections=(1, CONNECTIONS[-1]), seconds=3)
             say(f"{trial.name}: {trial.setting} {trial.loads[1].rate:.0f}/s, p50 alone {trial.loads[0].p50:.1f} ms")
         best = max(trials, key=lambda trial: trial.loads[1].rate)
-        return Contestant(peer, mode, best.setting, min(trial.loads[0].p50 for trial in trials))
+        lone = min(trial.loads[0].p50 for trial in trials)
+        return Contestant(peer, mode, best.setting, rate=best.loads[1].rate, lone=lone)
 
     def measure(self, contestant: Contestant, *, connections: Sequence[int] = CONNECTIONS, seconds: int = 0) -> None:
         """Start it, check an answer for each photo, and add the loads, the memory after them and the time to the first answer."""
-        peer = contestant.peer
+        peer, expected = contestant.peer, self.expected(contestant)
         with tempfile.TemporaryDirectory() as name, self.running(contestant, Path(name)) as (process, port):
             began = time.monotonic()
             contestant.first_answer.append(self.first_answer(peer, port, process, began))
-            for photo, vector in zip(self.photos, self.expected, strict=True):
+            for photo, vector in zip(self.photos, expected, strict=True):
                 status, answer = self.ask(peer, port, photo)
                 assert status == http.client.OK, f"{contestant.name} answered {status}"
-                assert answer.reshape(-1) @ vector > 0.8, (
-                    f"{contestant.name} gives another embedding"
-                )  # int8 against fp32: above 0.9
+                assert answer.reshape(-1) @ vector > LEAST_COSINE[contestant.mode], f"{contestant.name} gives another embedding"
             bodies = Path(name) / "bodies"
-            self.write_bodies(peer, bodies)
-            self.wrk(peer, port, bodies, 8, 2)  # warm-up
+            self.write_bodies(bodies, peer.body, peer.headers)
+            least = 4 * expected.shape[1]  # bytes of an answer
+            self.wrk(peer, port, bodies, 8, 2, least=least)  # warm-up
             for number in connections:
-                contestant.loads.append(self.wrk(peer, port, bodies, number, seconds or self.arguments.seconds))
+                contestant.loads.append(self.wrk(peer, port, bodies, number, seconds or self.arguments.seconds, least=least))
             contestant.megabytes.append(proportional_memory(process.pid))
 
     @contextlib.contextmanager
     def running(self, contestant: Contestant, scratch: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
         peer, setting, port = contestant.peer, contestant.setting, free_port()
-        python = python_of(peer.environment, self.arguments.environments) if peer.environment else Path(sys.executable)
+        python = self.python(peer)
         self.grpc_port = free_port()
         ports = {"HTTP_PORT": port, "GRPC_PORT": self.grpc_port, "METRICS_PORT": free_port()}
-        settings = {"MODE": contestant.mode, "VERSION": self.version, "OMP_NUM_THREADS": setting.threads}
-        settings |= {name.upper(): value for name, value in asdict(setting).items()}
-        paths = {"PYTHONPATH": f"{PEERS}:{ROOT / 'src'}", "PATH": f"{python.parent}:{os.environ['PATH']}"}
-        environment = {**os.environ, **paths, **{name: str(value) for name, value in (ports | settings).items()}}
+        environment = self.environment(contestant) | {name: str(value) for name, value in ports.items()}
+        if peer.name == "npair":
+            environment["MODEL_REPOSITORY"] = str(repository_of(contestant.version, scratch))
         command = peer.command(python, port, scratch, setting)
         with (scratch / "log").open("wb") as log:
             process = subprocess.Popen(
@@ -373,16 +461,16 @@ class Bench:
         finally:
             connection.close()
 
-    def write_bodies(self, peer: Peer, folder: Path) -> None:
+    def write_bodies(self, folder: Path, body: Callable[[bytes], bytes], headers: dict[str, str]) -> None:
         folder.mkdir()
         for number, photo in enumerate(self.photos):
-            (folder / str(number)).write_bytes(peer.body(photo))
+            (folder / str(number)).write_bytes(body(photo))
         (folder / "list").write_text("".join(f"{folder}/{number}\n" for number in range(len(self.photos))))
-        (folder / "headers").write_text("".join(f"{name}: {value}\n" for name, value in peer.headers.items()))
+        (folder / "headers").write_text("".join(f"{name}: {value}\n" for name, value in headers.items()))
 
-    def wrk(self, peer: Peer, port: int, bodies: Path, connections: int, seconds: int) -> Load:
+    def wrk(self, peer: Peer, port: int, bodies: Path, connections: int, seconds: int, *, least: int) -> Load:
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "20s", "-s", str(PEERS / "load.lua")]
-        environment = {**os.environ, "BODIES": str(bodies), "LEAST_BYTES": str(4 * self.expected.shape[1])}
+        environment = {**os.environ, "BODIES": str(bodies), "LEAST_BYTES": str(least)}
         result = subprocess.run(
             [*command, f"http://127.0.0.1:{port}{peer.path}"], env=environment, check=True, capture_output=True, text=True
         )
@@ -393,10 +481,10 @@ class Bench:
     def limit(self) -> float:
         """Photos a second, decoded and embedded on all cores with no server: the better of one process and of one for each core."""
         with tempfile.TemporaryDirectory() as name:
-            self.write_bodies(ALL[0], Path(name) / "bodies")
+            self.write_bodies(Path(name) / "bodies", lambda photo: photo, {})
             rates = []
             for processes, threads in {(1, cores()), (cores(), 1)}:
-                command = [sys.executable, "-c", LIMIT, name, str(self.version), str(threads), str(self.arguments.seconds)]
+                command = [sys.executable, "-c", LIMIT, name, str(costs.VERSION), str(threads), str(self.arguments.seconds)]
                 running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
                 rates.append(sum(float(process.communicate()[0]) for process in running))
         return max(rates)
@@ -420,7 +508,7 @@ print(done / (time.monotonic() - began))
 
 
 def report(contestants: list[Contestant], limits: list[float]) -> str:
-    npair, peers = contestants[0], contestants[1:]
+    npair = contestants[0]
     most = CONNECTIONS[-1]
     lines = [
         f"On {cores()} cores; medians of {len(limits)} rounds, and from the least to the most.",
@@ -432,9 +520,9 @@ def report(contestants: list[Contestant], limits: list[float]) -> str:
     for c in sorted(contestants, key=lambda c: -c.median("rate", most)):
         ratios = [mine / other for mine, other in zip(npair.rates(most), c.rates(most), strict=True)]
         s = c.setting
-        setting = "" if c is npair else f"{s.workers}, {s.threads}, {s.concurrency}, {s.batch}"
+        setting = "" if c.peer is npair.peer else f"{s.workers}, {s.threads}, {s.concurrency}, {s.batch}"
         spread = "" if c is npair else f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        latencies = " | ".join(f"{c.median('p50', number):.1f}" for number in CONNECTIONS)
+        latencies = " | ".join(f"{c.median('p50', number):.1f}" if c.rates(number) else "" for number in CONNECTIONS)
         lines.append(
             f"| {c.name} | {setting} | {c.median('rate', most):.0f} | {spread} | {latencies} | {c.median('p99', most):.0f}"
             f" | {statistics.median(c.megabytes):.0f} | {statistics.median(c.first_answer):.1f} |"
@@ -443,7 +531,7 @@ def report(contestants: list[Contestant], limits: list[float]) -> str:
     lines += ["", f"Without a server: {statistics.median(limits):.0f} photos/s; npair reaches {statistics.median(shares):.2f}"]
     lines[-1] += f" ({min(shares):.2f} to {max(shares):.2f}) of it."
     for mode, words in (("eager", "as documented"), ("npair", "with npair's engine and decoder inside")):
-        of_mode = [c for c in peers if c.mode == mode]
+        of_mode = [c for c in contestants if c.mode == mode and c.peer is not npair.peer]
         if of_mode:
             best = max(of_mode, key=lambda c: c.median("rate", most))
             lone = min(of_mode, key=lambda c: c.lone)
@@ -453,6 +541,10 @@ def report(contestants: list[Contestant], limits: list[float]) -> str:
                 f" {alone / best.median('p50', 1):.2f} of the p50 at one connection; {alone / lone.lone:.2f} of the least with any"
                 f" setting, {lone.lone:.1f} ms of {lone.peer.name}."
             )
+    for c in contestants[1:]:
+        if c.peer is npair.peer or c.mode in OTHERS:
+            ratio, alone = npair.median("rate", most) / c.median("rate", most), npair.median("p50", 1) / c.median("p50", 1)
+            lines.append(f"{c.name}: npair has {ratio:.2f} times the photos/s, and {alone:.2f} of the p50 at one connection.")
     return "\n".join(lines)
 
 
@@ -462,7 +554,7 @@ def draw(contestants: list[Contestant], limits: list[float], path: Path) -> None
     most = CONNECTIONS[-1]
     ordered = sorted(contestants, key=lambda c: c.median("rate", most))
     figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(ordered) + 1), layout="constrained")
-    colours = ["C0" if c.name == "npair" else "C1" if c.mode == "npair" else "0.6" for c in ordered]
+    colours = ["C0" if c.peer.name == "npair" else "C1" if c.mode == "npair" else "0.6" for c in ordered]
     middle = [c.median("rate", most) for c in ordered]
     around = [
         [m - min(c.rates(most)) for m, c in zip(middle, ordered, strict=True)],
@@ -494,6 +586,21 @@ def python_of(name: str, parent: Path) -> Path:
         (Path(site.stdout.strip()) / "npair.pth").write_text(own.stdout)
         (folder / "complete").touch()
     return python
+
+
+def repository_of(version: Path, scratch: Path) -> Path:
+    """A model repository of this npair version alone, which may be of another checkout."""
+    folder = scratch / "models/npair"
+    folder.mkdir(parents=True)
+    (folder / version.name).symlink_to(version)
+    config = (costs.MODELS / "npair/config.pbtxt").read_text()
+    (folder / "config.pbtxt").write_text(with_release(config, [int(version.name)], {}))
+    return folder.parent
+
+
+def clip_folder(environments: Path) -> Path:
+    """Where peers/network.py keeps the weights of CLIP, 600 MB, which it makes the first time."""
+    return environments / "clip-vit-b-32"
 
 
 def resized(photo: bytes, width: int, height: int) -> bytes:

@@ -1,6 +1,10 @@
-"""The shipped network for every peer, in two ways: eager PyTorch as documentation shows it, or npair's own engine and decoder.
+"""The networks that peers serve: the shipped one in two ways, and two that are in wide use.
 
-MODE, VERSION (the version's folder) and THREADS come from the environment, as bench.py sets them.
+MODE, VERSION (the shipped version's folder), THREADS and CLIP_FOLDER come from the environment, as bench.py sets them.
+
+    python network.py LIST FILE.npy
+
+embeds the photos that LIST names, one path a line, with no server, and writes float32 [N, D].
 """
 
 from __future__ import annotations
@@ -8,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +21,23 @@ VERSION, THREADS = Path(os.environ["VERSION"]), int(os.environ["THREADS"])
 
 
 class Eager:
-    """Pillow and torch in fp32."""
+    """Pillow and torch in fp32, with the layout that is best for CPUs: the shipped network."""
 
     def __init__(self) -> None:
         import torch
 
         self.torch = torch
         torch.set_num_threads(THREADS)
-        self.network = torch.export.load(VERSION / "network.pt2").module()
-        self.size = json.loads((VERSION / "manifest.json").read_bytes())["preprocessing"]["size"]
+        network, self.size = self.build()
+        self.network = network.to(memory_format=torch.channels_last)
+
+    def build(self):
+        size = json.loads((VERSION / "manifest.json").read_bytes())["preprocessing"]["size"]
+        return self.torch.export.load(VERSION / "network.pt2").module(), size
+
+    def forward(self, pixels):
+        """uint8 [N, size, size, 3] -> float32 [N, D]."""
+        return self.network(pixels)
 
     def decode(self, photo: bytes) -> np.ndarray:
         from PIL import Image, ImageOps
@@ -33,10 +46,69 @@ class Eager:
         return np.asarray(ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR))
 
     def embed(self, pixels: list[np.ndarray]) -> np.ndarray:
-        """uint8 [size, size, 3] each -> float32 [N, 128] of unit length."""
+        """uint8 [size, size, 3] each -> float32 [N, D] of unit length."""
         self.torch.set_num_threads(THREADS)  # of the thread that calls
         with self.torch.inference_mode():
-            return self.torch.nn.functional.normalize(self.network(self.torch.from_numpy(np.stack(pixels)))).numpy()
+            return self.torch.nn.functional.normalize(self.forward(self.torch.from_numpy(np.stack(pixels)))).numpy()
+
+
+class ResNet50(Eager):
+    """ResNet-50 of random weights at its usual 224 x 224."""
+
+    def build(self):
+        from transformers import ResNetConfig, ResNetModel
+
+        self.torch.manual_seed(0)  # the same weights in every worker
+        return ResNetModel(ResNetConfig()).eval(), 224  # its defaults are those of ResNet-50
+
+    def forward(self, pixels):
+        images = (pixels.permute(0, 3, 1, 2) / 255 - 0.45) / 0.225  # about ImageNet's mean and deviation
+        return self.network(images).pooler_output.flatten(1)
+
+
+class Clip:
+    """CLIP ViT-B/32 of random weights, kept in CLIP_FOLDER as its hub's folder would be, for servers that load one."""
+
+    def __init__(self) -> None:
+        import torch
+        from transformers import CLIPModel, CLIPProcessor
+
+        folder = Path(os.environ["CLIP_FOLDER"])
+        if not folder.exists():
+            part = folder.with_name(folder.name + ".part")
+            write_clip(part)
+            part.rename(folder)
+        torch.set_num_threads(THREADS)
+        self.torch, self.model = torch, CLIPModel.from_pretrained(folder)
+        self.processor = CLIPProcessor.from_pretrained(folder)
+
+    def decode(self, photo: bytes):
+        from PIL import Image
+
+        return Image.open(io.BytesIO(photo))
+
+    def embed(self, images: list) -> np.ndarray:
+        """Pillow's images -> float32 [N, 512] of unit length."""
+        with self.torch.inference_mode():
+            pixels = self.processor(images=images, return_tensors="pt")
+            return self.torch.nn.functional.normalize(self.model.get_image_features(**pixels)).numpy()
+
+
+def write_clip(folder: Path) -> None:
+    """Configuration, weights, processor, and a tokenizer that knows letters alone, since a server wants one."""
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast
+    from transformers.models.clip.tokenization_clip import bytes_to_unicode
+
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    merges.write_text("#version: 0.2\n")
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig()).save_pretrained(folder)  # its defaults are those of ViT-B/32
+    CLIPProcessor(CLIPImageProcessor(), CLIPTokenizerFast(str(vocabulary), str(merges))).save_pretrained(folder)
 
 
 class Npair:
@@ -54,5 +126,12 @@ class Npair:
         return self.embedder.embed(np.stack(pixels))
 
 
-def load() -> Eager | Npair:
-    return {"eager": Eager, "npair": Npair}[os.environ["MODE"]]()
+def load() -> Eager | Clip | Npair:
+    return {"eager": Eager, "npair": Npair, "ResNet-50": ResNet50, "CLIP ViT-B/32": Clip}[os.environ["MODE"]]()
+
+
+if __name__ == "__main__":
+    paths, file = sys.argv[1:]
+    network = load()
+    photos = [Path(path).read_bytes() for path in Path(paths).read_text().splitlines()]
+    np.save(file, np.concatenate([network.embed([network.decode(photo)]) for photo in photos]))
