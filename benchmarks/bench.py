@@ -12,7 +12,7 @@ that was measured.
 --also adds another version of npair to the same rounds. One that was retired comes out of the history:
 
     git worktree add ../older COMMIT
-    make bench ARGS='--photos data/grocery --short --seconds 4 --also ../older/model_repository/npair/10'
+    make bench ARGS='--photos data/grocery --short --seconds 3 --also ../older/model_repository/npair/10'
 
 Needs: Linux, the .venv of `make install`, wrk (Debian: apt install wrk) and, the first time, a package index.
 """
