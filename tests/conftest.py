@@ -145,9 +145,17 @@ def without_int8() -> Iterator[None]:
         yield
 
 
-def publish_into(repository: Path, run: Path, data: Path, **accepted: str) -> Path:
+def publish_into(repository: Path, run: Path, data: Path, *, accept_recall_drop: str = "", accept_cost: str = "") -> Path:
     """The folder of the next version."""
-    return repository / str(publish(run, data, open_repository(repository), cache=default_cache(), **accepted))
+    number = publish(
+        run,
+        data,
+        open_repository(repository),
+        cache=default_cache(),
+        accept_recall_drop=accept_recall_drop,
+        accept_cost=accept_cost,
+    )
+    return repository / str(number)
 
 
 @pytest.fixture

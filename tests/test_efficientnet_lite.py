@@ -63,7 +63,7 @@ def test_bf16_learns_as_fp32_does() -> None:
         network.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             features = network.features(photos)
-        features.float().square().mean().backward()
+        torch.autograd.backward(features.float().square().mean())
         gradients[bf16] = torch.cat(
             [p.grad.flatten() for n, p in network.named_parameters() if "depthwise" in n and p.grad is not None]
         )
