@@ -201,6 +201,8 @@ class TestContract:
 
 RGB = draw(11)
 GREY = RGB.convert("L")
+# What JPEG loses is not the question: edges of drawings suffer most where colours have half the resolution.
+FINE: dict[str, Any] = {"quality": 95, "subsampling": 0}
 HALF = Image.linear_gradient("L").resize(RGB.size)  # transparent above, opaque below
 
 
@@ -214,12 +216,12 @@ def turned(orientation: int, transpose: Image.Transpose) -> bytes:
     """A JPEG whose stored pixels are turned, and whose EXIF orientation says how to turn them back."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encode(RGB.transpose(transpose), exif=exif)
+    return encode(RGB.transpose(transpose), exif=exif, **FINE)
 
 
 TWINS = {
-    "jpeg": (encode(RGB), RGB),
-    "progressive jpeg": (encode(RGB, progressive=True), RGB),
+    "jpeg": (encode(RGB, **FINE), RGB),
+    "progressive jpeg": (encode(RGB, progressive=True, **FINE), RGB),
     "webp": (encode(RGB, "WEBP", quality=90), RGB),
     "grey jpeg": (encode(GREY), GREY.convert("RGB")),
     "grey png": (encode(GREY, "PNG"), GREY.convert("RGB")),
@@ -251,7 +253,7 @@ TWINS = {
 def test_same_embedding_as_its_plain_twin(client: NpairClient, kind: str) -> None:
     photo, twin = TWINS[kind]
     vectors = client.embed([photo, encode(twin, "PNG")]).vectors
-    assert vectors[0] @ vectors[1] >= 0.99
+    assert vectors[0] @ vectors[1] >= 0.985  # 0.976 if it is mirrored
 
 
 JPEG = encode(RGB)
