@@ -201,7 +201,7 @@ class TestContract:
 
 RGB = draw(11)
 GREY = RGB.convert("L")
-# What JPEG loses is not the question: edges of drawings suffer most where colours have half the resolution.
+# Full colour resolution: JPEG's usual half smears the edges of drawings, and this tests decoding, not compression.
 FINE: dict[str, Any] = {"quality": 95, "subsampling": 0}
 HALF = Image.linear_gradient("L").resize(RGB.size)  # transparent above, opaque below
 
@@ -253,7 +253,7 @@ TWINS = {
 def test_same_embedding_as_its_plain_twin(client: NpairClient, kind: str) -> None:
     photo, twin = TWINS[kind]
     vectors = client.embed([photo, encode(twin, "PNG")]).vectors
-    assert vectors[0] @ vectors[1] >= 0.985  # 0.976 if it is mirrored
+    assert vectors[0] @ vectors[1] >= 0.99
 
 
 JPEG = encode(RGB)

@@ -39,7 +39,7 @@ from npair.processes import any_process, from_first, gather, keep_freed_memory, 
 from npair.run import RunError, TrainConfig, git_commit, read_run
 from npair.serving.preprocess import Preprocessing
 
-# Photos that a run looks at, each repetition counted, and the most epochs, where their number is not given.
+# How many photos a run looks at, counting repeats, and the most epochs; config.epochs overrides both.
 BUDGET, MOST_EPOCHS = 792_000, 400
 BUDGET_PRETRAINED, MOST_EPOCHS_PRETRAINED = 240_000, 150
 
