@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from cross_validation import Row, lookalike_folds, parser_of, run_all
 
-from npair.metrics import over_seeds
-from npair.run import TrainConfig
+from npair.scoring.metrics import over_seeds
+from npair.training.run import TrainConfig
 
 SEEDS = 1
 PROTOCOL = TrainConfig(network="compact", size=96, crop_size=80, views=1, epochs=40, evaluations=0)

@@ -35,14 +35,14 @@ from bench import ROOT, python_of, say
 from PIL import Image, ImageOps
 from torch import nn
 
-from npair.data import Dataset, each, read_dataset, read_photo
-from npair.evaluate import compare
+from npair.data.dataset import Dataset, each, read_dataset, read_photo
+from npair.scoring.evaluate import compare
 from npair.serving.embedder import UNLIMITED, Embedder, unit
 from npair.serving.engine import BATCH, EngineError, cores, load
 from npair.serving.preprocess import Preprocessing, decode
 
 CALIBRATION_PHOTOS, TIMED_PHOTOS = 100, 12
-SMALLEST_TOLERANCE = 1e-4  # as in npair.engines: a distance that fp32 rounding does not reach
+SMALLEST_TOLERANCE = 1e-4  # as in npair.publishing.graphs: a distance that fp32 rounding does not reach
 HEAD = "| Recall@1 fine | coarse | MB |"
 Pixels = npt.NDArray[np.uint8]
 Engine = Callable[[Pixels], npt.NDArray[np.float32]]

@@ -45,9 +45,9 @@ import numpy.typing as npt
 import serve
 from PIL import Image
 
-from npair.config import with_release
-from npair.data import read_dataset
-from npair.release import published_code
+from npair.data.dataset import read_dataset
+from npair.releasing.config import with_release
+from npair.releasing.release import published_code
 from npair.serving.engine import cores
 
 ROOT = Path(__file__).resolve().parents[1]

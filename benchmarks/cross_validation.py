@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from npair.data import read_dataset
-from npair.evaluate import Comparison, embed_run
-from npair.folds import write_folds
-from npair.metrics import over_seeds
-from npair.pixels import GLANCE, default_cache, load
-from npair.run import TrainConfig, git_commit, read_run
-from npair.train import train
+from npair.data.dataset import read_dataset
+from npair.data.folds import write_folds
+from npair.data.pixels import GLANCE, default_cache, load
+from npair.scoring.evaluate import Comparison, embed_run
+from npair.scoring.metrics import over_seeds
+from npair.training.run import TrainConfig, git_commit, read_run
+from npair.training.train import train
 
 FOLDS = 3
 Row = dict[str, Any]

@@ -4,7 +4,7 @@
 
 The vectors are drawn: 40 around each of 2,500 centres, with cosines of 0.67 among those of one centre in the mean, which is looser
 than val photos of the Grocery Store Dataset are (0.82). Each database is filled in one process and searched in another, one query
-at a time; the queries are not among the vectors. LanceDB is measured through npair.gallery itself.
+at a time; the queries are not among the vectors. LanceDB is measured through npair.gallery.gallery itself.
 
 Prints a table in Markdown: megabytes of what is installed beyond what npair's client needs, seconds to fill and index, megabytes on
 disk, megabytes by which the searching process grew, milliseconds of a search (median / 99th percentile), the share of what exact
@@ -35,7 +35,7 @@ from bench import ROOT, python_of, say
 from metrics_at_scale import resident_megabytes
 from packaging.requirements import Requirement
 
-from npair import gallery
+from npair.gallery import gallery
 
 DIMENSION, PER_CENTRE, QUERIES, WARM_UP, KS = 128, 40, 1000, 50, (5, 10)
 OWN = ("numpy", "tritonclient", "geventhttpclient", "grpcio", "protobuf", "tqdm")  # what npair's client and tqdm need
@@ -244,7 +244,7 @@ def open_numpy(folder: Path) -> Search:
 
 
 DATABASES = {
-    "LanceDB, as npair.gallery uses it": Database(("lancedb", "pyarrow"), fill_lancedb, open_lancedb),
+    "LanceDB, as npair.gallery.gallery uses it": Database(("lancedb", "pyarrow"), fill_lancedb, open_lancedb),
     "Milvus Lite, HNSW": Database(("milvus-lite", "pymilvus"), fill_milvus, open_milvus),
     "Qdrant, local mode": Database(("qdrant-client",), fill_qdrant, open_qdrant),
     "Qdrant Edge, HNSW": Database(("qdrant-edge-py",), fill_edge, open_edge),

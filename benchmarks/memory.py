@@ -24,10 +24,10 @@ from bench import ROOT, proportional_memory, say
 from PIL import Image
 
 from npair.client import InvalidPhotoError, NpairClient, NpairError, RequestTimeoutError, UnavailableError
-from npair.config import parameters, parse
+from npair.releasing.config import parameters, parse
+from npair.releasing.tune import Server, read_setting, serving
 from npair.serving.engine import cores
 from npair.serving.preprocess import LARGE
-from npair.tune import Server, read_setting, serving
 
 PIXEL = 21  # bytes that decoding takes for each, at worst: of a WebP with transparency, five pictures of four bytes a pixel
 COPIES = 5  # of a request's photos, at most: as they came, for the backend, in memory shared with a stub, and in the stub

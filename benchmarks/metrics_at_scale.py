@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from npair.metrics import Embedded, evaluate
+from npair.scoring.metrics import Embedded, evaluate
 
 PHOTOS_PER_CLASS = 40
 CLASSES_PER_KIND = 20

@@ -14,9 +14,9 @@ import jinja2
 import robustness
 import unseen
 
-from npair.metrics import MEASURES, Evaluation, over_seeds
-from npair.network import build_network, multiply_adds
-from npair.report import DEFINITIONS
+from npair.networks.network import build_network, multiply_adds
+from npair.scoring.metrics import MEASURES, Evaluation, over_seeds
+from npair.scoring.report import DEFINITIONS
 
 HERE = Path(__file__).parent
 

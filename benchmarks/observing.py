@@ -17,12 +17,12 @@ from costs import cpu_seconds
 from PIL import Image, ImageFilter
 
 import npair.serving
-from npair.artifact import CODE, write_manifest
-from npair.data import read_dataset
-from npair.drawings import encode
-from npair.load import closed
+from npair.data.dataset import read_dataset
+from npair.publishing.drawings import encode
+from npair.publishing.version_folder import CODE, write_manifest
+from npair.releasing.traffic import closed
+from npair.releasing.tune import serving
 from npair.serving.embedder import UNLIMITED, Embedder
-from npair.tune import serving
 
 ROOT = Path(__file__).resolve().parents[1]
 CONNECTIONS = (1, 16)

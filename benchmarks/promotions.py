@@ -25,12 +25,12 @@ import numpy as np
 from bench import proportional_memory
 
 from npair.client import NpairClient
-from npair.config import with_release
-from npair.drawings import write_dataset
-from npair.release import Server, check_pins, check_server, promote, rollback, verify
-from npair.repository import Repository, open_repository
+from npair.publishing.drawings import write_dataset
+from npair.releasing.config import with_release
+from npair.releasing.release import Server, check_pins, check_server, promote, rollback, verify
+from npair.releasing.repository import Repository, open_repository
+from npair.releasing.tune import serving
 from npair.serving.embedder import read_manifest
-from npair.tune import serving
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "benchmark"
@@ -80,7 +80,7 @@ def two_versions(scratch: Path) -> Repository:
 
 
 def npair(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "npair.cli", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "npair", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
 
 
 def under_load(
@@ -150,7 +150,7 @@ def killed(step: str, repository: Repository, server: Server, scratch: Path, kil
                 *("--accept-recall-drop", "a benchmark", "--accept-cost", "a benchmark"),
             ],
         }
-        command = [sys.executable, "-m", "npair.cli", *map(str, words[step]), "--repository", repository.location]
+        command = [sys.executable, "-m", "npair", *map(str, words[step]), "--repository", repository.location]
         began = time.monotonic()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:

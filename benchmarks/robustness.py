@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from npair.data import Dataset, Photos, read_dataset, read_photo
-from npair.evaluate import compare
-from npair.metrics import Vectors, nearest
-from npair.release import published_code
+from npair.data.dataset import Dataset, Photos, read_dataset, read_photo
+from npair.releasing.release import published_code
+from npair.scoring.evaluate import compare
+from npair.scoring.metrics import Vectors, nearest
 from npair.serving.embedder import UNLIMITED
 from npair.serving.engine import cores
 

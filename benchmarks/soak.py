@@ -30,9 +30,9 @@ from bench import proportional_memory
 from costs import descendants, pyplot
 
 from npair.client import SUFFIXES, InvalidPhotoError, NpairClient, NpairError, Vectors
-from npair.drawings import draw, encode
+from npair.publishing.drawings import draw, encode
+from npair.releasing.tune import Server, serving
 from npair.serve import shared_regions
-from npair.tune import Server, serving
 
 ROOT = Path(__file__).resolve().parents[1]
 GROWTH = 0.02

@@ -4,8 +4,8 @@
 
 The products of train are dealt into three folds at random. Each fold's own are the ones to find: no photo of them is trained on,
 and they are looked for among each other. Photos of one visit to a shop nearly repeat each other, and would find each other by
-colours alone. So the photos of each product are divided by colour into three groups of lookalikes (npair.folds), and each third of
-the photos is looked for among the other two. "colours alone" says how much this still gives away.
+colours alone. So the photos of each product are divided by colour into three groups of lookalikes (npair.data.folds),
+and each third of the photos is looked for among the other two. "colours alone" says how much this still gives away.
 
 Val would be another judge, with photos that are known to be of other visits. But it has 296 photos of 60 products where train has
 2,640 of 81, and it is to be scored once for each version, not whenever the recipe changes. Here it is not touched.
@@ -26,13 +26,13 @@ import numpy as np
 from cross_validation import FOLDS, Row, parser_of, run_all, train_and_embed
 from torch import nn
 
-from npair.data import Dataset, read_dataset
-from npair.evaluate import Comparison, compare
-from npair.folds import colour_histograms, folds, write_tables
-from npair.metrics import over_seeds
-from npair.network import embed, new_network
-from npair.pixels import GLANCE, Pixels, default_cache, load
-from npair.run import TrainConfig
+from npair.data.dataset import Dataset, read_dataset
+from npair.data.folds import colour_histograms, folds, write_tables
+from npair.data.pixels import GLANCE, Pixels, default_cache, load
+from npair.networks.network import embed, new_network
+from npair.scoring.evaluate import Comparison, compare
+from npair.scoring.metrics import over_seeds
+from npair.training.run import TrainConfig
 
 SEED = 0  # of the folds and of training
 COLOURS, IMAGENET = "colours alone", "ImageNet alone"

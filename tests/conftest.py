@@ -25,16 +25,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from npair.artifact import write_manifest
-from npair.data import Dataset
-from npair.drawings import draw, encode, write_dataset
-from npair.pixels import default_cache
-from npair.publish import publish
-from npair.repository import open_repository
-from npair.run import TrainConfig
+from npair.data.dataset import Dataset
+from npair.data.pixels import default_cache
+from npair.publishing.drawings import draw, encode, write_dataset
+from npair.publishing.publish import publish
+from npair.publishing.version_folder import write_manifest
+from npair.releasing.repository import open_repository
 from npair.serving.embedder import read_manifest
 from npair.serving.preprocess import Limits, Preprocessing
-from npair.train import train
+from npair.training.run import TrainConfig
+from npair.training.train import train
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = next((ROOT / "model_repository/npair").glob("[0-9]*"))  # the version that this repository serves
@@ -141,7 +141,7 @@ def without_int8() -> Iterator[None]:
         raise RuntimeError("not for this test")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("npair.engines.nncf.quantize", refused)
+        patch.setattr("npair.publishing.graphs.nncf.quantize", refused)
         yield
 
 

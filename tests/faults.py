@@ -31,7 +31,7 @@ from costs import descendants
 from observing import prepared
 
 from npair.client import NpairClient, NpairError, RequestTimeoutError, ServerFaultError, UnavailableError
-from npair.drawings import draw, encode
+from npair.publishing.drawings import draw, encode
 
 SECONDS = float(os.environ.get("FAULTS_SECONDS", "3"))
 RECOVERY = 60.0  # seconds within which all must be well again; what it took is in the table

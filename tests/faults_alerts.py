@@ -24,7 +24,7 @@ from faults import Service, broken_models, until
 from PIL import Image
 
 from npair.client import NpairClient, NpairError
-from npair.drawings import encode
+from npair.publishing.drawings import encode
 
 SHORTENED = {"15s": "1s", "1m": "3s", "5m": "10s", "30m": "90s", "1h": "10s", "1d": "20s"}
 RULES = (ROOT / "monitoring/alerts.yml").read_text()

@@ -30,11 +30,11 @@ import pytest
 from conftest import SHIPPED, eventually, free_ports, lines_until_ready, start
 from observing import prepared
 
-from npair.artifact import write_manifest
 from npair.client import NpairClient, Vectors
-from npair.drawings import draw, encode
-from npair.release import Server, promote
-from npair.repository import open_repository
+from npair.publishing.drawings import draw, encode
+from npair.publishing.version_folder import write_manifest
+from npair.releasing.release import Server, promote
+from npair.releasing.repository import open_repository
 from npair.serving.embedder import read_manifest
 
 CHANGES = int(os.environ.get("CHANGES", "2"))

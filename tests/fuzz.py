@@ -42,7 +42,7 @@ from PIL import Image
 from tritonclient.grpc import service_pb2
 
 from npair.client import NpairClient, NpairError
-from npair.drawings import draw, encode
+from npair.publishing.drawings import draw, encode
 from npair.serving.embedder import read_manifest
 
 BLOCK = 200  # requests between two checks of the server

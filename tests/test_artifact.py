@@ -15,14 +15,14 @@ import pytest
 from conftest import ROOT, SHIPPED, TINY, publish_into, without_int8
 from test_network import ARCHITECTURES, checkpoint
 
-from npair import artifact
-from npair.efficientnet_lite import VARIANTS
-from npair.engines import ENGINES
-from npair.network import embed, load_network
-from npair.release import check_pins
-from npair.repository import open_repository
+from npair.networks.efficientnet_lite import VARIANTS
+from npair.networks.network import embed, load_network
+from npair.publishing import version_folder as artifact
+from npair.publishing.graphs import ENGINES
+from npair.releasing.release import check_pins
+from npair.releasing.repository import open_repository
 from npair.serving.embedder import Embedder
-from npair.train import train
+from npair.training.train import train
 
 
 def test_version_is_complete(published: Path) -> None:

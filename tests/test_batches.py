@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from npair.batches import NPairSampler, Vectors, hardest_classes
+from npair.training.sampler import NPairSampler, Vectors, hardest_classes
 
 LABELS = np.repeat(np.arange(10), 5)
 

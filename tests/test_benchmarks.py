@@ -21,10 +21,10 @@ from PIL import Image
 from robustness import CHANGES, exposed, measure
 from unseen import across_groups, product_folds
 
-from npair.data import Photos, read_dataset
-from npair.drawings import draw
-from npair.evaluate import Comparison
-from npair.pixels import Pixels
+from npair.data.dataset import Photos, read_dataset
+from npair.data.pixels import Pixels
+from npair.publishing.drawings import draw
+from npair.scoring.evaluate import Comparison
 
 
 def test_ablation_compares_runs_of_the_same_fold_and_seed() -> None:

@@ -15,10 +15,10 @@ import pytest
 from conftest import SHIPPED, TINY, running
 from PIL import Image
 
-from npair.data import read_dataset
-from npair.drawings import write_characters
-from npair.metrics import Embedded, evaluate
-from npair.pixels import load
+from npair.data.dataset import read_dataset
+from npair.data.pixels import load
+from npair.publishing.drawings import write_characters
+from npair.scoring.metrics import Embedded, evaluate
 from npair.serving.embedder import Embedder
 
 

@@ -49,7 +49,7 @@ from npair.client import (
     Vectors,
     VersionGoneError,
 )
-from npair.config import with_release
+from npair.releasing.config import with_release
 from npair.serving.preprocess import Limits, Preprocessing, decode
 
 PHOTOS = list[bytes]

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, folders, photo, sizes, table
 
 from npair import client
-from npair.data import SPLIT_NAMES, SUFFIXES, SYSTEM_FOLDERS, DataError, Dataset, read_dataset, summary
+from npair.data.dataset import SPLIT_NAMES, SUFFIXES, SYSTEM_FOLDERS, DataError, Dataset, read_dataset, summary
 
 NFC, NFD = (unicodedata.normalize(form, "Crème") for form in ("NFC", "NFD"))
 # Pairs that the field's tools and data sets use: Roboflow, Keras, Hugging Face, fastai, and their spellings.

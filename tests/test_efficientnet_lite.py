@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from npair.artifact import export
-from npair.efficientnet_lite import VARIANTS, EfficientNetLite, load_weights
-from npair.network import build_network, embed, multiply_adds, new_network
-from npair.run import RunError
+from npair.networks.efficientnet_lite import VARIANTS, EfficientNetLite, load_weights
+from npair.networks.network import build_network, embed, multiply_adds, new_network
+from npair.publishing.version_folder import export
+from npair.training.run import RunError
 
 NAME = "efficientnet-lite0"
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from npair.data import DataError, Dataset, read_dataset
-from npair.evaluate import Comparison, sides
+from npair.data.dataset import DataError, Dataset, read_dataset
+from npair.scoring.evaluate import Comparison, sides
 
 
 def test_draws_a_readable_picture(dataset: Path, tmp_path: Path) -> None:

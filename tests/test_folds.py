@@ -8,10 +8,10 @@ import pytest
 from conftest import folders, photo, sizes
 from PIL import Image
 
-from npair.data import DataError, Dataset, read_dataset
-from npair.drawings import draw
-from npair.folds import colour_histograms, folds, found_by_colour, write_folds
-from npair.pixels import GLANCE, Pixels, load
+from npair.data.dataset import DataError, Dataset, read_dataset
+from npair.data.folds import colour_histograms, folds, found_by_colour, write_folds
+from npair.data.pixels import GLANCE, Pixels, load
+from npair.publishing.drawings import draw
 
 
 @pytest.fixture

@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHIPPED, folders, photo, running, table
 
-from npair import cli, gallery
+from npair import cli
 from npair.client import Embeddings, InvalidPhotoError, NpairClient, UnavailableError
-from npair.config import with_release
-from npair.data import DataError
-from npair.gallery import Built, Gallery, GalleryError, build, labels_of
+from npair.data.dataset import DataError
+from npair.gallery import gallery
+from npair.gallery.gallery import Built, Gallery, GalleryError, build, labels_of
+from npair.releasing.config import with_release
 
 OLD, NEW = SHIPPED.name, str(int(SHIPPED.name) + 1)
 
@@ -207,7 +208,7 @@ class TestBuild:
 def test_goes_on_where_it_was_killed(client: NpairClient, tmp_path: Path) -> None:
     photos, index, rows = folders(tmp_path / "photos", classes=10, photos=80), tmp_path / "index", 8
     code = (
-        f"from pathlib import Path; from npair import gallery; from npair.client import NpairClient; gallery.ROWS = {rows};"
+        f"from pathlib import Path; from npair.gallery import gallery; from npair.client import NpairClient; gallery.ROWS = {rows};"
         f"client = NpairClient({client.url!r}, batch_size=8); gallery.build(Path({str(photos)!r}), Path({str(index)!r}), client)"
     )
     kept = 0

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from npair.data import DataError, read_dataset
-from npair.drawings import write_dataset
-from npair.grocery import COMMIT, GROCERY, Release, fetch_grocery
+from npair.data.dataset import DataError, read_dataset
+from npair.data.grocery import COMMIT, GROCERY, Release, fetch_grocery
+from npair.publishing.drawings import write_dataset
 
 
 @dataclass

@@ -21,8 +21,8 @@ import pytest
 from conftest import BREAKS, ROOT, eventually, free_ports, let_fail, lines_until_ready, start
 
 from npair.client import InvalidPhotoError, NpairClient, ServerFaultError
-from npair.config import with_release
-from npair.drawings import draw, encode
+from npair.publishing.drawings import draw, encode
+from npair.releasing.config import with_release
 
 PHOTO = encode(draw(0, 0), "JPEG")
 HOSTILE = {

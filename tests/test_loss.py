@@ -9,7 +9,7 @@ import torch
 from pytorch_metric_learning.distances import DotProductSimilarity
 from pytorch_metric_learning.losses import NPairsLoss
 
-from npair.loss import CosineNPairLoss, NPairLoss, TupletLoss
+from npair.training.loss import CosineNPairLoss, NPairLoss, TupletLoss
 
 
 def pairs(n: int = 7, d: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,6 +47,21 @@ def test_norm_penalty() -> None:
     norms = [float(row @ row) for row in torch.cat([anchors, positives])]
     difference = NPairLoss(norm_penalty=0.5)(anchors, positives) - NPairLoss(norm_penalty=0.0)(anchors, positives)
     assert difference.item() == pytest.approx(0.5 * sum(norms) / len(norms), rel=1e-5)
+
+
+def test_coarse_labels_share_the_target() -> None:
+    """Class 0 has one sibling and 3 has two, which get a tenth and a twentieth of the target; 6 has none and keeps all of it."""
+    anchors, positives = pairs()
+    coarse = torch.tensor([0, 0, 1, 1, 1, 2, 3])
+    total = 0.0
+    for a, p in ((anchors, positives), (positives, anchors)):
+        for i, logs in enumerate(torch.log_softmax(a @ p.T, dim=1)):
+            siblings = [j for j in range(7) if coarse[j] == coarse[i] and j != i]
+            share = 0.1 if siblings else 0.0
+            total -= float((1 - share) * logs[i] + sum(share / len(siblings) * logs[j] for j in siblings))
+    loss = NPairLoss(norm_penalty=0.0, coarse_smoothing=0.1)
+    assert loss(anchors, positives, coarse).item() == pytest.approx(total / 14, rel=1e-5)
+    torch.testing.assert_close(loss(anchors, positives, torch.arange(7)), loss(anchors, positives))
 
 
 def test_falls_below_what_cosines_allow() -> None:

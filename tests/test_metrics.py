@@ -15,8 +15,8 @@ from pytorch_metric_learning.utils.inference import CustomKNN
 from scipy.stats import ttest_1samp
 from sklearn.metrics import roc_curve
 
-import npair.metrics
-from npair.metrics import (
+import npair.scoring.metrics
+from npair.scoring.metrics import (
     RESOLUTION,
     Embedded,
     Evaluation,
@@ -44,7 +44,7 @@ def photos(n: int, classes: int, seed: int, *, d: int = 16, spread: float = 1.0)
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few rows at a time, so that small examples cross blocks and end in a partial one."""
-    monkeypatch.setattr(npair.metrics, "BLOCK", 700)
+    monkeypatch.setattr(npair.scoring.metrics, "BLOCK", 700)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -90,7 +90,7 @@ def naive(queries: Embedded, gallery: Embedded, alone: bool) -> dict[str, float]
 
 
 def values(retrieval: Retrieval) -> dict[str, float]:
-    return {name: getattr(retrieval, name).value for name in npair.metrics.MEASURES}
+    return {name: getattr(retrieval, name).value for name in npair.scoring.metrics.MEASURES}
 
 
 @pytest.mark.usefixtures("small_blocks")

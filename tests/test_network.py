@@ -11,9 +11,9 @@ import torch
 import transformers
 from conftest import ROOT
 
-from npair.artifact import export
-from npair.network import build_network, embed, multiply_adds, new_network
-from npair.run import RunError
+from npair.networks.network import build_network, embed, multiply_adds, new_network
+from npair.publishing.version_folder import export
+from npair.training.run import RunError
 
 VISION: Any = {"image_size": 64, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 # ResNet has 16 channels at least: after the backward pass of a narrower 1x1 convolution, oneDNN's cache crashes as Python exits.

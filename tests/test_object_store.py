@@ -23,14 +23,14 @@ from conftest import ROOT, SHIPPED, free_ports, lines_until_ready, rewrite_manif
 from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 
-from npair.config import with_release
-from npair.release import ReleaseError, Server, check_server, client_parameters, promote, rollback
-from npair.repository import Repository, RepositoryError, Store, open_repository
+from npair.releasing.config import with_release
+from npair.releasing.release import ReleaseError, Server, check_server, client_parameters, promote, rollback
+from npair.releasing.repository import Repository, RepositoryError, Store, open_repository
 
 SECRET = "test"
 PUBLISHER = """
 import sys, time
-from npair.repository import open_repository
+from npair.releasing.repository import open_repository
 with open_repository(sys.argv[1]).new_version() as (number, folder):
     print(number, flush=True)
     for part in range(100):
@@ -300,7 +300,7 @@ def test_what_is_no_repository(endpoint: str, place: str, reason: str) -> None:
 @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs"), ("s3", "fsspec")])
 def test_what_is_missing_is_named(scheme: str, package: str) -> None:
     code = f"""import sys; sys.modules[{package!r}] = None
-from npair.repository import RepositoryError, open_repository
+from npair.releasing.repository import RepositoryError, open_repository
 try:
     open_repository("{scheme}://bucket/models/npair")
 except RepositoryError as error:

@@ -13,7 +13,7 @@ from urllib.request import urlopen
 import pytest
 from conftest import ROOT, free_ports, lines_until_ready, start
 
-from npair.config import parse, with_release
+from npair.releasing.config import parse, with_release
 
 PUBLISH = (ROOT / ".github/workflows/docker-publish-model.yml").read_text()
 PAGE = (ROOT / "docs/ci-cd.md").read_text()

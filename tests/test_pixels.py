@@ -14,11 +14,11 @@ import pytest
 from conftest import PNG, folders, photo, sizes
 from PIL import Image
 
-from npair import pixels
-from npair.data import LIMITS, DataError, read_dataset
-from npair.drawings import draw, encode
-from npair.folds import write_folds
-from npair.pixels import default_cache, load, load_pixels
+from npair.data import pixels
+from npair.data.dataset import LIMITS, DataError, read_dataset
+from npair.data.folds import write_folds
+from npair.data.pixels import default_cache, load, load_pixels
+from npair.publishing.drawings import draw, encode
 from npair.serving.preprocess import Limits, Preprocessing, decode
 
 SMALL = Preprocessing(size=16, resample="BILINEAR", background=255)

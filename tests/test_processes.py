@@ -16,8 +16,8 @@ from test_network import ARCHITECTURES, checkpoint
 GRADIENTS = """
 import sys, torch
 from torch import nn
-from npair.loss import CosineNPairLoss, NPairLoss, TupletLoss
-from npair.processes import gather, process_group, rank, sum_gradients, world_size
+from npair.training.loss import CosineNPairLoss, NPairLoss, TupletLoss
+from npair.training.processes import gather, process_group, rank, sum_gradients, world_size
 
 found = {}
 with process_group():

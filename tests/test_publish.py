@@ -13,17 +13,19 @@ import torch
 from conftest import ROOT, publish_into
 
 import npair.serving
-from npair import artifact, engines, publish
-from npair.artifact import PublishError
-from npair.config import with_release
-from npair.drawings import write_dataset
-from npair.engines import ENGINES, REFERENCE, EnginesError
-from npair.network import EmbeddingNetwork, load_network
-from npair.publish import check_libraries, refusals
-from npair.release import ReleaseError
-from npair.repository import RepositoryError, open_repository
-from npair.run import RunError
+from npair.networks.network import EmbeddingNetwork, load_network
+from npair.publishing import graphs as engines
+from npair.publishing import publish
+from npair.publishing import version_folder as artifact
+from npair.publishing.drawings import write_dataset
+from npair.publishing.graphs import ENGINES, REFERENCE, EnginesError
+from npair.publishing.publish import check_libraries, refusals
+from npair.publishing.version_folder import PublishError
+from npair.releasing.config import with_release
+from npair.releasing.release import ReleaseError
+from npair.releasing.repository import RepositoryError, open_repository
 from npair.serving.embedder import VersionError
+from npair.training.run import RunError
 
 
 @pytest.fixture(autouse=True)

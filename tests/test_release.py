@@ -28,12 +28,12 @@ import pytest
 import torch
 from conftest import PREPROCESSING, ROOT, certificate, eventually, free_ports, lines_until_ready, rewrite_manifest, running, start
 
-from npair import engines
-from npair.artifact import export, write_golden, write_manifest
 from npair.client import NpairClient, Vectors, VersionGoneError
-from npair.config import ConfigError, parameters, pinned, with_release
-from npair.network import EmbeddingNetwork, load_network
-from npair.release import (
+from npair.networks.network import EmbeddingNetwork, load_network
+from npair.publishing import graphs as engines
+from npair.publishing.version_folder import export, write_golden, write_manifest
+from npair.releasing.config import ConfigError, parameters, pinned, with_release
+from npair.releasing.release import (
     ReleaseError,
     Server,
     check_pins,
@@ -46,7 +46,7 @@ from npair.release import (
     verify,
     versions,
 )
-from npair.repository import RepositoryError, open_repository
+from npair.releasing.repository import RepositoryError, open_repository
 
 CONFIG = (ROOT / "model_repository/npair/config.pbtxt").read_text()
 SECRET = "a-secret"
@@ -495,7 +495,8 @@ def test_interrupted_promotions_go_back(standing: Standing, number: signal.Signa
     before = (models / "config.pbtxt").read_bytes()
     code = """
 import sys, time
-from npair import cli, release
+from npair import cli
+from npair.releasing import release
 
 load = release.Server.load
 release.Server.load = lambda self: (time.sleep(3), load(self))
@@ -526,7 +527,7 @@ def test_killed_promotions_leave_what_serves(standing: Standing, seed: int) -> N
     for target in (2, 1, 2):
         words = ["promote", str(target), "--repository", str(models), "--url", urls["http"]]
         environment = os.environ | {"NPAIR_CONTROL_SECRET": SECRET}
-        process = subprocess.Popen([sys.executable, "-m", "npair.cli", *words], env=environment, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, "-m", "npair", *words], env=environment, stderr=subprocess.DEVNULL)
         if seed:
             time.sleep(dice.uniform(0.5, 3))
         else:  # certainly when config.pbtxt is written and the server perhaps has not loaded it

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from npair.data import Photos
-from npair.drawings import draw, encode
-from npair.evaluate import Comparison
-from npair.metrics import Evaluation, Labels, Vectors
-from npair.report import write_report
+from npair.data.dataset import Photos
+from npair.publishing.drawings import draw, encode
+from npair.scoring.evaluate import Comparison
+from npair.scoring.metrics import Evaluation, Labels, Vectors
+from npair.scoring.report import write_report
 
 VOID = {"meta", "img", "br", "link", "input"}
 HOSTILE = ('<script>alert("1")</script>', "Äpfel & 'Birnen'", '"><img src=x onerror=y>', "{{ 7 * 7 }}")

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from npair import repository as repository_module
-from npair.repository import Folder, RepositoryError, open_repository
+from npair.releasing import repository as repository_module
+from npair.releasing.repository import Folder, RepositoryError, open_repository
 
 PUBLISHER = """
 import sys, time
-from npair.repository import open_repository
+from npair.releasing.repository import open_repository
 with open_repository(sys.argv[1]).new_version() as (number, folder):
     print(number, flush=True)
     for part in range(100):

@@ -30,7 +30,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from npair.client import InvalidPhotoError, NpairClient, UnavailableError
-from npair.drawings import draw, encode
+from npair.publishing.drawings import draw, encode
 from npair.serving.embedder import read_manifest
 
 

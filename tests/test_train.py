@@ -13,13 +13,13 @@ import pytest
 import torch
 from conftest import TINY
 
-from npair.data import read_dataset
-from npair.drawings import write_characters, write_dataset
-from npair.evaluate import embed_run
-from npair.network import load_network
-from npair.pixels import default_cache, load
-from npair.run import RunError, TrainConfig
-from npair.train import interruption, moving_average, schedule, settle, train
+from npair.data.dataset import read_dataset
+from npair.data.pixels import default_cache, load
+from npair.networks.network import load_network
+from npair.publishing.drawings import write_characters, write_dataset
+from npair.scoring.evaluate import embed_run
+from npair.training.run import RunError, TrainConfig
+from npair.training.train import interruption, moving_average, schedule, settle, train
 
 
 def weights(run: Path) -> torch.Tensor:
@@ -28,7 +28,7 @@ def weights(run: Path) -> torch.Tensor:
 
 def command(dataset: Path, run: Path, *options: str) -> list[str]:
     knobs = [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(TINY).items()]
-    return [sys.executable, "-m", "npair.cli", "train", "--data", str(dataset), "--run", str(run), *knobs, *options]
+    return [sys.executable, "-m", "npair", "train", "--data", str(dataset), "--run", str(run), *knobs, *options]
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from npair.config import ConfigError
-from npair.load import Load, LoadError, closed, paced
-from npair.tune import Point, Setting, TuneError, best_point, frontier, read_setting, with_setting
+from npair.releasing.config import ConfigError
+from npair.releasing.traffic import Load, LoadError, closed, paced
+from npair.releasing.tune import Point, Setting, TuneError, best_point, frontier, read_setting, with_setting
 
 CONFIG = (ROOT / "model_repository/npair/config.pbtxt").read_text()
 
@@ -105,7 +105,7 @@ def test_best_points() -> None:
 
 class TestCommand:
     def run(self, models: Path, data: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "npair.cli", "tune", "--repository", str(models), "--data", str(data)]
+        command = [sys.executable, "-m", "npair", "tune", "--repository", str(models), "--data", str(data)]
         command += ["--seconds", "0.3", "--batch", "8", "--delay", "0", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 

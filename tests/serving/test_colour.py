@@ -15,7 +15,7 @@ import pytest
 from conftest import LIMITS, PREPROCESSING
 from PIL import Image, ImageCms
 
-from npair.drawings import draw, encode
+from npair.publishing.drawings import draw, encode
 from npair.serving.colour import to_srgb
 from npair.serving.metadata import MAX_PROFILE
 from npair.serving.preprocess import decode

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import LIMITS, rewrite_manifest
 
-from npair.drawings import draw, encode
+from npair.publishing.drawings import draw, encode
 from npair.serving import engine
 from npair.serving.embedder import Embedder, VersionError, read_manifest
 from npair.serving.engine import EngineError

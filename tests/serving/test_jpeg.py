@@ -13,7 +13,7 @@ from conftest import LIMITS, PREPROCESSING
 from jpegs import ARITHMETIC, GRADIENT, lossless, segment
 from PIL import Image, ImageOps
 
-from npair.drawings import draw, encode
+from npair.publishing.drawings import draw, encode
 from npair.serving.jpeg import EOI, read
 from npair.serving.preprocess import decode
 from npair.serving.refusal import PhotoError

@@ -21,9 +21,9 @@ from PIL import Image
 from soak import shared
 
 from npair.client import InvalidPhotoError, NpairClient
-from npair.config import with_release
-from npair.drawings import draw, encode
-from npair.release import Server
+from npair.publishing.drawings import draw, encode
+from npair.releasing.config import with_release
+from npair.releasing.release import Server
 from npair.serving.embedder import UNLIMITED, Embedder
 from npair.serving.jpeg import MAX_SCANS
 from npair.serving.preprocess import decode

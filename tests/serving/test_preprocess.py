@@ -30,7 +30,7 @@ from jpegs import many_scans
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from npair.drawings import draw, encode
+from npair.publishing.drawings import draw, encode
 from npair.serving import preprocess
 from npair.serving.jpeg import MAX_SCANS
 from npair.serving.preprocess import Limits, Preprocessing, decode

@@ -10,7 +10,7 @@ from urllib.parse import quote
 import pytest
 from fuzz import PHOTOS
 
-from npair.drawings import draw, encode
+from npair.publishing.drawings import draw, encode
 from npair.serving.preprocess import Limits
 from npair.serving.refusal import PhotoError
 from npair.serving.text import photo_of

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from npair import serve
 from npair.client import NpairClient
-from npair.config import on_one_line, parse, with_lines
-from npair.load import Load, closed
+from npair.releasing.config import on_one_line, parse, with_lines
+from npair.releasing.traffic import Load, closed
 from npair.serving.engine import cores
 
 CONNECTIONS = (1, 2, 4, 8, 16, 32, 64)

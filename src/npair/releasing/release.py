@@ -32,8 +32,8 @@ from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
 from npair.client import THRESHOLD_PARAMETERS, Vectors
-from npair.config import as_json, parameters, pinned, with_release
-from npair.repository import Repository
+from npair.releasing.config import as_json, parameters, pinned, with_release
+from npair.releasing.repository import Repository
 from npair.serve import CONTROL_HEADER, FALLBACK
 from npair.serving.embedder import VersionError, read_manifest, verify_files
 from npair.serving.engine import cores

@@ -15,21 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from npair.artifact import LIBRARIES, PublishError, write_manifest, write_version
-from npair.config import pinned
-from npair.data import Dataset, Photos, read_photo
-from npair.engines import milliseconds
-from npair.evaluate import compare
-from npair.metrics import Vectors
-from npair.release import published_code, verify
-from npair.repository import Repository
+from npair.data.dataset import Dataset, Photos, read_photo
+from npair.publishing.graphs import milliseconds
+from npair.publishing.version_folder import LIBRARIES, PublishError, write_manifest, write_version
+from npair.releasing.config import pinned
+from npair.releasing.release import published_code, verify
+from npair.releasing.repository import Repository
+from npair.scoring.evaluate import compare
+from npair.scoring.metrics import Vectors
 from npair.serving.embedder import UNLIMITED, Embedder, read_manifest
 from npair.serving.engine import cores
 
 RECALL_DROP = 0.01  # of Recall@1 on val, below the pinned version's, for fine labels or for coarse ones
 COST_RISE = 1.5  # times the pinned version's milliseconds a photo, or bytes
 TIMED_PHOTOS = 64
-PINS = Path(__file__).parents[2] / "model/api"
+PINS = Path(__file__).parents[3] / "model/api"
 
 
 def publish(
@@ -91,7 +91,7 @@ def _pin(repository: Repository) -> int | None:
 def _fingerprint(run: Path, data: Path, repository: Repository, number: int, served: Path | None) -> str:
     """Of everything that a version is made of and compared with."""
     network = run / "manifest.json" if (run / "manifest.json").exists() else run / "checkpoint.pt"
-    files = [network, *((served / "manifest.json",) if served else ()), *sorted(Path(__file__).parent.rglob("*.py"))]
+    files = [network, *((served / "manifest.json",) if served else ()), *sorted(Path(__file__).parents[1].rglob("*.py"))]
     parts = [str(data.absolute()), repository.name, number, cores(), *(installed(name) for name in LIBRARIES)]
     digest = hashlib.sha256(json.dumps(parts).encode())
     for file in files:

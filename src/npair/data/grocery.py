@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from npair.data import DataError, read_dataset
+from npair.data.dataset import DataError, read_dataset
 
 REPOSITORY = "https://github.com/marcusklasson/GroceryStoreDataset"
 COMMIT = "b545e4c5db0a77d9274bc7753eb409f83772a3a5"
@@ -28,7 +28,7 @@ class Release:
 
     url: of a gzipped tar archive with a single folder at its top.
     photos: their number by split.
-    fingerprint: of the splits train and val, as of :meth:`npair.data.Dataset.fingerprint`.
+    fingerprint: of the splits train and val, as of :meth:`npair.data.dataset.Dataset.fingerprint`.
     """
 
     url: str

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from sklearn.manifold import TSNE
 
-from npair.data import Photos
-from npair.evaluate import Comparison
-from npair.metrics import MEASURES, Estimate, Evaluation, Labels, OperatingPoint, Vectors, nearest
+from npair.data.dataset import Photos
+from npair.scoring.evaluate import Comparison
+from npair.scoring.metrics import MEASURES, Estimate, Evaluation, Labels, OperatingPoint, Vectors, nearest
 
 NEIGHBOURS = 5
 EXAMPLES = 8  # rows of evenly spread queries

@@ -27,17 +27,26 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from npair.batches import Indices, NPairSampler
-from npair.data import Dataset, Photos, read_dataset
-from npair.efficientnet_lite import VARIANTS
-from npair.evaluate import compare
-from npair.loss import CosineNPairLoss, NPairLoss, TupletLoss
-from npair.metrics import Vectors
-from npair.network import EmbeddingNetwork, build_network, embed, multiply_adds, new_network
-from npair.pixels import default_cache, load
-from npair.processes import any_process, from_first, gather, keep_freed_memory, process_group, rank, sum_gradients, world_size
-from npair.run import RunError, TrainConfig, git_commit, read_run
+from npair.data.dataset import Dataset, Photos, read_dataset
+from npair.data.pixels import default_cache, load
+from npair.networks.efficientnet_lite import VARIANTS
+from npair.networks.network import EmbeddingNetwork, build_network, embed, multiply_adds, new_network
+from npair.scoring.evaluate import compare
+from npair.scoring.metrics import Vectors
 from npair.serving.preprocess import Preprocessing
+from npair.training.loss import CosineNPairLoss, NPairLoss, TupletLoss
+from npair.training.processes import (
+    any_process,
+    from_first,
+    gather,
+    keep_freed_memory,
+    process_group,
+    rank,
+    sum_gradients,
+    world_size,
+)
+from npair.training.run import RunError, TrainConfig, git_commit, read_run
+from npair.training.sampler import Indices, NPairSampler
 
 # How many photos a run looks at, counting repeats, and the most epochs; config.epochs overrides both.
 BUDGET, MOST_EPOCHS = 792_000, 400
@@ -98,7 +107,7 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False, c
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         ema = AveragedModel(network, avg_fn=moving_average(config.ema_decay), use_buffers=True)
         losses_by_name: dict[str, nn.Module] = {
-            "npair": NPairLoss(norm_penalty=config.norm_penalty),
+            "npair": NPairLoss(norm_penalty=config.norm_penalty, coarse_smoothing=config.coarse_smoothing),
             "cosine": CosineNPairLoss(temperature=config.temperature),
             "tuplet": TupletLoss(norm_penalty=config.norm_penalty),
         }
@@ -147,7 +156,7 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False, c
             return vectors
 
         def draw(step: int) -> Indices:
-            """This process's share of the batch: anchor, positive and, of tuplets, negatives in each row."""
+            """The batch: anchor, positive and, of tuplets, negatives in each row."""
             if config.loss == "tuplet":
                 batch = sampler.tuplets(step)
             elif config.mine_from:
@@ -155,7 +164,7 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False, c
                 batch = from_first(mined).cpu().numpy()  # rounding could make the processes mine different classes
             else:
                 batch = sampler.pairs(step)
-            return batch[rank() :: world_size()]
+            return batch
 
         with (
             interruption() as interrupted,
@@ -167,11 +176,16 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False, c
                     torch.manual_seed((config.seed * 1_000_003 + step) * world_size() + rank())
                     for group in optimizer.param_groups:
                         group["lr"] = config.learning_rate * schedule(step / steps, config.warmup)
-                    batch = draw(step)
+                    drawn = draw(step)
+                    shares = [drawn[first :: world_size()] for first in range(world_size())]  # as gather puts them together
+                    batch = shares[rank()]
                     # In fp32: bf16's 8 bits would coarsen the products that the loss compares.
                     embeddings = network.embedding(features_of(batch.ravel(), augment))
                     anchors, positives, *negatives = _columns(gather(embeddings.view(*batch.shape, -1)))
-                    loss = loss_of(anchors, positives, *negatives)
+                    coarse = torch.from_numpy(photos.coarse[np.concatenate(shares)[:, 0]]).to(device)
+                    loss = (
+                        loss_of(anchors, positives, coarse) if config.loss == "npair" else loss_of(anchors, positives, *negatives)
+                    )
                     if not loss.isfinite():
                         raise RunError(f"the loss is {loss.item()} at step {step}; start anew with a lower --learning-rate")
                     optimizer.zero_grad()

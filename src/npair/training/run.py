@@ -46,6 +46,7 @@ class TrainConfig:
         "npair", "npair: with norm penalty; cosine: normalised; tuplet: N + 1 photos an anchor", ("npair", "cosine", "tuplet")
     )
     norm_penalty: float = _knob(2e-3, "weight of the embeddings' mean squared norm in npair and tuplet")
+    coarse_smoothing: float = _knob(0.1, "share of a pair's target in npair that goes to other classes with its coarse label")
     temperature: float = _knob(0.1, "divisor of the cosines in cosine")
     classes_per_batch: int = _knob(0, "N; two photos of each", chosen=True)
     mine_from: int = _knob(0, "C, the classes among which the N hardest are mined for each batch; 0: no mining")

@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from npair.client import PATIENT_RETRIES, NpairClient, from_environment
-from npair.data import DataError, Dataset, Photos
-from npair.metrics import Embedded, Evaluation, Vectors, evaluate, nearest, protocol_of
-from npair.pixels import Pixels
+from npair.data.dataset import DataError, Dataset, Photos
+from npair.data.pixels import Pixels
+from npair.scoring.metrics import Embedded, Evaluation, Vectors, evaluate, nearest, protocol_of
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def embed_run(run: Path, dataset: Dataset, pixels: Pixels, split: str) -> Compar
     pixels: of all photos of the data set, decoded as the run's configuration says.
     Raises: DataError for a split that is not there, RunError where the run holds no network.
     """
-    from npair.network import embed, load_network  # noqa: PLC0415  # scoring a server needs no torch
+    from npair.networks.network import embed, load_network  # noqa: PLC0415  # scoring a server needs no torch
 
     network = load_network(run)
     return compare(f"run {run.name}", dataset, split, lambda photos: embed(network, pixels.array, pixels.of(photos)))

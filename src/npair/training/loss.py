@@ -22,16 +22,29 @@ class NPairLoss(nn.Module):
     (L(a, p) + L(p, a)) / 2 + norm_penalty * mean(|f|^2) over all 2N embeddings f. The second direction is not in the paper: it
     makes 2N tuplets of the same 2N embeddings. Embeddings are not normalised: with cosines the loss could not fall below
     log(1 + (N - 1) exp(-2)); the penalty (section 3.2.2) keeps the norms from growing without bound.
+
+    Coarse labels smooth the targets, which the paper does not: the share coarse_smoothing of row i's target is spread evenly over
+    the other classes with its coarse label, if there are any, so that a product that is not found has its own kind around it.
     """
 
-    def __init__(self, *, norm_penalty: float) -> None:
+    def __init__(self, *, norm_penalty: float, coarse_smoothing: float = 0.0) -> None:
         super().__init__()
         self.norm_penalty = norm_penalty
+        self.coarse_smoothing = coarse_smoothing
 
-    def forward(self, anchors: Tensor, positives: Tensor) -> Tensor:
-        """anchors, positives: [N, D], row i of both from class i, any float dtype. Raises: ValueError unless N >= 2 pairs."""
+    def forward(self, anchors: Tensor, positives: Tensor, coarse: Tensor | None = None) -> Tensor:
+        """anchors, positives: [N, D], row i of both from class i, any float dtype; coarse: int64 [N], by default all different.
+
+        Raises: ValueError unless N >= 2 pairs.
+        """
         anchors, positives = _pairs(anchors, positives)
-        return _multi_class(anchors, positives) + self.norm_penalty * _squared_norm(anchors, positives)
+        targets = torch.eye(len(anchors), device=anchors.device)
+        if coarse is not None:
+            kin = (coarse[:, None] == coarse).float() - targets
+            others = kin.sum(dim=1, keepdim=True)
+            smoothing = self.coarse_smoothing * (others > 0)
+            targets = (1 - smoothing) * targets + smoothing * kin / others.clamp(min=1)
+        return _multi_class(anchors, positives, targets) + self.norm_penalty * _squared_norm(anchors, positives)
 
 
 class CosineNPairLoss(nn.Module):
@@ -47,7 +60,8 @@ class CosineNPairLoss(nn.Module):
     def forward(self, anchors: Tensor, positives: Tensor) -> Tensor:
         """anchors, positives: [N, D], row i of both from class i, any float dtype. Raises: ValueError unless N >= 2 pairs."""
         anchors, positives = _pairs(anchors, positives)
-        return _multi_class(F.normalize(anchors) / self.temperature, F.normalize(positives))
+        targets = torch.eye(len(anchors), device=anchors.device)
+        return _multi_class(F.normalize(anchors) / self.temperature, F.normalize(positives), targets)
 
 
 class TupletLoss(nn.Module):
@@ -87,11 +101,10 @@ def _pairs(anchors: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
     return anchors.float(), positives.float()
 
 
-def _multi_class(anchors: Tensor, positives: Tensor) -> Tensor:
-    """N-pair-mc on products, averaged over both directions."""
+def _multi_class(anchors: Tensor, positives: Tensor, targets: Tensor) -> Tensor:
+    """N-pair-mc on products, averaged over both directions; targets: fp32 [N, N], rows that add up to 1."""
     with torch.autocast(anchors.device.type, enabled=False):
         products = anchors @ positives.T
-        targets = torch.arange(len(products), device=products.device)
         return (F.cross_entropy(products, targets) + F.cross_entropy(products.T, targets)) / 2
 
 

@@ -23,8 +23,8 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from npair.client import PIXEL, NpairClient, Photo, Vectors, VersionGoneError
-from npair.data import digest_of, each, find_lists, find_photos, label_of, read_dataset, shown, split_folders, summary
-from npair.repository import alone
+from npair.data.dataset import digest_of, each, find_lists, find_photos, label_of, read_dataset, shown, split_folders, summary
+from npair.releasing.repository import alone
 
 os.environ.setdefault("LANCEDB_LOG", "error")  # it warns of every empty part of an index, which does no harm
 import lancedb  # it reads that once, here

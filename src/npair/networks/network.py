@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from npair import efficientnet_lite
-from npair.efficientnet_lite import EfficientNetLite, load_weights
-from npair.run import RunError, read_run
+from npair.networks import efficientnet_lite
+from npair.networks.efficientnet_lite import EfficientNetLite, load_weights
+from npair.training.run import RunError, read_run
 
 EMBEDDING_DIM = 128
 

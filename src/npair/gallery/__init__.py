@@ -1,0 +1,1 @@
+"""Photos that can be searched: a vector database."""

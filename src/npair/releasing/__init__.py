@@ -1,0 +1,1 @@
+"""From a version folder to servers that serve it."""

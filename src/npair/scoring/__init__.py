@@ -1,0 +1,1 @@
+"""Vectors in, metrics and pictures out."""
