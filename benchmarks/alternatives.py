@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from bench import ROOT, python_of, say
+from machine import ROOT, python_of, say
 from PIL import Image, ImageOps
 from torch import nn
 
@@ -42,7 +42,9 @@ from npair.serving.engine import BATCH, EngineError, cores, load
 from npair.serving.preprocess import Preprocessing, decode
 
 CALIBRATION_PHOTOS, TIMED_PHOTOS = 100, 12
-SMALLEST_TOLERANCE = 1e-4  # as in npair.publishing.graphs: a distance that fp32 rounding does not reach
+SMALLEST_TOLERANCE = (
+    1e-4  # as in npair.publishing.graphs: a distance that fp32 rounding does not reach
+)
 HEAD = "| Recall@1 fine | coarse | MB |"
 Pixels = npt.NDArray[np.uint8]
 Engine = Callable[[Pixels], npt.NDArray[np.float32]]
@@ -50,40 +52,64 @@ Decoder = Callable[[bytes], Pixels]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, default=Path("data/grocery"), help="what the version was trained on (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--photos",
+        type=Path,
+        default=Path("data/grocery"),
+        help="what the version was trained on (%(default)s)",
+    )
     arguments = parser.parse_args()
     python = python_of("alternatives", ROOT / ".venv/peers")
     if Path(sys.executable) != python:
         # Given to torch.compile as an option, freezing would come too late for its tracer.
-        settings = {"PYTHONPATH": f"{ROOT}/src:{ROOT}/model/api", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_FREEZING": "1"}
+        settings = {
+            "PYTHONPATH": f"{ROOT}/src:{ROOT}/model/api",
+            "OMP_NUM_THREADS": "1",
+            "TORCHINDUCTOR_FREEZING": "1",
+        }
         os.execve(python, [str(python), *sys.argv], os.environ | settings)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     dataset = read_dataset(arguments.photos)
     embedder = Embedder(next((ROOT / "model_repository/npair").glob("[0-9]*")), cores=cores())
     if dataset.fingerprint() != embedder.manifest["training"]["data"]["fingerprint"]:
-        sys.exit(f"{arguments.photos} is not what the version was trained on: the Recall@1 of its manifest would not compare")
+        sys.exit(
+            f"{arguments.photos} is not what the version was trained on: the Recall@1 of its manifest would not compare"
+        )
     photos = {path: read_photo(path) for split in dataset.splits.values() for path in split.paths}
     decoders, network = decoders_of(embedder.preprocessing), partial(embedder.network, alone=False)
-    costs = least({name: (decoder, list(photos.values())[::30]) for name, (decoder, _) in decoders.items()})
+    costs = least(
+        {name: (decoder, list(photos.values())[::30]) for name, (decoder, _) in decoders.items()}
+    )
     rows = []
     for name, (decoder, packages) in decoders.items():
         pixels = dict(zip(photos, each(decoder, list(photos.values()), "decode"), strict=True))
         recall = recall_at_1(embedder, network, dataset, pixels)
         rows.append(row(name, [costs[name]], recall, packages))
-    print(f"| decoder, before {embedder.engine} | ms a photo {HEAD}\n|" + " --- |" * 5, *rows, sep="\n", flush=True)
+    print(
+        f"| decoder, before {embedder.engine} | ms a photo {HEAD}\n|" + " --- |" * 5,
+        *rows,
+        sep="\n",
+        flush=True,
+    )
 
     # What follows takes the pixels of the last decoder, npair's.
     chosen = np.linspace(0, len(dataset.train) - 1, CALIBRATION_PHOTOS).astype(int)
     calibration = np.stack([pixels[dataset.train.paths[row]] for row in chosen])
     engines, known = engines_of(embedder, calibration), embedder.manifest["engines"]
     parts = {n: [calibration[i : i + n] for i in range(0, TIMED_PHOTOS, n)] for n in (1, BATCH)}
-    costs = least({f"{name} {n}": (engine, parts[n]) for name, (engine, _) in engines.items() for n in parts})
+    costs = least(
+        {f"{name} {n}": (engine, parts[n]) for name, (engine, _) in engines.items() for n in parts}
+    )
     reference, rows = unit(engines["npair: torch"][0](parts[BATCH][0])), []
     for name, (engine, packages) in engines.items():
         distance = np.linalg.norm(unit(engine(parts[BATCH][0])) - reference, axis=1).max()
-        same = known.get(name.removeprefix("npair: ")) or (known["torch"] if distance < SMALLEST_TOLERANCE else None)
+        same = known.get(name.removeprefix("npair: ")) or (
+            known["torch"] if distance < SMALLEST_TOLERANCE else None
+        )
         recall = same["recall_at_1"] if same else recall_at_1(embedder, engine, dataset, pixels)
         alone, together = (costs[f"{name} {n}"] / n for n in parts)
         rows.append(row(name, [alone, together], recall, packages))
@@ -91,10 +117,19 @@ def main() -> None:
 
 
 def decoders_of(preprocessing: Preprocessing) -> dict[str, tuple[Decoder, Sequence[str]]]:
-    cv2, full, opencv = import_module("cv2"), import_module("simplejpeg").decode_jpeg, "opencv-python-headless"
+    cv2, full, opencv = (
+        import_module("cv2"),
+        import_module("simplejpeg").decode_jpeg,
+        "opencv-python-headless",
+    )
     cv2.setNumThreads(1)
-    size, resample = (preprocessing.size, preprocessing.size), Image.Resampling[preprocessing.resample]
-    eighths = partial(full, min_height=preprocessing.size, min_width=preprocessing.size, min_factor=1)
+    size, resample = (
+        (preprocessing.size, preprocessing.size),
+        Image.Resampling[preprocessing.resample],
+    )
+    eighths = partial(
+        full, min_height=preprocessing.size, min_width=preprocessing.size, min_factor=1
+    )
 
     def pillow(photo: bytes) -> Pixels:
         image = Image.open(io.BytesIO(photo))
@@ -107,18 +142,28 @@ def decoders_of(preprocessing: Preprocessing) -> dict[str, tuple[Decoder, Sequen
     def resize(pixels: Pixels, interpolation: int) -> Pixels:
         side = min(pixels.shape[:2])
         top, left = ((length - side) // 2 for length in pixels.shape[:2])
-        resized: Pixels = cv2.resize(pixels[top : top + side, left : left + side], size, interpolation=interpolation)
+        resized: Pixels = cv2.resize(
+            pixels[top : top + side, left : left + side], size, interpolation=interpolation
+        )
         return resized
 
     def imdecode(photo: bytes) -> Pixels:
-        return resize(cv2.imdecode(np.frombuffer(photo, np.uint8), cv2.IMREAD_COLOR_RGB), cv2.INTER_AREA)
+        return resize(
+            cv2.imdecode(np.frombuffer(photo, np.uint8), cv2.IMREAD_COLOR_RGB), cv2.INTER_AREA
+        )
 
     return {
         "Pillow": (pillow, ["pillow"]),
         "simplejpeg, then Pillow": (lambda photo: fit(full(photo)), ["simplejpeg", "pillow"]),
         "OpenCV, area": (imdecode, [opencv]),
-        "simplejpeg by eighths, then OpenCV": (lambda photo: resize(eighths(photo), cv2.INTER_LINEAR), ["simplejpeg", opencv]),
-        "simplejpeg by eighths, then Pillow": (lambda photo: fit(eighths(photo)), ["simplejpeg", "pillow"]),
+        "simplejpeg by eighths, then OpenCV": (
+            lambda photo: resize(eighths(photo), cv2.INTER_LINEAR),
+            ["simplejpeg", opencv],
+        ),
+        "simplejpeg by eighths, then Pillow": (
+            lambda photo: fit(eighths(photo)),
+            ["simplejpeg", "pillow"],
+        ),
         "npair: simplejpeg by eighths, then cykooz-resizer": (
             partial(decode, preprocessing=preprocessing, limits=UNLIMITED),
             ["simplejpeg", "cykooz-resizer", "pillow"],
@@ -131,14 +176,19 @@ def engines_of(embedder: Embedder, calibration: Pixels) -> dict[str, tuple[Engin
     engines: dict[str, tuple[Engine, Sequence[str]]] = {}
     for name, entry in embedder.manifest["engines"].items():
         try:
-            engine = load(entry["library"], embedder.folder / entry["graph"], entry["precision"], 1, 1)
+            engine = load(
+                entry["library"], embedder.folder / entry["graph"], entry["precision"], 1, 1
+            )
             engines[f"npair: {name}"] = partial(engine, alone=False), [entry["library"]]
         except EngineError as error:
             say(f"without {name}: {error}")
     graph = embedder.folder / "network.pt2"
     if shutil.which(os.environ.get("CXX", "g++")):
         engines["torch.compile, fp32"] = compiled(torch.export.load(graph).module()), ["torch"]
-        engines["torch.compile, int8"] = compiled(torch_int8(graph, calibration)), ["torch", "torchao"]
+        engines["torch.compile, int8"] = (
+            compiled(torch_int8(graph, calibration)),
+            ["torch", "torchao"],
+        )
     else:
         say("without torch.compile, which needs g++")
     return engines | onnx_runtime(graph, calibration)
@@ -155,16 +205,24 @@ def torch_int8(graph: Path, calibration: Pixels) -> nn.Module:
     x86 = import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
     module: Any = torch.export.load(graph).module()
     aten = torch.ops.aten
-    sources = {aten.conv2d.default: nn.Conv2d, aten.relu.default: nn.ReLU, aten.add.Tensor: operator.add}
+    sources = {
+        aten.conv2d.default: nn.Conv2d,
+        aten.relu.default: nn.ReLU,
+        aten.add.Tensor: operator.add,
+    }
     for node in list(module.graph.nodes):
         if node.target in sources:  # the quantiser asks for it, and a loaded graph has lost it
             node.meta["source_fn_stack"] = [(node.name, sources[node.target])]
-        if node.target is aten.conv2d.default:  # the two views share weights, into which it would fold the normalisation twice
+        if (
+            node.target is aten.conv2d.default
+        ):  # the two views share weights, into which it would fold the normalisation twice
             weight = nn.Parameter(operator.attrgetter(node.args[1].target)(module).detach().clone())
             module.register_parameter(f"{node.name}_weight", weight)
             with module.graph.inserting_before(node):
                 node.update_arg(1, module.graph.get_attr(f"{node.name}_weight"))
-    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    quantizer = x86.X86InductorQuantizer().set_global(
+        x86.get_default_x86_inductor_quantization_config()
+    )
     prepared = pt2e.prepare_pt2e(module, quantizer)
     with torch.inference_mode():
         for photo in calibration:
@@ -174,22 +232,39 @@ def torch_int8(graph: Path, calibration: Pixels) -> nn.Module:
 
 
 def onnx_runtime(graph: Path, calibration: Pixels) -> dict[str, tuple[Engine, Sequence[str]]]:
-    onnxruntime, quantization = import_module("onnxruntime"), import_module("onnxruntime.quantization")
+    onnxruntime, quantization = (
+        import_module("onnxruntime"),
+        import_module("onnxruntime.quantization"),
+    )
     options, rest = onnxruntime.SessionOptions(), ({"photos": photo[None]} for photo in calibration)
     options.intra_op_num_threads = 1
     with tempfile.TemporaryDirectory() as scratch:
         fp32, fused, int8 = (Path(scratch) / f"{name}.onnx" for name in ("fp32", "fused", "int8"))
         torch.onnx.export(torch.export.load(graph), dynamo=True, verbose=False).save(fp32)  # type: ignore[union-attr]
-        import_module("onnxruntime.quantization.shape_inference").quant_pre_process(fp32, fused, skip_symbolic_shape=True)
+        import_module("onnxruntime.quantization.shape_inference").quant_pre_process(
+            fp32, fused, skip_symbolic_shape=True
+        )
         # Activations are int8 by default, which takes its kernels twice as long.
-        types = {"activation_type": quantization.QuantType.QUInt8, "weight_type": quantization.QuantType.QInt8}
-        quantization.quantize_static(fused, int8, SimpleNamespace(get_next=lambda: next(rest, None)), per_channel=True, **types)
+        types = {
+            "activation_type": quantization.QuantType.QUInt8,
+            "weight_type": quantization.QuantType.QInt8,
+        }
+        quantization.quantize_static(
+            fused,
+            int8,
+            SimpleNamespace(get_next=lambda: next(rest, None)),
+            per_channel=True,
+            **types,
+        )
         sessions = {file.stem: onnxruntime.InferenceSession(file, options) for file in (fp32, int8)}
 
     def engine(session: Any) -> Engine:
         return lambda pixels: session.run(None, {"photos": pixels})[0]
 
-    return {f"ONNX Runtime, {name}": (engine(session), ["onnxruntime"]) for name, session in sessions.items()}
+    return {
+        f"ONNX Runtime, {name}": (engine(session), ["onnxruntime"])
+        for name, session in sessions.items()
+    }
 
 
 def least(calls: Mapping[str, tuple[Callable[[Any], Any], Sequence[Any]]]) -> dict[str, float]:
@@ -204,14 +279,25 @@ def least(calls: Mapping[str, tuple[Callable[[Any], Any], Sequence[Any]]]) -> di
     return {key: min(rounds[1:]) for key, rounds in times.items()}
 
 
-def recall_at_1(embedder: Embedder, engine: Engine, dataset: Dataset, pixels: Mapping[Path, Pixels]) -> dict[str, float]:
+def recall_at_1(
+    embedder: Embedder, engine: Engine, dataset: Dataset, pixels: Mapping[Path, Pixels]
+) -> dict[str, float]:
     """Of fine and coarse labels, with train as the gallery; computed on all cores, which changes nothing."""
     embedder.network = lambda some, alone: engine(some)  # noqa: ARG005
-    return compare("", dataset, "val", lambda some: embedder.embed(np.stack([pixels[path] for path in some.paths]))).recall_at_1()
+    return compare(
+        "",
+        dataset,
+        "val",
+        lambda some: embedder.embed(np.stack([pixels[path] for path in some.paths])),
+    ).recall_at_1()
 
 
-def row(name: str, milliseconds: Sequence[float], recall: Mapping[str, float], packages: Sequence[str]) -> str:
-    files = [Path(str(file.locate())) for package in packages for file in metadata.files(package) or ()]
+def row(
+    name: str, milliseconds: Sequence[float], recall: Mapping[str, float], packages: Sequence[str]
+) -> str:
+    files = [
+        Path(str(file.locate())) for package in packages for file in metadata.files(package) or ()
+    ]
     megabytes = sum(file.stat().st_size for file in files if file.exists()) / 1e6
     times = " | ".join(f"{time:.2f}" for time in milliseconds)
     return f"| {name} | {times} | {recall['fine']:.3f} | {recall['coarse']:.3f} | {megabytes:.0f} |"

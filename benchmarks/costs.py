@@ -24,10 +24,10 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import serve
+from machine import MODELS, ROOT, VERSION, descendants, pyplot
 
 from npair.data.dataset import Dataset, read_dataset
 from npair.data.pixels import default_cache, load
@@ -39,16 +39,20 @@ from npair.serving.embedder import UNLIMITED, Embedder, read_manifest
 from npair.serving.engine import BATCH, cores, import_openvino
 from npair.serving.preprocess import Preprocessing, decode
 
-ROOT = Path(__file__).resolve().parents[1]
-MODELS = ROOT / "model_repository"
-VERSION = next((MODELS / "npair").glob("[0-9]*"))
 PERF_ANALYZER = "tritonclient==2.50.0"  # the last wheel that has it
 MANY = 32  # connections
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, default=Path("data/grocery"), help="a data set with val photos (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--photos",
+        type=Path,
+        default=Path("data/grocery"),
+        help="a data set with val photos (%(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--seconds", type=int, default=4, help="of each load (%(default)s)")
     parser.add_argument("--pictures", type=Path, help="folder for a picture")
@@ -79,15 +83,20 @@ def recall(dataset: Dataset) -> str:
         served = embed_served(dataset, "val", server.http)
     reference = Embedder(VERSION, cores=cores(), engine="torch")
     found, pixels, _ = load(dataset, reference.preprocessing, default_cache())
-    by_torch = compare("torch", found, "val", lambda photos: reference.embed(pixels.array[pixels.of(photos)]))
+    by_torch = compare(
+        "torch", found, "val", lambda photos: reference.embed(pixels.array[pixels.of(photos)])
+    )
     reference.close()
     rows = [
-        [compared.embedded_by, *(f"{recall:.4f}" for recall in compared.recall_at_1().values())] for compared in (served, by_torch)
+        [compared.embedded_by, *(f"{recall:.4f}" for recall in compared.recall_at_1().values())]
+        for compared in (served, by_torch)
     ]
     return table(["", "Recall@1 on val", "of coarse labels"], rows)
 
 
-def by_connections(photos: Sequence[bytes], rounds: int, seconds: int, pictures: Path | None) -> str:
+def by_connections(
+    photos: Sequence[bytes], rounds: int, seconds: int, pictures: Path | None
+) -> str:
     loads: dict[int, list[Load]] = {connections: [] for connections in CONNECTIONS}
     with warm(photos) as server:
         for connections in rounds * CONNECTIONS:
@@ -120,22 +129,15 @@ def draw(medians: dict[int, list[float]], path: Path) -> None:
     figure.savefig(path)
 
 
-def pyplot() -> Any:
-    import matplotlib  # noqa: PLC0415  # slow to import, and only for pictures
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "npair"  # the same picture from the same numbers
-    from matplotlib import pyplot  # noqa: PLC0415
-
-    return pyplot
-
-
 def at_half(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
     """How long answers take where photos come at random times, half as many as the server could answer."""
     rows = []
     with warm(photos) as server:
         for _ in range(rounds):
-            alone, most = closed(server.http, photos, 1, seconds), closed(server.http, photos, MANY, seconds)
+            alone, most = (
+                closed(server.http, photos, 1, seconds),
+                closed(server.http, photos, MANY, seconds),
+            )
             half = paced(server.http, photos, most.rate / 2, 2 * seconds)
             rows.append((most.rate, half.rate, alone.p50, half.p50, half.p99, half.p99 / alone.p50))
     most_rate, rate, alone_p50, p50, p99, ratio = map(median, zip(*rows, strict=True))
@@ -155,11 +157,20 @@ def by_cores(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
         try:
             with warm(photos) as server:
                 os.sched_setaffinity(0, all_cpus)
-                loads[number].append((closed(server.http, photos, 1, seconds), closed(server.http, photos, MANY, seconds)))
+                loads[number].append(
+                    (
+                        closed(server.http, photos, 1, seconds),
+                        closed(server.http, photos, MANY, seconds),
+                    )
+                )
         finally:
             os.sched_setaffinity(0, all_cpus)
     rows = [
-        [number, f"{median(many.rate for _, many in of):.0f}", f"{median(one.p50 for one, _ in of):.1f}"]
+        [
+            number,
+            f"{median(many.rate for _, many in of):.0f}",
+            f"{median(one.p50 for one, _ in of):.1f}",
+        ]
         for number, of in loads.items()
     ]
     return table(["CPUs", f"photos/s, {MANY} connections", "p50 ms alone"], rows)
@@ -172,32 +183,81 @@ def outside_check(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
     with tempfile.TemporaryDirectory() as name, warm(photos) as server:
         scratch = Path(name)
         program, environment = perf_analyzer(scratch)
-        encoded = [base64.b64encode(len(photo).to_bytes(4, "little") + photo).decode() for photo in photos]
+        encoded = [
+            base64.b64encode(len(photo).to_bytes(4, "little") + photo).decode() for photo in photos
+        ]
         data = {"data": [{"IMAGE": {"content": {"b64": photo}, "shape": [1]}} for photo in encoded]}
         (scratch / "photos.json").write_text(json.dumps(data))
         for protocol, batch in rounds * kinds:
             url = (server.http if protocol == "http" else server.grpc).partition("//")[2]
-            command = [program, "-m", "npair", "-i", protocol, "-u", url, "-b", str(batch), "-f", str(scratch / "out.csv")]
-            command += ["--input-data", str(scratch / "photos.json"), "--concurrency-range", str(max(2, MANY // batch))]
-            command += ["--measurement-interval", str(1000 * seconds), "--max-trials", "3", "--stability-percentage", "999"]
-            done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=False)
+            command = [
+                program,
+                "-m",
+                "npair",
+                "-i",
+                protocol,
+                "-u",
+                url,
+                "-b",
+                str(batch),
+                "-f",
+                str(scratch / "out.csv"),
+            ]
+            command += [
+                "--input-data",
+                str(scratch / "photos.json"),
+                "--concurrency-range",
+                str(max(2, MANY // batch)),
+            ]
+            command += [
+                "--measurement-interval",
+                str(1000 * seconds),
+                "--max-trials",
+                "3",
+                "--stability-percentage",
+                "999",
+            ]
+            done = subprocess.run(
+                command, env=environment, cwd=scratch, capture_output=True, text=True, check=False
+            )
             if done.returncode:
                 sys.exit(f"perf_analyzer failed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
             with (scratch / "out.csv").open() as file:
-                rates[protocol, batch].append(float(next(csv.DictReader(file))["Inferences/Second"]))
+                rates[protocol, batch].append(
+                    float(next(csv.DictReader(file))["Inferences/Second"])
+                )
     rows = []
     for batch in (1, 8, 32):
         http, grpc = (median(rates[protocol, batch]) for protocol in ("http", "grpc"))
-        rows.append([batch, max(2, MANY // batch), f"{http:.0f}", f"{grpc:.0f}", f"{grpc / http:.2f}"])
-    return "perf_analyzer:\n\n" + table(["photos in a request", "requests at once", "HTTP, photos/s", "gRPC", "gRPC / HTTP"], rows)
+        rows.append(
+            [batch, max(2, MANY // batch), f"{http:.0f}", f"{grpc:.0f}", f"{grpc / http:.2f}"]
+        )
+    return "perf_analyzer:\n\n" + table(
+        ["photos in a request", "requests at once", "HTTP, photos/s", "gRPC", "gRPC / HTTP"], rows
+    )
 
 
 def perf_analyzer(scratch: Path) -> tuple[str, dict[str, str]]:
     """The program, out of its wheel, and the environment in which it finds its libraries, which the wheel of the server has."""
-    fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--platform", "manylinux1_x86_64"]
+    fetch = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-cache-dir",
+        "--platform",
+        "manylinux1_x86_64",
+    ]
     subprocess.run([*fetch, "--only-binary=:all:", "--dest", scratch, PERF_ANALYZER], check=True)
     with zipfile.ZipFile(next(scratch.glob("tritonclient-*.whl"))) as wheel:
-        program = Path(wheel.extract(next(name for name in wheel.namelist() if name.endswith("bin/perf_analyzer")), scratch))
+        program = Path(
+            wheel.extract(
+                next(name for name in wheel.namelist() if name.endswith("bin/perf_analyzer")),
+                scratch,
+            )
+        )
     program.chmod(0o755)
     libraries = Path(sysconfig.get_path("purelib")) / "nvidia_pytriton.libs"
     for name, pattern in (("libb64.so.0d", "libb64-*"), ("libcudart.so.12", "libcudart-*")):
@@ -208,13 +268,18 @@ def perf_analyzer(scratch: Path) -> tuple[str, dict[str, str]]:
 def profile(photos: Sequence[bytes], seconds: int) -> str:
     """CPU time of a photo under load, by process, and what decoding and the network take alone."""
     embedder = Embedder(VERSION, cores=1)
-    alone: dict[str, list[float]] = {"alone: decoding": [], "alone: the network, four photos at a time": []}
+    alone: dict[str, list[float]] = {
+        "alone: decoding": [],
+        "alone: the network, four photos at a time": [],
+    }
     for _ in range(5):
         began = time.process_time()
         pixels = np.stack([decode(photo, embedder.preprocessing, UNLIMITED) for photo in photos])
         decoded = time.process_time()
         embedder.embed(pixels)
-        for of_kind, spent in zip(alone.values(), (decoded - began, time.process_time() - decoded), strict=True):
+        for of_kind, spent in zip(
+            alone.values(), (decoded - began, time.process_time() - decoded), strict=True
+        ):
             of_kind.append(spent / len(photos))
     embedder.close()
     rows = {name: min(times) for name, times in alone.items()}
@@ -225,7 +290,10 @@ def profile(photos: Sequence[bytes], seconds: int) -> str:
         answered = load.rate * (time.monotonic() - began)
         after = cpu_seconds(server.pid)
     rows |= {f"served: {kind}": (after[kind] - before[kind]) / answered for kind in after}
-    return table(["", "CPU milliseconds a photo"], [[name, f"{1e3 * spent:.2f}"] for name, spent in rows.items()])
+    return table(
+        ["", "CPU milliseconds a photo"],
+        [[name, f"{1e3 * spent:.2f}"] for name, spent in rows.items()],
+    )
 
 
 def layers(photos: Sequence[bytes]) -> str:
@@ -236,7 +304,12 @@ def layers(photos: Sequence[bytes]) -> str:
     adds = multiply_adds(build_network(trained["network"]), trained["train"]["size"])
     model = openvino.Core().read_model(VERSION / manifest["engines"]["openvino-int8"]["graph"])
     model.reshape([BATCH, *list(model.input().partial_shape)[1:]])
-    options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32", "PERF_COUNT": True}
+    options = {
+        "INFERENCE_NUM_THREADS": 1,
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERF_COUNT": True,
+    }
     request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
     preprocessing = Preprocessing(**manifest["preprocessing"])
     pixels = np.stack([decode(photo, preprocessing, UNLIMITED) for photo in photos[:BATCH]])
@@ -251,7 +324,9 @@ def layers(photos: Sequence[bytes]) -> str:
             runs.setdefault(kind, []).append(1e3 * of_kind)
     costs = sorted(((min(of_kind), kind) for kind, of_kind in runs.items()), reverse=True)
     total = sum(cost for cost, _ in costs)
-    rows: list[list[object]] = [[kind, f"{cost:.2f}", f"{cost / total:.0%}"] for cost, kind in costs if cost > 0.01 * total]
+    rows: list[list[object]] = [
+        [kind, f"{cost:.2f}", f"{cost / total:.0%}"] for cost, kind in costs if cost > 0.01 * total
+    ]
     rows.append(["all", f"{total:.2f}", f"{adds / total / 1e6:.0f} G multiply-adds a second"])
     return table(["kind of layer, kernel", "milliseconds a photo", "share"], rows)
 
@@ -271,12 +346,20 @@ def bulk(paths: Sequence[Path], rounds: int) -> str:
                 client, out = ROOT / "model/api/client.py", Path(name) / "vectors.npz"
                 began = time.monotonic()
                 subprocess.run(
-                    [sys.executable, client, "embed", folder, "--out", out, "--url", url], check=True, capture_output=True
+                    [sys.executable, client, "embed", folder, "--out", out, "--url", url],
+                    check=True,
+                    capture_output=True,
                 )
                 rates[scheme].append(len(paths) / (time.monotonic() - began))
     load = median(rates.pop("the load"))
-    rows = [[scheme, f"{median(of):.0f}", f"{median(of) / load:.2f}"] for scheme, of in rates.items()]
-    head = [f"client.py embed, {len(paths):,} photos, start and end included", "photos/s", f"of the load's at {MANY} connections"]
+    rows = [
+        [scheme, f"{median(of):.0f}", f"{median(of) / load:.2f}"] for scheme, of in rates.items()
+    ]
+    head = [
+        f"client.py embed, {len(paths):,} photos, start and end included",
+        "photos/s",
+        f"of the load's at {MANY} connections",
+    ]
     return table(head, rows)
 
 
@@ -294,7 +377,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def cpu_seconds(pid: int) -> dict[str, float]:
     """What a served npair has used so far, by kind of process."""
-    kinds = {"python": "watch (serve.py)", "tritonserver": "Triton", "triton_python_b": "model instances"}
+    kinds = {
+        "python": "watch (serve.py)",
+        "tritonserver": "Triton",
+        "triton_python_b": "model instances",
+    }
     used = dict.fromkeys(kinds.values(), 0.0)
     for process in [pid, *descendants(pid)]:
         name = Path(f"/proc/{process}/comm").read_text()
@@ -302,14 +389,6 @@ def cpu_seconds(pid: int) -> dict[str, float]:
         if kind:
             used[kind] += serve.cpu_seconds(process)
     return used
-
-
-def descendants(pid: int) -> list[int]:
-    try:
-        children = serve.children(pid)
-    except OSError:
-        return []
-    return children + [below for child in children for below in descendants(child)]
 
 
 if __name__ == "__main__":

@@ -32,21 +32,34 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = parser_of(__doc__ or "", runs="runs/cross-validation", results="docs/cross-validation.jsonl")
+    parser = parser_of(
+        __doc__ or "", runs="runs/cross-validation", results="docs/cross-validation.jsonl"
+    )
     parser.add_argument("--epochs", type=int, default=100, help="(%(default)s)")
     arguments = parser.parse_args()
     configs = {("recipe", 0): TrainConfig(epochs=arguments.epochs, evaluations=0)}
     rows = run_all(configs, lookalike_folds(["train", "val"], arguments), arguments)
     for kind in ("fine", "coarse"):
-        print(f"Recall@1 {kind}: {' ± '.join(f'{number:.3f}' for number in over_seeds([row[kind] for row in rows]))}")
+        print(
+            f"Recall@1 {kind}: {' ± '.join(f'{number:.3f}' for number in over_seeds([row[kind] for row in rows]))}"
+        )
 
 
 def parser_of(description: str, *, runs: str, results: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=Path("data/grocery"), help="(%(default)s)")
-    parser.add_argument("--runs", type=Path, default=Path(runs), help="folder for the runs (%(default)s)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path(runs), help="folder for the runs (%(default)s)"
+    )
     parser.add_argument("--results", type=Path, default=Path(results), help="(%(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on its share of the cores (%(default)s)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=2,
+        help="runs at a time, each on its share of the cores (%(default)s)",
+    )
     return parser
 
 
@@ -82,12 +95,22 @@ def run_all(
     run_one: trains and scores one of them, in a process of its own.
     Returns: a row for each, old and new, appended to the results as it came.
     """
-    rows = [json.loads(line) for line in arguments.results.open()] if arguments.results.exists() else []
+    rows = (
+        [json.loads(line) for line in arguments.results.open()]
+        if arguments.results.exists()
+        else []
+    )
     done = {(row["variant"], row["seed"], row["fold"]) for row in rows}
     threads = max(1, torch.get_num_threads() // arguments.jobs)
-    pool = ProcessPoolExecutor(arguments.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    pool = ProcessPoolExecutor(
+        arguments.jobs, get_context("spawn"), torch.set_num_threads, (threads,)
+    )
     futures = {
-        pool.submit(run_one, variant, replace(config, seed=seed), table, arguments.runs): (variant, seed, fold)
+        pool.submit(run_one, variant, replace(config, seed=seed), table, arguments.runs): (
+            variant,
+            seed,
+            fold,
+        )
         for (variant, seed), config in configs.items()
         for fold, table in enumerate(tables)
         if (variant, seed, fold) not in done
@@ -95,7 +118,15 @@ def run_all(
     try:
         for future in as_completed(futures):
             variant, seed, fold = futures[future]
-            rows.append({"variant": variant, "seed": seed, "fold": fold, **future.result(), "commit": git_commit()})
+            rows.append(
+                {
+                    "variant": variant,
+                    "seed": seed,
+                    "fold": fold,
+                    **future.result(),
+                    "commit": git_commit(),
+                }
+            )
             with arguments.results.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
             print(rows[-1], flush=True)
@@ -104,13 +135,18 @@ def run_all(
     return rows
 
 
-def train_and_embed(variant: str, config: TrainConfig, table: Path, runs: Path) -> tuple[Comparison, int]:
+def train_and_embed(
+    variant: str, config: TrainConfig, table: Path, runs: Path
+) -> tuple[Comparison, int]:
     """Train on a fold's table: the photos that it holds back, embedded, and for how many epochs it was trained."""
     run = runs / f"{variant}-seed-{config.seed}-{table.stem}".replace(" ", "-")
     shutil.rmtree(run, ignore_errors=True)
     if not train(table, run, config):
         raise KeyboardInterrupt  # half a run is no result
-    settled, log = TrainConfig(**read_run(run)["train"]), [json.loads(line) for line in (run / "log.jsonl").open()]
+    settled, log = (
+        TrainConfig(**read_run(run)["train"]),
+        [json.loads(line) for line in (run / "log.jsonl").open()],
+    )
     dataset, pixels, _ = load(read_dataset(table), settled.preprocessing(), default_cache())
     return embed_run(run, dataset, pixels, "val"), len(log)
 

@@ -20,10 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from bench import ROOT, proportional_memory, say
+from machine import ROOT, proportional_memory, say
 from PIL import Image
 
-from npair.client import InvalidPhotoError, NpairClient, NpairError, RequestTimeoutError, UnavailableError
+from npair.client import (
+    InvalidPhotoError,
+    NpairClient,
+    NpairError,
+    RequestTimeoutError,
+    UnavailableError,
+)
 from npair.releasing.config import parameters, parse
 from npair.releasing.tune import Server, read_setting, serving
 from npair.serving.engine import cores
@@ -51,16 +57,29 @@ class Case:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=ROOT / "model_repository", help="(%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", type=Path, default=ROOT / "model_repository", help="(%(default)s)"
+    )
     models = parser.parse_args().models
     config = (models / "npair/config.pbtxt").read_text()
     max_bytes, max_pixels = (int(parameters(config)[key]) for key in ("max_bytes", "max_pixels"))
     batch, instances = parse(config).max_batch_size, read_setting(config).instances
     threads = instances * max(1, cores() // instances)
-    decoding = PIXEL * (instances * max_pixels + (threads - instances) * min(LARGE, max_pixels)) / 1e6
-    say(f"{threads} threads of {instances} instances decode photos of at most {max_pixels:,} pixels: {decoding:,.0f} MB")
-    print("| requests | protocol | MB sent | peak | bound | after | outcome |", "| --- " * 7 + "|", sep="\n", flush=True)
+    decoding = (
+        PIXEL * (instances * max_pixels + (threads - instances) * min(LARGE, max_pixels)) / 1e6
+    )
+    say(
+        f"{threads} threads of {instances} instances decode photos of at most {max_pixels:,} pixels: {decoding:,.0f} MB"
+    )
+    print(
+        "| requests | protocol | MB sent | peak | bound | after | outcome |",
+        "| --- " * 7 + "|",
+        sep="\n",
+        flush=True,
+    )
     good = True
     for case in cases(max_bytes, max_pixels, batch):
         bound = decoding + COPIES * case.sent / 1e6
@@ -75,21 +94,39 @@ def main() -> int:
 
 def cases(max_bytes: int, max_pixels: int, batch: int) -> Iterator[Case]:
     side = int(max_pixels**0.5)
-    square, wide = Image.new("RGB", (side, side), "red"), Image.new("RGBA", (16_000, max_pixels // 16_000), (255, 0, 0, 99))
+    square, wide = (
+        Image.new("RGB", (side, side), "red"),
+        Image.new("RGBA", (16_000, max_pixels // 16_000), (255, 0, 0, 99)),
+    )
     webp = encoded(wide, "WEBP", quality=1, method=0)
     largest = encoded(Image.new("RGB", (64, 64)), "PNG").ljust(max_bytes, b"\0")
     yield Case("PNG, RGBA", [encoded(square.convert("RGBA"), "PNG")])
-    yield Case("PNG, 16-bit grey", [encoded(Image.fromarray(np.zeros((side, side), np.uint16)), "PNG")], ("http",))
+    yield Case(
+        "PNG, 16-bit grey",
+        [encoded(Image.fromarray(np.zeros((side, side), np.uint16)), "PNG")],
+        ("http",),
+    )
     yield Case("PNG, grey and alpha", [encoded(square.convert("LA"), "PNG")], ("http",))
     yield Case("JPEG, grey", [encoded(square.convert("L"), "JPEG")], ("http",))
-    yield Case("JPEG, progressive RGB", [encoded(square, "JPEG", progressive=True, subsampling=0)], ("http",))
-    yield Case("JPEG, progressive CMYK", [encoded(square.convert("CMYK"), "JPEG", progressive=True)], ("http",))
+    yield Case(
+        "JPEG, progressive RGB",
+        [encoded(square, "JPEG", progressive=True, subsampling=0)],
+        ("http",),
+    )
+    yield Case(
+        "JPEG, progressive CMYK",
+        [encoded(square.convert("CMYK"), "JPEG", progressive=True)],
+        ("http",),
+    )
     yield Case("WebP, RGBA", [webp])
     yield Case("WebP, RGBA: 8 requests at once", [webp], at_once=8)
     yield Case(f"WebP, RGBA: {batch} in one request", [webp] * batch)
     yield Case(f"{batch} photos of {max_bytes / 1e6:.0f} MB in one request", [largest] * batch)
     yield Case(f"{max_bytes / 1e6:.0f} MB: 8 requests at once", [largest], at_once=8)
-    yield Case("beyond: one row of pixels more", [encoded(Image.new("RGBA", (side, max_pixels // side + 1)), "PNG")])
+    yield Case(
+        "beyond: one row of pixels more",
+        [encoded(Image.new("RGBA", (side, max_pixels // side + 1)), "PNG")],
+    )
     yield Case("beyond: one byte more", [largest + b"\0"])
     yield Case("beyond: one byte more, 100 times", [largest + b"\0"], times=100)
     yield Case("beyond: one photo more", [encoded(Image.new("RGB", (64, 64)), "PNG")] * (batch + 1))
@@ -113,7 +150,9 @@ def measured(server: Server, case: Case, protocol: str) -> tuple[float, str, str
 
     def send(_: int) -> str:
         url = server.http if protocol == "http" else server.grpc
-        with NpairClient(url, retries=0, timeout=SECONDS, batch_size=1000, batch_bytes=1 << 40) as client:
+        with NpairClient(
+            url, retries=0, timeout=SECONDS, batch_size=1000, batch_bytes=1 << 40
+        ) as client:
             try:
                 client.embed(case.photos)
             except InvalidPhotoError:
@@ -129,7 +168,9 @@ def measured(server: Server, case: Case, protocol: str) -> tuple[float, str, str
     watcher = threading.Thread(target=watch)
     watcher.start()
     with ThreadPoolExecutor(case.at_once) as pool:
-        outcomes = sorted({outcome for _ in range(case.times) for outcome in pool.map(send, range(case.at_once))})
+        outcomes = sorted(
+            {outcome for _ in range(case.times) for outcome in pool.map(send, range(case.at_once))}
+        )
     done.set()
     watcher.join()
     time.sleep(AFTER)

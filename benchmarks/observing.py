@@ -44,19 +44,35 @@ Report = Silent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=8, help="turns of each server and number of connections (%(default)s)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=8,
+        help="turns of each server and number of connections (%(default)s)",
+    )
     parser.add_argument("--seconds", type=float, default=3, help="of a turn (%(default)s)")
-    parser.add_argument("--data", type=Path, help="a data set whose val photos are embedded, changed in several ways")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="a data set whose val photos are embedded, changed in several ways",
+    )
     arguments = parser.parse_args()
     if arguments.data:
         lengths(read_dataset(arguments.data).splits["val"].paths)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {name: prepared(Path(scratch, name), code) for name, code in {"without": SILENT, "with": ""}.items()}
+        folders = {
+            name: prepared(Path(scratch, name), code)
+            for name, code in {"without": SILENT, "with": ""}.items()
+        }
         with serving(folders["without"]) as without, serving(folders["with"]) as observed:
             servers = {"without": without, "with": observed}
-            photos = [path.read_bytes() for path in sorted(folders["with"].glob("npair/*/golden/*.jpg"))]
-            print("| connections | photos a second, without | of that, with | CPU ms a photo, without | of that, with |")
+            photos = [
+                path.read_bytes() for path in sorted(folders["with"].glob("npair/*/golden/*.jpg"))
+            ]
+            print(
+                "| connections | photos a second, without | of that, with | CPU ms a photo, without | of that, with |"
+            )
             print("| --- | --- | --- | --- | --- |")
             for connections in CONNECTIONS:
                 rates: dict[str, list[float]] = {name: [] for name in servers}
@@ -70,7 +86,10 @@ def main() -> None:
                             used = sum(cpu_seconds(servers[name].pid).values()) - before
                             costs[name].append(1e3 * used / (load.rate * arguments.seconds))
                 paired = [
-                    median(on / off for on, off in zip(figures["with"], figures["without"], strict=True))
+                    median(
+                        on / off
+                        for on, off in zip(figures["with"], figures["without"], strict=True)
+                    )
                     for figures in (rates, costs)
                 ]
                 print(
@@ -93,7 +112,9 @@ def lengths(paths: Sequence[Path]) -> None:
         embedder = Embedder(next((ROOT / "model_repository/npair").glob("[0-9]*")), cores=2)
         for path in paths:
             with Image.open(path) as image:
-                embedder.embed_photos([encode(change(image.convert("RGB")), "JPEG", quality=90)], UNLIMITED)
+                embedder.embed_photos(
+                    [encode(change(image.convert("RGB")), "JPEG", quality=90)], UNLIMITED
+                )
         print(f"| {name} | {embedder.work.norm / embedder.work.photos:.2f} |")
         embedder.close()
 

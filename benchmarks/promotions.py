@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from bench import proportional_memory
+from machine import proportional_memory
 
 from npair.client import NpairClient
 from npair.publishing.drawings import write_dataset
@@ -39,8 +39,12 @@ REFERENCE = 10  # the reload whose memory the last one's is compared with
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--switches", type=int, default=100, help="promotions and rollbacks, in turns (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--switches", type=int, default=100, help="promotions and rollbacks, in turns (%(default)s)"
+    )
     parser.add_argument("--kills", type=int, default=50, help="of each step (%(default)s)")
     arguments = parser.parse_args()
     os.environ["NPAIR_CONTROL_SECRET"] = SECRET
@@ -49,11 +53,16 @@ def main() -> int:
         repository = two_versions(scratch)
         with serving(scratch / "models") as running:
             server = Server(running.http, repository.name, secret=SECRET)
-            rows, good = under_load(repository, server, [running.http, running.grpc], running.pid, arguments.switches)
+            rows, good = under_load(
+                repository, server, [running.http, running.grpc], running.pid, arguments.switches
+            )
             for step in STEPS:
                 seconds, done, sound = killed(step, repository, server, scratch, arguments.kills)
                 rows.append(
-                    (f"kill -9 of npair {step}, which takes {seconds:.0f} s", f"{arguments.kills}, of which {done} had ended")
+                    (
+                        f"kill -9 of npair {step}, which takes {seconds:.0f} s",
+                        f"{arguments.kills}, of which {done} had ended",
+                    )
                 )
                 good &= sound
         rows.append(("everything verifies and serves after each", "yes" if good else "NO"))
@@ -68,7 +77,20 @@ def two_versions(scratch: Path) -> Repository:
     config = (ROOT / "model_repository/npair/config.pbtxt").read_text()
     (folder / "config.pbtxt").write_text(config)
     write_dataset(scratch / "data", products=6, train=4, val=2)
-    knobs = ("--network", "compact", "--epochs", 2, "--classes-per-batch", 4, "--size", 64, "--crop-size", 48, "--evaluations", 0)
+    knobs = (
+        "--network",
+        "compact",
+        "--epochs",
+        2,
+        "--classes-per-batch",
+        4,
+        "--size",
+        64,
+        "--crop-size",
+        48,
+        "--evaluations",
+        0,
+    )
     for seed in (1, 2):
         run = scratch / f"run-{seed}"
         npair("train", "--data", scratch / "data", "--run", run, *knobs, "--seed", seed)
@@ -80,7 +102,9 @@ def two_versions(scratch: Path) -> Repository:
 
 
 def npair(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "npair", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "npair", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL
+    )
 
 
 def under_load(
@@ -92,7 +116,10 @@ def under_load(
         with repository.version(number) as folder:
             manifest = read_manifest(folder)
             photos = [(folder / photo).read_bytes() for photo in manifest["golden"]["photos"]]
-            golden[str(number)] = np.load(folder / manifest["golden"]["embeddings"]), manifest["golden"]["tolerance"]
+            golden[str(number)] = (
+                np.load(folder / manifest["golden"]["embeddings"]),
+                manifest["golden"]["tolerance"],
+            )
     stop, count, problems = threading.Event(), Counter[str](), list[str]()
 
     def work(url: str, batch: list[bytes]) -> None:
@@ -101,14 +128,21 @@ def under_load(
                 try:
                     vectors, version = client.embed(batch)
                     expected, tolerance = golden[version]
-                    if not np.linalg.norm(vectors - np.resize(expected, vectors.shape), axis=1).max() <= tolerance:
+                    if (
+                        not np.linalg.norm(
+                            vectors - np.resize(expected, vectors.shape), axis=1
+                        ).max()
+                        <= tolerance
+                    ):
                         problems.append(f"a wrong answer of version {version}")
                     count[version] += 1
                 except Exception as error:
                     problems.append(repr(error))
 
     batches = [photos[:1], 8 * photos]
-    threads = [threading.Thread(target=work, args=(url, batch)) for url in urls for batch in batches]
+    threads = [
+        threading.Thread(target=work, args=(url, batch)) for url in urls for batch in batches
+    ]
     for thread in threads:
         thread.start()
     seconds, megabytes = [], []
@@ -129,15 +163,23 @@ def under_load(
         print(f"{times} x {problem}", file=sys.stderr)
     grown = megabytes[-1] / megabytes[min(REFERENCE, switches) - 1]
     rows = [
-        ("promotions and rollbacks", f"{switches}, median {median(seconds):.1f} s, longest {max(seconds):.1f} s"),
+        (
+            "promotions and rollbacks",
+            f"{switches}, median {median(seconds):.1f} s, longest {max(seconds):.1f} s",
+        ),
         ("requests answered by version 1, by version 2", f"{count['1']:,}, {count['2']:,}"),
         ("requests that failed or were answered wrong", str(len(problems))),
-        (f"memory after the last reload, after number {REFERENCE}", f"{megabytes[-1]:.0f} MB, {grown:.2f} of that"),
+        (
+            f"memory after the last reload, after number {REFERENCE}",
+            f"{megabytes[-1]:.0f} MB, {grown:.2f} of that",
+        ),
     ]
     return rows, not problems and min(count.values(), default=0) > 0 and grown < 1.1
 
 
-def killed(step: str, repository: Repository, server: Server, scratch: Path, kills: int) -> tuple[float, int, bool]:
+def killed(
+    step: str, repository: Repository, server: Server, scratch: Path, kills: int
+) -> tuple[float, int, bool]:
     """Returns: the seconds that the step takes, within which it was killed at random; how often it had ended by itself before; and
     whether all that was left verifies and serves."""
     dice, done, seconds = random.Random(0), 0, 0.0
@@ -150,7 +192,14 @@ def killed(step: str, repository: Repository, server: Server, scratch: Path, kil
                 *("--accept-recall-drop", "a benchmark", "--accept-cost", "a benchmark"),
             ],
         }
-        command = [sys.executable, "-m", "npair", *map(str, words[step]), "--repository", repository.location]
+        command = [
+            sys.executable,
+            "-m",
+            "npair",
+            *map(str, words[step]),
+            "--repository",
+            repository.location,
+        ]
         began = time.monotonic()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:

@@ -47,15 +47,27 @@ VARIANTS = {
 
 def main() -> None:
     parser = parser_of(__doc__ or "", runs="runs/unseen", results="docs/unseen.jsonl")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help="(all)")
-    parser.add_argument("--epochs", type=int, default=0, help="of what is trained (as many as npair train chooses)")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help="(all)"
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=0, help="of what is trained (as many as npair train chooses)"
+    )
     parser.add_argument("--table", action="store_true", help="only print the table of the results")
     arguments = parser.parse_args()
     if arguments.table:
         rows = [json.loads(line) for line in arguments.results.open()]
     else:
-        configs = {(name, SEED): replace(VARIANTS[name], epochs=arguments.epochs) for name in arguments.variants}
-        rows = run_all(configs, product_folds(read_dataset(arguments.data), arguments.runs / "folds"), arguments, run_one)
+        configs = {
+            (name, SEED): replace(VARIANTS[name], epochs=arguments.epochs)
+            for name in arguments.variants
+        }
+        rows = run_all(
+            configs,
+            product_folds(read_dataset(arguments.data), arguments.runs / "folds"),
+            arguments,
+            run_one,
+        )
     print(table(rows))
 
 
@@ -69,12 +81,23 @@ def run_one(variant: str, config: TrainConfig, table: Path, runs: Path) -> Row:
     """Embed the photos of a fold's products, by a network that was trained on the others' where the variant says so."""
     dataset, glances, _ = load(read_dataset(table), GLANCE, default_cache())
     if variant == COLOURS:
-        found, epochs = compare(variant, dataset, "val", lambda photos: colour_histograms(photos, glances)), 0
+        found, epochs = (
+            compare(variant, dataset, "val", lambda photos: colour_histograms(photos, glances)),
+            0,
+        )
     elif variant == IMAGENET:
         network, _ = new_network(config.network, config.width, views=1)
         network.embedding = nn.Identity()  # type: ignore[assignment]
         _, pixels, _ = load(dataset, config.preprocessing(), default_cache())
-        found, epochs = compare(variant, dataset, "val", lambda photos: embed(network, pixels.array, pixels.of(photos))), 0
+        found, epochs = (
+            compare(
+                variant,
+                dataset,
+                "val",
+                lambda photos: embed(network, pixels.array, pixels.of(photos)),
+            ),
+            0,
+        )
     else:
         found, epochs = train_and_embed(variant, config, table, runs)
     return {"epochs": epochs, **across_groups(found, glances)}
@@ -90,7 +113,15 @@ def across_groups(found: Comparison, glances: Pixels) -> Row:
     parts = []
     for number in np.unique(group):
         own, others = np.flatnonzero(group == number), np.flatnonzero(group != number)
-        parts.append(Comparison(found.embedded_by, photos.select(own), vectors[own], photos.select(others), vectors[others]))
+        parts.append(
+            Comparison(
+                found.embedded_by,
+                photos.select(own),
+                vectors[own],
+                photos.select(others),
+                vectors[others],
+            )
+        )
     scores = [part.evaluate() for part in parts]
     weights = [part.queries for part in scores]
 
@@ -101,7 +132,9 @@ def across_groups(found: Comparison, glances: Pixels) -> Row:
         "queries": sum(weights),
         "fine": mean([part.fine.recall_at_1.value for part in scores]),
         "coarse": mean([part.coarse.recall_at_1.value for part in scores]),
-        "map_at_r": mean([part.fine.map_at_r.value if part.fine.map_at_r else 0.0 for part in scores]),
+        "map_at_r": mean(
+            [part.fine.map_at_r.value if part.fine.map_at_r else 0.0 for part in scores]
+        ),
     }
 
 
@@ -117,11 +150,14 @@ def table(rows: list[Row]) -> str:
         if len(own) < 2:
             continue
         fine, coarse, map_at_r = (
-            "{:.3f} ± {:.3f}".format(*over_seeds([row[name] for row in own])) for name in ("fine", "coarse", "map_at_r")
+            "{:.3f} ± {:.3f}".format(*over_seeds([row[name] for row in own]))
+            for name in ("fine", "coarse", "map_at_r")
         )
         mean, half = over_seeds([row["fine"] - imagenet[row["fold"]]["fine"] for row in own])
         difference = f"{mean:+.3f} ± {half:.3f}" if variant != IMAGENET else ""
-        lines.append(f"| {variant} | {own[0]['epochs'] or '-'} | {fine} | {difference} | {coarse} | {map_at_r} |")
+        lines.append(
+            f"| {variant} | {own[0]['epochs'] or '-'} | {fine} | {difference} | {coarse} | {map_at_r} |"
+        )
     return "\n".join(lines)
 
 

@@ -7,7 +7,11 @@ import bentoml
 import network
 
 
-@bentoml.service(workers=int(os.environ["WORKERS"]), traffic={"timeout": 60}, threads=int(os.environ["CONCURRENCY"]))
+@bentoml.service(
+    workers=int(os.environ["WORKERS"]),
+    traffic={"timeout": 60},
+    threads=int(os.environ["CONCURRENCY"]),
+)
 class Embedding:
     def __init__(self):
         self.model = network.load()

@@ -15,5 +15,10 @@ class Embedding(MLModel):
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
         photos = [base64.b64decode(photo) for photo in payload.inputs[0].data]
         embeddings = self.network.embed([self.network.decode(photo) for photo in photos])
-        output = ResponseOutput(name="EMBEDDING", shape=list(embeddings.shape), datatype="FP32", data=embeddings.ravel().tolist())
+        output = ResponseOutput(
+            name="EMBEDDING",
+            shape=list(embeddings.shape),
+            datatype="FP32",
+            data=embeddings.ravel().tolist(),
+        )
         return InferenceResponse(model_name=self.name, outputs=[output])

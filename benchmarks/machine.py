@@ -1,0 +1,86 @@
+"""What all benchmarks need of the machine: environments, ports, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import serve
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = Path(__file__).parent / "peers"
+MODELS = ROOT / "model_repository"
+VERSION = next((MODELS / "npair").glob("[0-9]*"))  # the shipped one
+
+
+def python_of(name: str, parent: Path) -> Path:
+    """Of an environment in requirements.txt, which is made the first time; what the network needs comes from npair's own."""
+    folder = parent / name
+    python = folder / "bin/python"
+    if not (folder / "complete").exists():
+        say(f"installing {name}")
+        lines = dict(
+            line.split(": ")
+            for line in (PEERS / "requirements.txt").read_text().splitlines()
+            if ": " in line
+        )
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", *lines[name].split()], check=True
+        )
+        own, site = (
+            subprocess.run(
+                [p, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            for p in (sys.executable, python)
+        )
+        (Path(site.stdout.strip()) / "npair.pth").write_text(own.stdout)
+        (folder / "complete").touch()
+    return python
+
+
+def proportional_memory(pid: int) -> float:
+    """MB of a process and all below it, what they share divided among those who share it."""
+    total = 0
+    for process in [pid, *descendants(pid)]:
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{process}/smaps_rollup").read_text()
+            total += next(
+                int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")
+            )
+    return total / 1024
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def descendants(pid: int) -> list[int]:
+    try:
+        children = serve.children(pid)
+    except OSError:
+        return []
+    return children + [below for child in children for below in descendants(child)]
+
+
+def pyplot() -> Any:
+    import matplotlib  # noqa: PLC0415  # slow to import, and only for pictures
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "npair"  # the same picture from the same numbers
+    from matplotlib import pyplot  # noqa: PLC0415
+
+    return pyplot
