@@ -42,8 +42,8 @@ from typing import Any
 import costs
 import numpy as np
 import numpy.typing as npt
-import serve
 from PIL import Image
+from supervisor.launch import find_triton
 
 from npair.config import with_release
 from npair.data import read_dataset
@@ -183,7 +183,7 @@ def plain_backend(_: Path, port: int, scratch: Path, setting: Setting) -> Sequen
         'output [ { name: "EMBEDDING" data_type: TYPE_FP32 dims: [ 128 ] } ]'
         f"instance_group [ {{ count: {setting.workers} kind: KIND_CPU }} ]"
     )
-    triton = serve.find_triton(scratch)
+    triton = find_triton(scratch)
     flags = {"model-repository": scratch / "models", "backend-directory": triton.backends, "http-port": port}
     flags |= {"allow-grpc": "false", "allow-metrics": "false", "pinned-memory-pool-byte-size": 0}
     environment = [f"{name}={triton.environment[name]}" for name in ("PATH", "LD_LIBRARY_PATH")]

@@ -27,7 +27,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import serve
+from supervisor import procfs
 
 from npair.data import Dataset, read_dataset
 from npair.evaluate import compare, embed_served
@@ -300,13 +300,13 @@ def cpu_seconds(pid: int) -> dict[str, float]:
         name = Path(f"/proc/{process}/comm").read_text()
         kind = next((kind for start, kind in kinds.items() if name.startswith(start)), None)
         if kind:
-            used[kind] += serve.cpu_seconds(process)
+            used[kind] += procfs.cpu_seconds(process)
     return used
 
 
 def descendants(pid: int) -> list[int]:
     try:
-        children = serve.children(pid)
+        children = procfs.children(pid)
     except OSError:
         return []
     return children + [below for child in children for below in descendants(child)]

@@ -28,10 +28,10 @@ from urllib.parse import urlsplit
 import numpy as np
 from bench import proportional_memory
 from costs import descendants, pyplot
+from supervisor.procfs import shared_regions
 
 from npair.client import SUFFIXES, InvalidPhotoError, NpairClient, NpairError, Vectors
 from npair.drawings import draw, encode
-from npair.serve import shared_regions
 from npair.tune import Server, serving
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from supervisor.api import CONTROL_HEADER
+from supervisor.watch import FALLBACK
+
+from npair import release, tune
 
 SOURCE = ROOT / "src/npair"
 SERVING = {"numpy", "serving"}
@@ -17,10 +21,10 @@ ALLOWED = {
     "cli": {
         *("client", "data", "evaluate", "folds", "gallery", "grocery", "metrics", "pixels", "publish", "release", "report"),
         "repository",
-        *("run", "serve", "serving", "train", "tune"),
+        *("run", "serving", "train", "tune"),
     },
     "publish": {"artifact", "config", "data", "engines", "evaluate", "metrics", "release", "repository", "serving", "numpy"},
-    "release": {"client", "config", "repository", "serve", "serving", "numpy", "tritonclient"},
+    "release": {"client", "config", "repository", "serving", "numpy", "tritonclient"},
     "repository": {"fsspec"},
     "gallery": {"client", "data", "repository", "lancedb", "pyarrow", "tqdm"},
     "config": {"google", "tritonclient"},
@@ -44,10 +48,9 @@ ALLOWED = {
     "data": {"serving", "numpy", "tqdm"},
     "run": {"serving"},
     "drawings": {"numpy", "PIL"},
-    "tune": {"client", "config", "load", "serve", "serving", "matplotlib"},
+    "tune": {"client", "config", "load", "serving", "matplotlib"},
     "load": {"numpy"},
     "client": {"numpy", "tritonclient", "tqdm"},
-    "serve": set(),
     "serving/model": SERVING | {"triton_python_backend_utils"},
     "serving/embedder": SERVING,
     "serving/engine": {"numpy", "openvino", "torch"},
@@ -97,8 +100,15 @@ def test_arrows_have_no_circle() -> None:
 
 
 def test_docker_context_stands_alone() -> None:
-    for path in (ROOT / "model/api").glob("*.py"):
-        assert "npair" not in {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
-    assert imported(ROOT / "model/api/serve.py") == set()
-    for name in ("client.py", "serve.py"):
-        assert (SOURCE / name).resolve() == ROOT / "model/api" / name
+    api = ROOT / "model/api"
+    assert not any("npair" in imported(path) for path in api.glob("*.py"))
+    for path in (api / "serve.py", *api.glob("supervisor/*.py")):
+        assert imported(path) <= {"supervisor"}
+    assert (SOURCE / "client.py").resolve() == api / "client.py"
+
+
+def test_both_sides_agree_on_names() -> None:
+    """Neither side may import the other."""
+    assert release.CONTROL_HEADER == CONTROL_HEADER
+    assert release.FALLBACK == FALLBACK
+    assert (ROOT / "model/api/serve.py").samefile(tune.SERVE)
