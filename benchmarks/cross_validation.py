@@ -32,27 +32,19 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = parser_of(
-        __doc__ or "", runs="runs/cross-validation", results="docs/cross-validation.jsonl"
-    )
+    parser = parser_of(__doc__ or "", runs="runs/cross-validation", results="docs/cross-validation.jsonl")
     parser.add_argument("--epochs", type=int, default=100, help="(%(default)s)")
     arguments = parser.parse_args()
     configs = {("recipe", 0): TrainConfig(epochs=arguments.epochs, evaluations=0)}
     rows = run_all(configs, lookalike_folds(["train", "val"], arguments), arguments)
     for kind in ("fine", "coarse"):
-        print(
-            f"Recall@1 {kind}: {' ± '.join(f'{number:.3f}' for number in over_seeds([row[kind] for row in rows]))}"
-        )
+        print(f"Recall@1 {kind}: {' ± '.join(f'{number:.3f}' for number in over_seeds([row[kind] for row in rows]))}")
 
 
 def parser_of(description: str, *, runs: str, results: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/grocery"), help="(%(default)s)")
-    parser.add_argument(
-        "--runs", type=Path, default=Path(runs), help="folder for the runs (%(default)s)"
-    )
+    parser.add_argument("--runs", type=Path, default=Path(runs), help="folder for the runs (%(default)s)")
     parser.add_argument("--results", type=Path, default=Path(results), help="(%(default)s)")
     parser.add_argument(
         "--jobs",
@@ -95,16 +87,10 @@ def run_all(
     run_one: trains and scores one of them, in a process of its own.
     Returns: a row for each, old and new, appended to the results as it came.
     """
-    rows = (
-        [json.loads(line) for line in arguments.results.open()]
-        if arguments.results.exists()
-        else []
-    )
+    rows = [json.loads(line) for line in arguments.results.open()] if arguments.results.exists() else []
     done = {(row["variant"], row["seed"], row["fold"]) for row in rows}
     threads = max(1, torch.get_num_threads() // arguments.jobs)
-    pool = ProcessPoolExecutor(
-        arguments.jobs, get_context("spawn"), torch.set_num_threads, (threads,)
-    )
+    pool = ProcessPoolExecutor(arguments.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
     futures = {
         pool.submit(run_one, variant, replace(config, seed=seed), table, arguments.runs): (
             variant,
@@ -135,9 +121,7 @@ def run_all(
     return rows
 
 
-def train_and_embed(
-    variant: str, config: TrainConfig, table: Path, runs: Path
-) -> tuple[Comparison, int]:
+def train_and_embed(variant: str, config: TrainConfig, table: Path, runs: Path) -> tuple[Comparison, int]:
     """Train on a fold's table: the photos that it holds back, embedded, and for how many epochs it was trained."""
     run = runs / f"{variant}-seed-{config.seed}-{table.stem}".replace(" ", "-")
     shutil.rmtree(run, ignore_errors=True)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import serve
+from supervisor import procfs
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = Path(__file__).parent / "peers"
@@ -23,15 +23,9 @@ def python_of(name: str, parent: Path) -> Path:
     python = folder / "bin/python"
     if not (folder / "complete").exists():
         say(f"installing {name}")
-        lines = dict(
-            line.split(": ")
-            for line in (PEERS / "requirements.txt").read_text().splitlines()
-            if ": " in line
-        )
+        lines = dict(line.split(": ") for line in (PEERS / "requirements.txt").read_text().splitlines() if ": " in line)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", *lines[name].split()], check=True
-        )
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *lines[name].split()], check=True)
         own, site = (
             subprocess.run(
                 [p, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
@@ -52,9 +46,7 @@ def proportional_memory(pid: int) -> float:
     for process in [pid, *descendants(pid)]:
         with contextlib.suppress(OSError):
             text = Path(f"/proc/{process}/smaps_rollup").read_text()
-            total += next(
-                int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")
-            )
+            total += next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
     return total / 1024
 
 
@@ -70,7 +62,7 @@ def say(sentence: str) -> None:
 
 def descendants(pid: int) -> list[int]:
     try:
-        children = serve.children(pid)
+        children = procfs.children(pid)
     except OSError:
         return []
     return children + [below for child in children for below in descendants(child)]

@@ -24,10 +24,7 @@ def clustered(photos: int, dimension: int) -> Embedded:
     rng = np.random.default_rng(0)
     fine = np.arange(photos) // PHOTOS_PER_CLASS
     coarse = fine // CLASSES_PER_KIND
-    kinds, classes = (
-        rng.standard_normal((labels[-1] + 1, dimension), dtype=np.float32)
-        for labels in (coarse, fine)
-    )
+    kinds, classes = (rng.standard_normal((labels[-1] + 1, dimension), dtype=np.float32) for labels in (coarse, fine))
     vectors = 2 * rng.standard_normal((photos, dimension), dtype=np.float32)
     vectors += classes[fine]
     vectors += kinds[coarse]
@@ -45,9 +42,7 @@ def peak_megabytes() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=int, default=200_000)
     parser.add_argument("--dimension", type=int, default=128)
     arguments = parser.parse_args()

@@ -61,18 +61,11 @@ def main() -> None:
         lengths(read_dataset(arguments.data).splits["val"].paths)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {
-            name: prepared(Path(scratch, name), code)
-            for name, code in {"without": SILENT, "with": ""}.items()
-        }
+        folders = {name: prepared(Path(scratch, name), code) for name, code in {"without": SILENT, "with": ""}.items()}
         with serving(folders["without"]) as without, serving(folders["with"]) as observed:
             servers = {"without": without, "with": observed}
-            photos = [
-                path.read_bytes() for path in sorted(folders["with"].glob("npair/*/golden/*.jpg"))
-            ]
-            print(
-                "| connections | photos a second, without | of that, with | CPU ms a photo, without | of that, with |"
-            )
+            photos = [path.read_bytes() for path in sorted(folders["with"].glob("npair/*/golden/*.jpg"))]
+            print("| connections | photos a second, without | of that, with | CPU ms a photo, without | of that, with |")
             print("| --- | --- | --- | --- | --- |")
             for connections in CONNECTIONS:
                 rates: dict[str, list[float]] = {name: [] for name in servers}
@@ -86,10 +79,7 @@ def main() -> None:
                             used = sum(cpu_seconds(servers[name].pid).values()) - before
                             costs[name].append(1e3 * used / (load.rate * arguments.seconds))
                 paired = [
-                    median(
-                        on / off
-                        for on, off in zip(figures["with"], figures["without"], strict=True)
-                    )
+                    median(on / off for on, off in zip(figures["with"], figures["without"], strict=True))
                     for figures in (rates, costs)
                 ]
                 print(
@@ -112,9 +102,7 @@ def lengths(paths: Sequence[Path]) -> None:
         embedder = Embedder(next((ROOT / "model_repository/npair").glob("[0-9]*")), cores=2)
         for path in paths:
             with Image.open(path) as image:
-                embedder.embed_photos(
-                    [encode(change(image.convert("RGB")), "JPEG", quality=90)], UNLIMITED
-                )
+                embedder.embed_photos([encode(change(image.convert("RGB")), "JPEG", quality=90)], UNLIMITED)
         print(f"| {name} | {embedder.work.norm / embedder.work.photos:.2f} |")
         embedder.close()
 

@@ -47,21 +47,14 @@ VARIANTS = {
 
 def main() -> None:
     parser = parser_of(__doc__ or "", runs="runs/unseen", results="docs/unseen.jsonl")
-    parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help="(all)"
-    )
-    parser.add_argument(
-        "--epochs", type=int, default=0, help="of what is trained (as many as npair train chooses)"
-    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help="(all)")
+    parser.add_argument("--epochs", type=int, default=0, help="of what is trained (as many as npair train chooses)")
     parser.add_argument("--table", action="store_true", help="only print the table of the results")
     arguments = parser.parse_args()
     if arguments.table:
         rows = [json.loads(line) for line in arguments.results.open()]
     else:
-        configs = {
-            (name, SEED): replace(VARIANTS[name], epochs=arguments.epochs)
-            for name in arguments.variants
-        }
+        configs = {(name, SEED): replace(VARIANTS[name], epochs=arguments.epochs) for name in arguments.variants}
         rows = run_all(
             configs,
             product_folds(read_dataset(arguments.data), arguments.runs / "folds"),
@@ -132,9 +125,7 @@ def across_groups(found: Comparison, glances: Pixels) -> Row:
         "queries": sum(weights),
         "fine": mean([part.fine.recall_at_1.value for part in scores]),
         "coarse": mean([part.coarse.recall_at_1.value for part in scores]),
-        "map_at_r": mean(
-            [part.fine.map_at_r.value if part.fine.map_at_r else 0.0 for part in scores]
-        ),
+        "map_at_r": mean([part.fine.map_at_r.value if part.fine.map_at_r else 0.0 for part in scores]),
     }
 
 
@@ -150,14 +141,11 @@ def table(rows: list[Row]) -> str:
         if len(own) < 2:
             continue
         fine, coarse, map_at_r = (
-            "{:.3f} ± {:.3f}".format(*over_seeds([row[name] for row in own]))
-            for name in ("fine", "coarse", "map_at_r")
+            "{:.3f} ± {:.3f}".format(*over_seeds([row[name] for row in own])) for name in ("fine", "coarse", "map_at_r")
         )
         mean, half = over_seeds([row["fine"] - imagenet[row["fold"]]["fine"] for row in own])
         difference = f"{mean:+.3f} ± {half:.3f}" if variant != IMAGENET else ""
-        lines.append(
-            f"| {variant} | {own[0]['epochs'] or '-'} | {fine} | {difference} | {coarse} | {map_at_r} |"
-        )
+        lines.append(f"| {variant} | {own[0]['epochs'] or '-'} | {fine} | {difference} | {coarse} | {map_at_r} |")
     return "\n".join(lines)
 
 

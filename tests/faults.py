@@ -25,10 +25,10 @@ from statistics import median
 
 import numpy as np
 import pytest
-import serve
 from conftest import HANGS, ROOT, SHIPPED, free_ports, let_fail
-from costs import descendants
+from machine import descendants
 from observing import prepared
+from supervisor import procfs
 
 from npair.client import NpairClient, NpairError, RequestTimeoutError, ServerFaultError, UnavailableError
 from npair.publishing.drawings import draw, encode
@@ -103,13 +103,13 @@ class Service:
 
     @property
     def server(self) -> int:
-        server = serve.server_at(int(self.ports["HTTP_PORT"]))
+        server = procfs.server_at(int(self.ports["HTTP_PORT"]))
         assert server
         return server
 
     @property
     def stubs(self) -> list[int]:
-        return serve.children(self.server)
+        return procfs.children(self.server)
 
 
 def broken_models(folder: Path) -> Path:
@@ -532,7 +532,7 @@ def test_clock_jumps(tmp_path: Path, table: list[str], jump: str) -> None:
         result = cause(service, lambda: clock.write_text(jump))
         port = int(service.ports["HTTP_PORT"])
     # serve.py does not come to that: faketime takes an absolute time that has passed for a bad one.
-    until(lambda: not serve.server_at(port), "the server outlives serve.py")
-    serve.remove_remains(port)
+    until(lambda: not procfs.server_at(port), "the server outlives serve.py")
+    procfs.remove_remains(port)
     table.append(result.row(f"the clock jumps by {jump}", "nothing"))
     assert not result.errors

@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import serve
 import tritonclient.grpc
 from conftest import ROOT, SHIPPED, certificate, free_ports, running
+from supervisor.api import CONTROL_HEADER
+from supervisor.launch import MAX_REQUEST_BYTES
+from supervisor.procfs import children, server_at
 from tritonclient.utils import InferenceServerException
 
 from npair.client import AccessDeniedError, InvalidRequestError, NpairClient, NpairError, UnavailableError
@@ -215,7 +217,7 @@ def test_old_tls_is_refused(proxy: Proxy) -> None:
 )
 def test_control_and_unknown_paths_are_not_there(proxy: Proxy, path: str) -> None:
     for method in ("GET", "POST"):
-        assert proxy.ask(method, path, **{serve.CONTROL_HEADER: SECRET})[0] == 404
+        assert proxy.ask(method, path, **{CONTROL_HEADER: SECRET})[0] == 404
     with NpairClient(proxy.direct["http"]) as client:
         assert client.ready(), "it is still loaded"
 
@@ -223,7 +225,7 @@ def test_control_and_unknown_paths_are_not_there(proxy: Proxy, path: str) -> Non
 def test_control_over_grpc_is_not_there(proxy: Proxy) -> None:
     with proxy.triton() as client, pytest.raises(Exception, match="UNIMPLEMENTED"):
         client.get_model_repository_index(
-            headers={"authorization": f"Bearer {KEY}", f"triton-grpc-protocol-{serve.CONTROL_HEADER}": SECRET}
+            headers={"authorization": f"Bearer {KEY}", f"triton-grpc-protocol-{CONTROL_HEADER}": SECRET}
         )
 
 
@@ -241,7 +243,7 @@ def test_too_large_a_body(proxy: Proxy, protocol: str) -> None:
     large = [bytes(17_000_000)] * 4
     with proxy.client(protocol, batch_bytes=1 << 30) as client, pytest.raises(InvalidRequestError, match=r"413|64 MiB"):
         client.embed(large)
-    assert f"client_max_body_size {serve.MAX_REQUEST_BYTES >> 20}m;" in CONFIGURATION
+    assert f"client_max_body_size {MAX_REQUEST_BYTES >> 20}m;" in CONFIGURATION
 
 
 def test_too_large_a_body_in_chunks(proxy: Proxy) -> None:
@@ -267,10 +269,10 @@ def test_compressed_bodies_and_many_chunks(proxy: Proxy) -> None:
         assert client.embed(PHOTOS).vectors.shape == (2, 128)
 
 
-@pytest.mark.parametrize("size", [5_000_000, 20_000_000, serve.MAX_REQUEST_BYTES - 1])
+@pytest.mark.parametrize("size", [5_000_000, 20_000_000, MAX_REQUEST_BYTES - 1])
 def test_forms_are_not_parsed(proxy: Proxy, size: int) -> None:
     """Triton would make objects of each pair, which take many times the body, and copy all of it to a thread's stack."""
-    triton = serve.server_at(int(proxy.direct["http"].rpartition(":")[2]))
+    triton = server_at(int(proxy.direct["http"].rpartition(":")[2]))
     status, peak = Path(f"/proc/{triton}/status"), Path(f"/proc/{triton}/clear_refs")
 
     def megabytes(of: str) -> float:
@@ -409,10 +411,10 @@ def test_a_server_that_is_down_is_unavailable(proxy: Proxy) -> None:
 
 def reload(proxy: Proxy) -> None:
     pid = int(proxy.log.with_name("pid").read_text())
-    before = serve.children(pid)
+    before = children(pid)
     subprocess.run(["kill", "-HUP", str(pid)], check=True)
     for _ in range(100):
-        if set(serve.children(pid)).isdisjoint(before):
+        if set(children(pid)).isdisjoint(before):
             return
         time.sleep(0.1)
 

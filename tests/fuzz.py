@@ -35,10 +35,10 @@ from typing import Any
 import grpc
 import numpy as np
 import profiles
-import serve
 from conftest import ROOT, SHIPPED, free_ports, lines_until_ready, start
 from jpegs import ARITHMETIC, lossless, many_scans
 from PIL import Image
+from supervisor import procfs
 from tritonclient.grpc import service_pb2
 
 from npair.client import NpairClient, NpairError
@@ -365,8 +365,8 @@ class Server:
 
     def __init__(self, process: subprocess.Popen[str], ports: dict[str, str], protocol: str) -> None:
         self.process, self.ports = process, ports
-        self.triton, *_ = serve.children(process.pid)
-        self.stubs = sorted(serve.children(self.triton))
+        self.triton, *_ = procfs.children(process.pid)
+        self.stubs = sorted(procfs.children(self.triton))
         golden = read_manifest(SHIPPED)["golden"]
         self.photos = [SHIPPED / photo for photo in golden["photos"]]
         self.expected, self.tolerance = np.load(SHIPPED / golden["embeddings"]), golden["tolerance"]
@@ -384,8 +384,8 @@ class Server:
     def check(self) -> None:
         """Raises: AssertionError, NpairError, OSError where it is another server, does not answer right or took too much memory."""
         assert self.process.poll() is None, "serve.py ended"
-        assert serve.children(self.process.pid) == [self.triton], "another server"
-        assert sorted(serve.children(self.triton)) == self.stubs, "other Python stubs"
+        assert procfs.children(self.process.pid) == [self.triton], "another server"
+        assert sorted(procfs.children(self.triton)) == self.stubs, "other Python stubs"
         distance = np.linalg.norm(self.client.embed(self.photos).vectors - self.expected, axis=1).max()
         assert distance <= self.tolerance, f"golden photos are {distance} off"
         peaks = [Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0] for pid in (self.triton, *self.stubs)]

@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from supervisor.api import CONTROL_HEADER
+from supervisor.watch import FALLBACK
+
+from npair.releasing import release, tune
 
 SOURCE = ROOT / "src/npair"
-SERVING = {"numpy", "serving"}
 
 # Which packages of npair each package may import, imports inside functions included.
 ARROWS = {
-    "cli": {"data", "networks", "training", "scoring", "publishing", "releasing", "gallery", "serving", "client", "serve"},
+    "cli": {"data", "networks", "training", "scoring", "publishing", "releasing", "gallery", "serving", "client"},
     "publishing": {"training", "networks", "scoring", "releasing", "serving", "data"},
-    "releasing": {"serving", "client", "serve"},
+    "releasing": {"serving", "client"},
     "gallery": {"client", "data", "releasing"},
     "training": {"networks", "scoring", "data", "serving"},
     "scoring": {"data", "networks", "client"},
@@ -25,7 +28,6 @@ ARROWS = {
     "data": {"serving"},
     "serving": set(),
     "client": set(),
-    "serve": set(),
 }
 
 # The libraries that a version's own code may import: they are what the image holds.
@@ -88,8 +90,15 @@ def test_arrows_have_no_circle() -> None:
 
 
 def test_docker_context_stands_alone() -> None:
-    for path in (ROOT / "model/api").glob("*.py"):
-        assert "npair" not in {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
-    assert libraries(ROOT / "model/api/serve.py") == set()
-    for name in ("client.py", "serve.py"):
-        assert (SOURCE / name).resolve() == ROOT / "model/api" / name
+    api = ROOT / "model/api"
+    assert not any(packages(path) for path in api.glob("*.py"))
+    for path in (api / "serve.py", *api.glob("supervisor/*.py")):
+        assert libraries(path) <= {"supervisor"}
+    assert (SOURCE / "client.py").resolve() == api / "client.py"
+
+
+def test_both_sides_agree_on_names() -> None:
+    """Neither side may import the other."""
+    assert release.CONTROL_HEADER == CONTROL_HEADER
+    assert release.FALLBACK == FALLBACK
+    assert (ROOT / "model/api/serve.py").samefile(tune.SERVE)

@@ -1,4 +1,4 @@
-"""Triton's HTTP front end, on both of its ports: content types, sizes and paths that no client should be able to end it with."""
+"""Triton's HTTP front end, on both ports: no content type, size or path may end the server."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import fuzz
 import pytest
-import serve
 from conftest import ROOT
+from supervisor.launch import MAX_REQUEST_BYTES
 
 PAGES = [
     ROOT / name
@@ -38,15 +38,21 @@ def server() -> Iterator[fuzz.Server]:
 
 
 def form(path: str, size: int, content_type: str) -> bytes:
-    """A request whose body is one key, as a photo without & and = would be, which takes the most of a thread's stack."""
-    head = f"POST {path} HTTP/1.1\r\nConnection: close\r\nContent-Type: {content_type}\r\nInference-Header-Content-Length: 0\r\n"
-    return f"{head}Content-Length: {size}\r\n\r\n".encode() + bytes(size)
+    """A request whose body is one key, such as a photo without & and =: it takes the most stack."""
+    head = [
+        f"POST {path} HTTP/1.1",
+        "Connection: close",
+        f"Content-Type: {content_type}",
+        "Inference-Header-Content-Length: 0",
+        f"Content-Length: {size}\r\n\r\n",
+    ]
+    return "\r\n".join(head).encode() + bytes(size)
 
 
 class TestForms:
     """Which the library parses: into two arrays on a thread's stack, each as long as the body."""
 
-    @pytest.mark.parametrize("size", [5_000_000, 20_000_000, serve.MAX_REQUEST_BYTES])
+    @pytest.mark.parametrize("size", [5_000_000, 20_000_000, MAX_REQUEST_BYTES])
     @pytest.mark.parametrize(
         ("path", "status"),
         [
@@ -62,7 +68,7 @@ class TestForms:
         assert server.http(form(path, size, fuzz.FORM)) == status
         server.check()
 
-    @pytest.mark.parametrize("size", [5_000_000, 20_000_000, serve.MAX_REQUEST_BYTES])
+    @pytest.mark.parametrize("size", [5_000_000, 20_000_000, MAX_REQUEST_BYTES])
     @pytest.mark.parametrize("path", ["/metrics", "/nope"])
     def test_metrics_port(self, server: fuzz.Server, path: str, size: int) -> None:
         assert server.metrics(form(path, size, fuzz.FORM)) == "405"
@@ -84,7 +90,7 @@ def test_connections_that_are_only_held(server: fuzz.Server, port: str) -> None:
 
 @pytest.mark.parametrize(("target", "runs"), [("http", 8_000), ("metrics", 2_000)])
 def test_hostile_requests(server: fuzz.Server, target: str, runs: int) -> None:
-    """Requests of a seed that `tests/fuzz.py` does not begin with; its command line tells which one of them it was."""
+    """Requests of another seed than the first of `tests/fuzz.py`, which can repeat them."""
     outcomes: Counter[str] = Counter()
     for first in range(0, runs, fuzz.BLOCK):
         numbers = range(first, first + fuzz.BLOCK)

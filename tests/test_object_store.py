@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import re
@@ -18,10 +17,11 @@ from typing import Any
 
 import pytest
 import s3fs
-import serve
 from conftest import ROOT, SHIPPED, free_ports, lines_until_ready, rewrite_manifest, start
 from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
+from supervisor.launch import command, find_triton
+from supervisor.options import Options
 
 from npair.releasing.config import with_release
 from npair.releasing.release import ReleaseError, Server, check_server, client_parameters, promote, rollback
@@ -313,16 +313,15 @@ except RepositoryError as error:
 def served(location: str, endpoint: str, tmp_path: Path) -> Iterator[Server]:
     """Triton on the store, with version 1, which is the shipped one by its own number there."""
     release(open_repository(location))
-    ports = {name.lower(): int(port) for name, port in free_ports().items()}
+    http, grpc, metrics = map(int, free_ports().values())
     place = location.replace("s3://", f"s3://{endpoint}/").removesuffix("/npair")  # Triton's way to name a server that is not AWS's
-    tls = dict.fromkeys(("grpc_cert", "grpc_key", "grpc_client_ca"))
-    options = argparse.Namespace(model_repository=place, host="127.0.0.1", drain=7, trace_url=None, **ports, **tls)
-    triton = serve.find_triton(tmp_path)
+    options = Options(place, http_port=http, grpc_port=grpc, metrics_port=metrics)
+    triton = find_triton(tmp_path)
     process = subprocess.Popen(
-        serve.command(options, triton, SECRET), env=triton.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(options, triton, SECRET), env=triton.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        yield Server(f"http://127.0.0.1:{ports['http_port']}", "npair", secret=SECRET, timeout=90)
+        yield Server(f"http://127.0.0.1:{options.http_port}", "npair", secret=SECRET, timeout=90)
     finally:
         process.terminate()
         process.wait(timeout=30)

@@ -15,9 +15,14 @@ from urllib.request import urlopen
 import grpc
 import numpy as np
 import pytest
-import serve
 import tritonclient.grpc
 from conftest import PORTS, ROOT, SHIPPED, certificate, free_ports, lines_until_ready, start
+from supervisor.api import CONTROL_HEADER
+from supervisor.launch import Triton, command, find_triton, given_secret
+from supervisor.options import parse
+from supervisor.preflight import ServeError
+from supervisor.procfs import children
+from supervisor.supervise import Supervisor
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
@@ -50,7 +55,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         lines = lines_until_ready(process)
         urls = {"http": f"http://127.0.0.1:{http_port}", "grpc": f"grpcs://127.0.0.1:{grpc_port}"}
         metrics = f"http://127.0.0.1:{metrics_port}/metrics"
-        yield Server(process, serve.children(process.pid)[0], lines, f"127.0.0.1:{http_port}", urls, metrics, cert)
+        yield Server(process, children(process.pid)[0], lines, f"127.0.0.1:{http_port}", urls, metrics, cert)
     finally:
         process.terminate()
         process.wait(timeout=30)
@@ -58,7 +63,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def http_status(server: Server, method: str, path: str, secret: str = "") -> int:
     connection = http.client.HTTPConnection(server.host, timeout=30)
-    connection.request(method, path, b"{}" if method == "POST" else None, {serve.CONTROL_HEADER: secret} if secret else {})
+    connection.request(method, path, b"{}" if method == "POST" else None, {CONTROL_HEADER: secret} if secret else {})
     status = connection.getresponse().status
     connection.close()
     return status
@@ -112,12 +117,12 @@ class TestSecret:
     def test_opens_control_apis(self, server: Server) -> None:
         assert http_status(server, "POST", "/v2/repository/index", SECRET) == 200
         assert http_status(server, "POST", "/v2/repository/index", "wrong") == 403
-        header = f"triton-grpc-protocol-{serve.CONTROL_HEADER}"
+        header = f"triton-grpc-protocol-{CONTROL_HEADER}"
         client = tritonclient.grpc.InferenceServerClient(
             server.urls["grpc"].removeprefix("grpcs://"), ssl=True, root_certificates=str(server.ca)
         )
         assert client.get_model_repository_index(headers={header: SECRET}).models
-        for headers in ({}, {header: "wrong"}, {serve.CONTROL_HEADER: SECRET}):
+        for headers in ({}, {header: "wrong"}, {CONTROL_HEADER: SECRET}):
             with pytest.raises(InferenceServerException, match="restricted"):
                 client.get_model_repository_index(headers=headers)
         client.close()
@@ -125,16 +130,16 @@ class TestSecret:
     @pytest.mark.parametrize("page", ["README.md", "docs/security.md"])
     def test_both_protocols_names_for_it_are_told(self, page: str) -> None:
         text = (ROOT / page).read_text()
-        assert f"`{serve.CONTROL_HEADER}`" in text
-        assert f"`triton-grpc-protocol-{serve.CONTROL_HEADER}`" in text
+        assert f"`{CONTROL_HEADER}`" in text
+        assert f"`triton-grpc-protocol-{CONTROL_HEADER}`" in text
 
     def test_what_is_seen_instead_opens_nothing(self, server: Server) -> None:
-        seen = re.findall(rf"{serve.CONTROL_HEADER}=([^\0]+)", Path(f"/proc/{server.pid}/cmdline").read_text())
+        seen = re.findall(rf"{CONTROL_HEADER}=([^\0]+)", Path(f"/proc/{server.pid}/cmdline").read_text())
         assert len(seen) == 2, "the flags are there"
         assert all(http_status(server, "POST", "/v2/repository/index", text) == 403 for text in seen)
 
     def test_is_in_no_process_but_the_parent(self, server: Server) -> None:
-        stubs = serve.children(server.pid)
+        stubs = children(server.pid)
         assert stubs
         for process in (server.process.pid, server.pid, *stubs):
             assert "sesame" not in Path(f"/proc/{process}/cmdline").read_text()
@@ -146,23 +151,23 @@ class TestSecret:
         assert "sesame" not in "".join(server.lines)
 
     def test_where_it_cannot_be_hidden_that_is_said_once(
-        self, server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """As under Yama's ptrace_scope 3, which holds for a whole machine."""
 
         def refuse(_: int) -> None:
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(serve, "hide_secret", refuse)
-        supervisor = object.__new__(serve.Supervisor)
-        supervisor.process, supervisor.hidden = server.process, False  # type: ignore[assignment]
-        supervisor._hide_secret()
-        supervisor._hide_secret()
-        assert capsys.readouterr().err.count("WARNING: users of this machine can read the secret for control APIs") == 1
+        monkeypatch.setattr("supervisor.supervise.hide_secret", refuse)
+        supervisor = Supervisor(parse([]), Triton(tmp_path, tmp_path, {}, tmp_path))
+        supervisor.process = server.process  # type: ignore[assignment]
+        line = b'I1127 09:00:00.000000 1 server.cc:1] "one line of several"\n'
+        supervisor.relay.run([line, line], supervisor._hide_secret)
+        assert caplog.text.count("WARNING: users of this machine can read the secret for control APIs") == 1
 
     def test_another_users_process_cannot_be_written(self) -> None:
         """By nobody, where this runs as root."""
-        code = "import os, serve; os.getuid() or os.setuid(65534); serve.hide_secret(1)"
+        code = "import os; from supervisor.launch import hide_secret; os.getuid() or os.setuid(65534); hide_secret(1)"
         command = [sys.executable, "-c", code]
         result = subprocess.run(command, cwd=ROOT / "model/api", capture_output=True, text=True, check=False)
         assert "PermissionError" in result.stderr
@@ -171,8 +176,8 @@ class TestSecret:
     def test_that_no_header_can_carry(self, monkeypatch: pytest.MonkeyPatch, secret: str) -> None:
         monkeypatch.setenv("NPAIR_CONTROL_SECRET", secret)
         monkeypatch.delenv("NPAIR_CONTROL_SECRET_FILE", raising=False)
-        with pytest.raises(serve.ServeError, match="NPAIR_CONTROL_SECRET must be one line of printable ASCII") as caught:
-            serve.given_secret()
+        with pytest.raises(ServeError, match="NPAIR_CONTROL_SECRET must be one line of printable ASCII") as caught:
+            given_secret()
         assert secret not in str(caught.value)
 
     def test_is_in_no_image(self) -> None:
@@ -265,28 +270,26 @@ class TestRelease:
 class TestFlags:
     """2.51, which is here, knows all but one flag, so programs stand in for the help of other releases."""
 
-    def command(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *known: str) -> list[str]:
+    def command(self, folder: Path, *known: str) -> list[str]:
         program = folder / "tritonserver"
         program.write_text("#!/bin/sh\n" + "".join(f"echo '  {flag} <string>'\n" for flag in ("--model-repository", *known)))
         program.chmod(0o755)
-        monkeypatch.setattr(sys, "argv", ["serve.py"])
-        return serve.command(serve.parse_arguments(), serve.Triton(program, folder, dict(os.environ), folder), "secret")
+        return command(parse([]), Triton(program, folder, dict(os.environ), folder), "secret")
 
     CLOSED = ("--http-restricted-api", "--grpc-restricted-protocol")
 
-    def test_requests_are_limited_where_triton_can(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert "--http-max-input-size=67108864" in self.command(tmp_path, monkeypatch, *self.CLOSED, "--http-max-input-size")
+    def test_requests_are_limited_where_triton_can(self, tmp_path: Path) -> None:
+        assert "--http-max-input-size=67108864" in self.command(tmp_path, *self.CLOSED, "--http-max-input-size")
 
-    def test_this_one_cannot(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sys, "argv", ["serve.py"])
-        real = serve.command(serve.parse_arguments(), serve.find_triton(tmp_path), "secret")
+    def test_this_one_cannot(self, tmp_path: Path) -> None:
+        real = command(parse([]), find_triton(tmp_path), "secret")
         assert not any(flag.startswith("--http-max-input-size") for flag in real), "then docs/security.md is wrong about 2.51"
 
     def test_what_would_be_open_is_not_started(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        with pytest.raises(serve.ServeError, match="does not know --grpc-restricted-protocol, and would serve without"):
-            self.command(tmp_path, monkeypatch, "--http-restricted-api")
+        with pytest.raises(ServeError, match="does not know --grpc-restricted-protocol, and would serve without"):
+            self.command(tmp_path, "--http-restricted-api")
         cert, key = certificate(tmp_path)
         monkeypatch.setenv("GRPC_TLS_CERT", str(cert))
         monkeypatch.setenv("GRPC_TLS_KEY", str(key))
-        with pytest.raises(serve.ServeError, match="does not know --grpc-server-cert, --grpc-server-key, --grpc-use-ssl, and"):
-            self.command(tmp_path, monkeypatch, *self.CLOSED)
+        with pytest.raises(ServeError, match="does not know --grpc-server-cert, --grpc-server-key, --grpc-use-ssl, and"):
+            self.command(tmp_path, *self.CLOSED)

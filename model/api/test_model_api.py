@@ -1,7 +1,7 @@
 """Black-box tests of a running server, over HTTP and gRPC.
 
 They test the server at NPAIR_URL (http://) and NPAIR_GRPC_URL (grpc://), or start one through serve.py where these are not set.
-Every photo is drawn here, so the file needs nothing beside it but client.py and serve.py.
+Every photo is drawn here, so the file needs nothing beside it but client.py, serve.py and supervisor/.
 """
 
 from __future__ import annotations

@@ -419,11 +419,22 @@ def _retire(arguments: argparse.Namespace) -> int:
 def _repository(arguments: argparse.Namespace) -> tuple[Repository, list[Server]]:
     from npair.releasing.release import Server
     from npair.releasing.repository import open_repository
-    from npair.serve import given_secret
 
-    repository, secret = open_repository(arguments.repository), given_secret()
+    repository, secret = open_repository(arguments.repository), _secret()
     urls = [Server.all_of(url, repository.name, secret=secret, timeout=arguments.timeout) for url in arguments.url]
     return repository, [server for servers in urls for server in servers]
+
+
+def _secret() -> str:
+    """For control APIs, as a server reads it; empty if none is set."""
+    file = os.environ.get("NPAIR_CONTROL_SECRET_FILE")
+    secret = os.environ.get("NPAIR_CONTROL_SECRET", "")
+    if file:
+        secret = Path(file).read_text(encoding="utf-8").strip()
+    if secret and not (secret.isascii() and secret.isprintable() and secret == secret.strip()):
+        name = "the secret in NPAIR_CONTROL_SECRET_FILE" if file else "NPAIR_CONTROL_SECRET"
+        raise ValueError(f"{name} must be one line of printable ASCII")
+    return secret
 
 
 def _where(servers: Sequence[Server]) -> str:

@@ -34,7 +34,6 @@ from tritonclient.utils import InferenceServerException
 from npair.client import THRESHOLD_PARAMETERS, Vectors
 from npair.releasing.config import as_json, parameters, pinned, with_release
 from npair.releasing.repository import Repository
-from npair.serve import CONTROL_HEADER, FALLBACK
 from npair.serving.embedder import VersionError, read_manifest, verify_files
 from npair.serving.engine import cores
 
@@ -43,6 +42,9 @@ SCHEMA: dict[str, type | tuple[type, ...]] = {
     **{"preprocessing": dict, "embedding": dict, "training": dict, "golden": dict, "files": dict, "git_commit": (str, type(None))},
 }
 REMEMBERED = 10  # versions served before
+# As in model/api/supervisor: the header of the secret, and the file that a start falls back to.
+CONTROL_HEADER = "npair-control-secret"
+FALLBACK = "fallback.json"
 
 
 class ReleaseError(RuntimeError):

@@ -1,0 +1,96 @@
+"""What must be true before a server can start. Needs only the standard library, since make runs it
+on a bare machine, whatever its Python."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import platform
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from supervisor.options import Options
+
+IMAGE_SERVER = Path("/opt/tritonserver")
+# The wheel's Python backend is built for numpy 1, which Python 3.13 has no build of.
+WHEEL_PYTHONS = ((3, 10), (3, 12))
+WHEEL_GLIBC = (2, 35)
+
+
+class ServeError(RuntimeError):
+    """Why the server cannot start or had to be ended, in one sentence."""
+
+
+def check_platform() -> None:
+    """Raises: ServeError if neither the image's server nor the wheel's can run here."""
+    if (IMAGE_SERVER / "bin/tritonserver").is_file():
+        return
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise ServeError(
+            f"the server needs Linux on x86-64, and this is {platform.system()} on {platform.machine()}; run the image instead"
+        )
+    lowest, highest = WHEEL_PYTHONS
+    if not lowest <= sys.version_info[:2] <= highest:
+        raise ServeError(
+            f"the server needs Python {lowest[0]}.{lowest[1]} to {highest[0]}.{highest[1]}, "
+            f"and this is {platform.python_version()}; "
+            "choose another, for example: make serve PYTHON=python3.11"
+        )
+    library, version = platform.libc_ver()
+    if library != "glibc" or tuple(map(int, version.split(".")[:2])) < WHEEL_GLIBC:
+        raise ServeError(
+            f"the server needs glibc {WHEEL_GLIBC[0]}.{WHEEL_GLIBC[1]} or newer, and this is {library or 'another libc'} {version}"
+        )
+
+
+def check_repository(options: Options) -> None:
+    """Raises: ServeError if a folder holds no model; Triton itself checks an object store."""
+    folder = options.model_folder
+    if folder and not (folder / "config.pbtxt").is_file():
+        raise ServeError(f"no model repository at {options.model_repository}: it has no {folder.name}/config.pbtxt")
+
+
+def address_of(host: str) -> str:
+    """The IP address of a host name or address, IPv4 if it has both kinds.
+
+    Triton's HTTP server takes no names. Raises: ServeError if there is no address.
+    """
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ServeError(f"cannot listen on {host}: {error}; set BIND_ADDRESS to an address of this machine") from error
+    return str(min(found, key=lambda entry: entry[0] == socket.AF_INET6)[4][0])
+
+
+def in_url(host: str) -> str:
+    """An IP address as it is written in URLs."""
+    return f"[{host}]" if ":" in host else host
+
+
+def check_ports(options: Options) -> None:
+    """Raises: ServeError for the first port that cannot be bound.
+
+    Triton itself would fail later and give less of a reason.
+    """
+    host = options.host
+    ports = {
+        "HTTP_PORT": options.http_port,
+        "GRPC_PORT": options.grpc_port,
+        "METRICS_PORT": options.metrics_port,
+    }
+    with contextlib.ExitStack() as listeners:
+        for name, port in ports.items():
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = listeners.enter_context(socket.socket(family))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((host, port))
+                listener.listen()  # otherwise two of the three could share a port
+            except (OSError, OverflowError) as error:
+                remedy = f"set {name} to a free port"
+                if getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
+                    remedy = "set BIND_ADDRESS to an address of this machine"
+                raise ServeError(f"cannot listen on {in_url(host)}:{port}: {error}; {remedy}") from error

@@ -1,0 +1,82 @@
+"""Stands in for tritonserver, with a fault of timing (STANDIN_FAULT) that Triton cannot be made to
+have: it answers only what serve.py asks."""
+
+from __future__ import annotations
+
+import argparse
+import http.server
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+FAULT = os.environ["STANDIN_FAULT"]
+LIVE, READY = "/v2/health/live", "/v2/models/npair/ready"
+STATISTICS = "/v2/models/npair/stats"
+FLAGS = ["--model-repository", "--http-port", "--http-restricted-api", "--grpc-restricted-protocol"]
+VERSION = next(Path(__file__).parents[1].glob("model_repository/npair/[0-9]*"))
+ANSWERS: dict[str, object] = {
+    LIVE: {},
+    READY: {},
+    STATISTICS: {"model_stats": []},
+    "/v2/models/npair": {"versions": [VERSION.name]},
+    "/v2/repository/models/npair/unload": {},
+    "/v2/repository/index": [{"name": "npair", "state": "UNAVAILABLE"}],
+}
+
+
+class Triton(http.server.BaseHTTPRequestHandler):
+    """late: for the first time, these answers come later than serve.py waits.
+
+    loading: the load ends right after the first question whether it has.
+    """
+
+    late = [STATISTICS, READY] if FAULT == "late" else []
+    loaded = FAULT != "loading"
+
+    def do_GET(self) -> None:
+        if self.path in self.late:
+            self.late.remove(self.path)
+            with Path(os.environ["STANDIN_LOG"]).open("a") as log:
+                print(self.path, file=log)
+            time.sleep(6)
+        status = 200 if self.loaded else 400
+        if self.path in (LIVE, READY):
+            Triton.loaded = True
+        self.answer(status, json.dumps(ANSWERS.get(self.path)).encode())
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if not self.path.endswith("/infer"):
+            self.do_GET()
+            return
+        embeddings = (VERSION / "golden/embeddings.npy").read_bytes()
+        first = 10 + int.from_bytes(embeddings[8:10], "little")
+        self.answer(200, embeddings[first : first + 4 * 128])
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Inference-Header-Content-Length", "0")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def main() -> None:
+    if "--help" in sys.argv:
+        if FAULT == "stopped":
+            os.kill(os.getppid(), signal.SIGTERM)
+        print(*FLAGS, sep="\n")
+        return
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--http-port", type=int)
+    port = parser.parse_known_args()[0].http_port
+    http.server.ThreadingHTTPServer(("127.0.0.1", port), Triton).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
