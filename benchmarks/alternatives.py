@@ -35,7 +35,9 @@ from bench import ROOT, python_of, say
 from PIL import Image, ImageOps
 from torch import nn
 
-from npair.data.dataset import Dataset, each, read_dataset, read_photo
+from npair.data.dataset import Dataset
+from npair.data.files import parallel_map, read_photo
+from npair.data.sources import read_dataset
 from npair.scoring.evaluate import compare
 from npair.serving.embedder import UNLIMITED, Embedder, unit
 from npair.serving.engine import BATCH, EngineError, cores, load
@@ -69,7 +71,7 @@ def main() -> None:
     costs = least({name: (decoder, list(photos.values())[::30]) for name, (decoder, _) in decoders.items()})
     rows = []
     for name, (decoder, packages) in decoders.items():
-        pixels = dict(zip(photos, each(decoder, list(photos.values()), "decode"), strict=True))
+        pixels = dict(zip(photos, parallel_map(decoder, list(photos.values()), "decode"), strict=True))
         recall = recall_at_1(embedder, network, dataset, pixels)
         rows.append(row(name, [costs[name]], recall, packages))
     print(f"| decoder, before {embedder.engine} | ms a photo {HEAD}\n|" + " --- |" * 5, *rows, sep="\n", flush=True)

@@ -45,7 +45,7 @@ import numpy.typing as npt
 import serve
 from PIL import Image
 
-from npair.data.dataset import read_dataset
+from npair.data.sources import read_dataset
 from npair.releasing.config import with_release
 from npair.releasing.release import published_code
 from npair.serving.engine import cores

@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 import serve
 
-from npair.data.dataset import Dataset, read_dataset
-from npair.data.pixels import default_cache, load
+from npair.data.dataset import Dataset
+from npair.data.pixels import decode_dataset, default_cache
+from npair.data.sources import read_dataset
 from npair.networks.network import build_network, multiply_adds
 from npair.releasing.traffic import Load, closed, paced
 from npair.releasing.tune import CONNECTIONS, Server, serving
@@ -78,7 +79,7 @@ def recall(dataset: Dataset) -> str:
     with serving(MODELS) as server:
         served = embed_served(dataset, "val", server.http)
     reference = Embedder(VERSION, cores=cores(), engine="torch")
-    found, pixels, _ = load(dataset, reference.preprocessing, default_cache())
+    found, pixels, _ = decode_dataset(dataset, reference.preprocessing, default_cache())
     by_torch = compare("torch", found, "val", lambda photos: reference.embed(pixels.array[pixels.of(photos)]))
     reference.close()
     rows = [

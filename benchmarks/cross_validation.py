@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from npair.data.dataset import read_dataset
 from npair.data.folds import write_folds
-from npair.data.pixels import GLANCE, default_cache, load
+from npair.data.pixels import PREVIEW, decode_dataset, default_cache
+from npair.data.sources import read_dataset
 from npair.scoring.evaluate import Comparison, embed_run
 from npair.scoring.metrics import over_seeds
 from npair.training.run import TrainConfig, git_commit, read_run
@@ -52,7 +52,7 @@ def parser_of(description: str, *, runs: str, results: str) -> argparse.Argument
 
 def lookalike_folds(splits: Sequence[str], arguments: argparse.Namespace) -> list[Path]:
     """The table of each fold of these splits."""
-    dataset, pixels, _ = load(read_dataset(arguments.data), GLANCE, default_cache())
+    dataset, pixels, _ = decode_dataset(read_dataset(arguments.data), PREVIEW, default_cache())
     return write_folds(dataset, pixels, FOLDS, splits, arguments.runs / "folds")
 
 
@@ -111,7 +111,7 @@ def train_and_embed(variant: str, config: TrainConfig, table: Path, runs: Path) 
     if not train(table, run, config):
         raise KeyboardInterrupt  # half a run is no result
     settled, log = TrainConfig(**read_run(run)["train"]), [json.loads(line) for line in (run / "log.jsonl").open()]
-    dataset, pixels, _ = load(read_dataset(table), settled.preprocessing(), default_cache())
+    dataset, pixels, _ = decode_dataset(read_dataset(table), settled.preprocessing(), default_cache())
     return embed_run(run, dataset, pixels, "val"), len(log)
 
 

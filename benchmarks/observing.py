@@ -17,7 +17,7 @@ from costs import cpu_seconds
 from PIL import Image, ImageFilter
 
 import npair.serving
-from npair.data.dataset import read_dataset
+from npair.data.sources import read_dataset
 from npair.publishing.drawings import encode
 from npair.publishing.version_folder import CODE, write_manifest
 from npair.releasing.traffic import closed

@@ -23,7 +23,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from npair.data.dataset import Dataset, Photos, read_dataset, read_photo
+from npair.data.dataset import Dataset, Photos
+from npair.data.files import read_photo
+from npair.data.sources import read_dataset
 from npair.releasing.release import published_code
 from npair.scoring.evaluate import compare
 from npair.scoring.metrics import Vectors, nearest

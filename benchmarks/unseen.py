@@ -26,9 +26,10 @@ import numpy as np
 from cross_validation import FOLDS, Row, parser_of, run_all, train_and_embed
 from torch import nn
 
-from npair.data.dataset import Dataset, read_dataset
+from npair.data.dataset import Dataset
 from npair.data.folds import colour_histograms, folds, write_tables
-from npair.data.pixels import GLANCE, Pixels, default_cache, load
+from npair.data.pixels import PREVIEW, Pixels, decode_dataset, default_cache
+from npair.data.sources import read_dataset
 from npair.networks.network import embed, new_network
 from npair.scoring.evaluate import Comparison, compare
 from npair.scoring.metrics import over_seeds
@@ -38,7 +39,7 @@ SEED = 0  # of the folds and of training
 COLOURS, IMAGENET = "colours alone", "ImageNet alone"
 LITE0 = TrainConfig(network="efficientnet-lite0", size=192, seed=SEED, evaluations=0)
 VARIANTS = {
-    COLOURS: replace(LITE0, size=GLANCE.size),
+    COLOURS: replace(LITE0, size=PREVIEW.size),
     IMAGENET: LITE0,
     "from scratch": TrainConfig(network="compact", seed=SEED, evaluations=0),
     "from ImageNet": LITE0,
@@ -67,26 +68,26 @@ def product_folds(dataset: Dataset, folder: Path) -> list[Path]:
 
 def run_one(variant: str, config: TrainConfig, table: Path, runs: Path) -> Row:
     """Embed the photos of a fold's products, by a network that was trained on the others' where the variant says so."""
-    dataset, glances, _ = load(read_dataset(table), GLANCE, default_cache())
+    dataset, previews, _ = decode_dataset(read_dataset(table), PREVIEW, default_cache())
     if variant == COLOURS:
-        found, epochs = compare(variant, dataset, "val", lambda photos: colour_histograms(photos, glances)), 0
+        found, epochs = compare(variant, dataset, "val", lambda photos: colour_histograms(photos, previews)), 0
     elif variant == IMAGENET:
         network, _ = new_network(config.network, config.width, views=1)
         network.embedding = nn.Identity()  # type: ignore[assignment]
-        _, pixels, _ = load(dataset, config.preprocessing(), default_cache())
+        _, pixels, _ = decode_dataset(dataset, config.preprocessing(), default_cache())
         found, epochs = compare(variant, dataset, "val", lambda photos: embed(network, pixels.array, pixels.of(photos))), 0
     else:
         found, epochs = train_and_embed(variant, config, table, runs)
-    return {"epochs": epochs, **across_groups(found, glances)}
+    return {"epochs": epochs, **across_groups(found, previews)}
 
 
-def across_groups(found: Comparison, glances: Pixels) -> Row:
+def across_groups(found: Comparison, previews: Pixels) -> Row:
     """Scores of each third of the photos, made of groups of lookalikes, among the other two: the mean over photos.
 
-    found: photos of unseen products, compared with each other. glances: their pixels, from which the groups are made.
+    found: photos of unseen products, compared with each other. previews: their pixels, from which the groups are made.
     """
     photos, vectors = found.query_photos, found.queries
-    group = folds(photos.fine, colour_histograms(photos, glances), FOLDS)
+    group = folds(photos.fine, colour_histograms(photos, previews), FOLDS)
     parts = []
     for number in np.unique(group):
         own, others = np.flatnonzero(group == number), np.flatnonzero(group != number)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from npair.data.dataset import DataError, Dataset, read_dataset
+from npair.data.dataset import DataError, Dataset
+from npair.data.sources import read_dataset
 from npair.scoring.evaluate import Comparison, sides
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from npair.data.dataset import Dataset, Photos, read_photo
+from npair.data.dataset import Dataset, Photos
+from npair.data.files import read_photo
 from npair.publishing.graphs import milliseconds
 from npair.publishing.version_folder import LIBRARIES, PublishError, write_manifest, write_version
 from npair.releasing.config import pinned
