@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from cross_validation import Row, lookalike_folds, parser_of, run_all
 
-from npair.scoring.metrics import over_seeds
+from npair.scoring.intervals import over_seeds
 from npair.training.run import TrainConfig
 
 SEEDS = 1

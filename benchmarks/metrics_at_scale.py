@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from npair.scoring.metrics import Embedded, evaluate
+from npair.scoring.evaluate import evaluate
+from npair.scoring.retrieval import LabelledVectors
 
 PHOTOS_PER_CLASS = 40
 CLASSES_PER_KIND = 20
 
 
-def clustered(photos: int, dimension: int) -> Embedded:
+def clustered(photos: int, dimension: int) -> LabelledVectors:
     """Unit vectors around a random centre for each class, the centres of a kind of product around one of its own."""
     rng = np.random.default_rng(0)
     fine = np.arange(photos) // PHOTOS_PER_CLASS
@@ -29,7 +30,7 @@ def clustered(photos: int, dimension: int) -> Embedded:
     vectors += classes[fine]
     vectors += kinds[coarse]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return Embedded(vectors, fine, coarse)
+    return LabelledVectors(vectors, fine, coarse)
 
 
 def resident_megabytes() -> float:

@@ -15,8 +15,10 @@ import robustness
 import unseen
 
 from npair.networks.network import build_network, multiply_adds
-from npair.scoring.metrics import MEASURES, Evaluation, over_seeds
+from npair.scoring.evaluate import Evaluation
+from npair.scoring.intervals import over_seeds
 from npair.scoring.report import DEFINITIONS
+from npair.scoring.retrieval import MEASURES
 
 HERE = Path(__file__).parent
 

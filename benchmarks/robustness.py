@@ -28,7 +28,7 @@ from npair.data.files import read_photo
 from npair.data.sources import read_dataset
 from npair.releasing.release import published_code
 from npair.scoring.evaluate import compare
-from npair.scoring.metrics import Vectors, nearest
+from npair.scoring.retrieval import Vectors, nearest
 from npair.serving.embedder import UNLIMITED
 from npair.serving.engine import cores
 
@@ -119,7 +119,7 @@ def measure(version: Path, dataset: Dataset) -> list[Row]:
         return np.stack(embedder.embed_photos([encoded(path) for path in photos.paths], UNLIMITED))
 
     unchanged = compare("", dataset, "val", partial(embed, encoded=read_photo))
-    assert not unchanged.alone, "val shows other products than train, and each changed photo would find its original"
+    assert not unchanged.exclude_self, "val shows other products than train, and each changed photo would find its original"
 
     def row(change: str, queries: Vectors) -> Row:
         recall = replace(unchanged, queries=queries).recall_at_1()

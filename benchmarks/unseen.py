@@ -32,7 +32,7 @@ from npair.data.pixels import PREVIEW, Pixels, decode_dataset, default_cache
 from npair.data.sources import read_dataset
 from npair.networks.network import embed, new_network
 from npair.scoring.evaluate import Comparison, compare
-from npair.scoring.metrics import over_seeds
+from npair.scoring.intervals import over_seeds
 from npair.training.run import TrainConfig
 
 SEED = 0  # of the folds and of training

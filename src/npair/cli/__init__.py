@@ -280,6 +280,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from npair.data.pixels import PREVIEW
     from npair.scoring.evaluate import embed_run, embed_served
+    from npair.scoring.pictures import draw_neighbours
     from npair.scoring.report import write_report
 
     run = read_run(arguments.run) if arguments.run else None
@@ -293,7 +294,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         compared = embed_served(dataset, arguments.split, arguments.url)
     scores = compared.evaluate()
     if arguments.picture:
-        compared.draw(arguments.picture)
+        draw_neighbours(compared, arguments.picture)
     if arguments.report:
         log = (arguments.run / "log.jsonl").read_text().splitlines() if arguments.run else []
         write_report(
@@ -329,7 +330,7 @@ def _publish(arguments: argparse.Namespace) -> int:
     from npair.data.pixels import default_cache
     from npair.publishing.publish import publish
     from npair.releasing.repository import open_repository
-    from npair.scoring.metrics import Evaluation
+    from npair.scoring.evaluate import Evaluation
 
     repository = open_repository(arguments.repository)
     number = publish(

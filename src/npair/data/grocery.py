@@ -71,7 +71,8 @@ def fetch_grocery(folder: Path, release: Release = GROCERY) -> Path:
     except FETCH_ERRORS as error:
         raise DataError(
             f"the Grocery Store Dataset could not be fetched from {release.url} ({error}); try"
-            f" again, or fetch it by hand: git clone {REPOSITORY} {folder} && git -C {folder} checkout {COMMIT}"
+            f" again, or fetch it by hand: git clone {REPOSITORY} {folder} && git -C {folder}"
+            f" checkout {COMMIT}"
         ) from error
     print(f"{folder} holds the Grocery Store Dataset", file=sys.stderr)
     return folder
@@ -105,8 +106,8 @@ def _check(folder: Path, release: Release) -> None:
     photos = {split: len(photos) for split, photos in dataset.splits.items()}
     if photos != release.photos:
         raise DataError(
-            f"{folder} lists {photos} photos instead of {release.photos}; move it away and fetch the"
-            " data set anew"
+            f"{folder} lists {photos} photos instead of {release.photos}; move it away and fetch"
+            " the data set anew"
         )
     known = replace(dataset, splits={split: dataset.splits[split] for split in ("train", "val")})
     if known.fingerprint() != release.fingerprint:

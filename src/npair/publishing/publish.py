@@ -23,7 +23,7 @@ from npair.releasing.config import pinned
 from npair.releasing.release import published_code, verify
 from npair.releasing.repository import Repository
 from npair.scoring.evaluate import compare
-from npair.scoring.metrics import Vectors
+from npair.scoring.retrieval import Vectors
 from npair.serving.embedder import UNLIMITED, Embedder, read_manifest
 from npair.serving.engine import cores
 

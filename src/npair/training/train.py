@@ -33,7 +33,7 @@ from npair.data.sources import read_dataset
 from npair.networks.efficientnet_lite import VARIANTS
 from npair.networks.network import EmbeddingNetwork, build_network, embed, multiply_adds, new_network
 from npair.scoring.evaluate import compare
-from npair.scoring.metrics import Vectors
+from npair.scoring.retrieval import Vectors
 from npair.serving.preprocess import Preprocessing
 from npair.training.loss import CosineNPairLoss, NPairLoss, TupletLoss
 from npair.training.processes import (
