@@ -19,7 +19,7 @@ from npair.data.files import SUFFIXES
 from npair.data.sources import SYSTEM_FOLDERS, read_dataset, summary
 
 NFC, NFD = (unicodedata.normalize(form, "Crème") for form in ("NFC", "NFD"))
-# Pairs that the field's tools and data sets use: Roboflow, Keras, Hugging Face, fastai, and their spellings.
+# Pairs of names that Roboflow, Keras, Hugging Face and fastai use, and their spellings.
 SPELLINGS = [
     *(("train", "valid"), ("train", "validation"), ("training", "dev")),
     *(("Train", "Val"), ("TRAINING", "Testing"), ("train", "Test")),
@@ -159,13 +159,25 @@ class TestReadFolders:
         [
             (["train/a", "val/a", "valid/a"], "val and valid are both the val split; merge them"),
             (["train/a", "Train/b", "test/a"], "Train and train are both the train split"),
-            (["train/a", "train/b", "samples"], "train looks like a split, but beside it are other folders"),
-            (["a", "b", "Test/a", "Test/b"], "Test looks like a split, but beside it are other folders and no other"),
+            (
+                ["train/a", "train/b", "samples"],
+                "train looks like a split, but beside it are other folders",
+            ),
+            (
+                ["a", "b", "Test/a", "Test/b"],
+                "Test looks like a split, but beside it are other folders and no other",
+            ),
             (["a", "b", "validation"], "validation looks like a split"),
             (["val/a", "val/b"], "train holds no photo in a folder of its class"),
             (["test/a", "valid/b"], "train holds no photo in a folder of its class"),
-            (["photos/train/a", "photos/valid/a"], "photos holds train and valid, which look like splits, but not at the top"),
-            (["a/train", "a/dev", "b/train", "b/dev"], "a holds dev and train, which look like splits, but not at the top"),
+            (
+                ["photos/train/a", "photos/valid/a"],
+                "photos holds train and valid, which look like splits, but not at the top",
+            ),
+            (
+                ["a/train", "a/dev", "b/train", "b/dev"],
+                "a holds dev and train, which look like splits, but not at the top",
+            ),
         ],
     )  # fmt: skip
     def test_refuses_what_may_be_splits_or_classes(
@@ -267,7 +279,10 @@ class TestReadTable:
     def test_reads_what_spreadsheets_write(self, tmp_path: Path) -> None:
         root = folders(tmp_path / "photos, ü")
         path = root / "class 1/0.png"
-        rows = f'"photos, ü/class 0/0.png","a, b", Obst,train\r\n"{path.absolute()}",c,Obst ,val\r\n,,,\r\n'
+        rows = (
+            '"photos, ü/class 0/0.png","a, b", Obst,train\r\n'
+            f'"{path.absolute()}",c,Obst ,val\r\n,,,\r\n'
+        )
         dataset = read_dataset(table(tmp_path, "\ufeffpath,label,coarse,split\r\n" + rows))
         assert sizes(dataset) == {"train": 1, "val": 1}
         assert dataset.train.fine_names == ("a, b", "c")
@@ -323,7 +338,8 @@ class TestReadTable:
     @pytest.mark.parametrize(("train", "other"), SPELLINGS)
     def test_splits_by_any_name(self, tmp_path: Path, train: str, other: str) -> None:
         photo(tmp_path / "a.png")
-        text = f"Path,Label,Split,subset\na.png,x,{train},\na.png,x, {other} ,\na.png,x,{other.upper()},\n"
+        header, row = "Path,Label,Split,subset\n", "a.png,x,{},\n"
+        text = header + "".join(map(row.format, (train, f" {other} ", other.upper())))
         assert sizes(read_dataset(table(tmp_path, text))) == {
             "train": 1,
             SPLIT_NAMES[other.lower()]: 2,
@@ -383,7 +399,7 @@ def test_the_summary_counts_what_was_passed_over() -> None:
 
 
 def test_every_tuple_of_suffixes_is_the_same() -> None:
-    """What one part of npair takes for a photo, all do."""
+    """All parts of npair agree on what a photo is."""
     sources = [
         path
         for folder in ("src", "model/api", "benchmarks", "scripts")

@@ -19,7 +19,7 @@ from npair.publishing.drawings import write_dataset
 
 @dataclass
 class Host:
-    """A server of one archive, which sends as much of it as it is told."""
+    """A server of one archive. sent: the bytes after which it stops, if not None."""
 
     release: Release
     archive: bytes
@@ -27,7 +27,7 @@ class Host:
 
 
 def packed(folder: Path, **other: bytes) -> bytes:
-    """The folder as GitHub packs a repository, with other members at its top."""
+    """Pack a folder as GitHub packs a repository, with further members."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         archive.add(folder, "GroceryStoreDataset-abc")
@@ -100,10 +100,8 @@ def test_refuses_other_photos(host: Host, tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.8])
 def test_an_interrupted_download_leaves_nothing(host: Host, tmp_path: Path, share: float) -> None:
     host.sent = int(share * len(host.archive))
-    with pytest.raises(
-        DataError,
-        match=r"could not be fetched from .* try again, or fetch it by hand: git clone https://github.com",
-    ):
+    reason = "could not be fetched from .* try again, or fetch it by hand: git clone https://github"
+    with pytest.raises(DataError, match=reason):
         fetch_grocery(tmp_path / "grocery", host.release)
     assert [path.name for path in tmp_path.iterdir()] == ["repository"]
 

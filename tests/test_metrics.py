@@ -1,4 +1,4 @@
-"""The metrics against naive loops over their definitions, and against pytorch-metric-learning where it has them."""
+"""The metrics against naive loops over their definitions and against pytorch-metric-learning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from npair.scoring.verification import RESOLUTION, verification
 
 
 def photos(n: int, classes: int, seed: int, *, d: int = 16, spread: float = 1.0) -> LabelledVectors:
-    """Clustered unit vectors; some classes are common, others rare."""
+    """Draw clustered unit vectors; some classes are common, others rare."""
     centres = np.random.default_rng(99).normal(size=(classes, d))
     rng = np.random.default_rng(seed)
     fine = (classes * rng.random(n) ** 2).astype(np.int64)
@@ -34,7 +34,7 @@ def photos(n: int, classes: int, seed: int, *, d: int = 16, spread: float = 1.0)
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few rows at a time, so that small examples cross blocks and end in a partial one."""
+    """Make blocks of a few rows, so that small examples cross blocks and end in a partial one."""
     monkeypatch.setattr(npair.scoring.retrieval, "BLOCK", 700)
 
 
@@ -64,7 +64,7 @@ def test_equal_neighbours_keep_the_gallerys_order_and_only_the_own_row_is_exclud
 def naive(
     queries: LabelledVectors, gallery: LabelledVectors, exclude_self: bool
 ) -> dict[str, float]:
-    """The fine retrieval metrics by the book."""
+    """Compute the fine retrieval metrics by their definitions."""
     scores: dict[str, list[float]] = {}
     for i, label in enumerate(queries.fine):
         others = [j for j in range(len(gallery.fine)) if not (exclude_self and j == i)]
@@ -118,7 +118,7 @@ def test_retrieval_equals_its_definition(exclude_self: bool) -> None:
 
 @pytest.mark.parametrize("exclude_self", [False, True])
 def test_equals_pytorch_metric_learning(exclude_self: bool) -> None:
-    """Which leaves unanswerable queries out of precision at 1, where Recall@1 counts them as misses."""
+    """Its precision at 1 leaves out unanswerable queries, which Recall@1 counts as misses."""
     queries, gallery = photos(300, 120, 3), photos(400, 100, 4)
     scores = evaluate(queries, None if exclude_self else gallery)
     assert scores.fine.unanswerable > 0
@@ -215,7 +215,7 @@ def test_thresholds_need_enough_negative_pairs() -> None:
 
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
 def test_collapsed_embeddings_are_no_better_than_chance() -> None:
-    """All photos at one point: neighbours come in the gallery's order, and no threshold tells pairs apart."""
+    """If all photos coincide, neighbours follow the gallery's order, and no threshold helps."""
     fine = np.arange(200) % 4
     scores = evaluate(
         LabelledVectors(np.tile(np.array([0.6, 0.8], dtype=np.float32), (200, 1)), fine, fine)
@@ -228,7 +228,7 @@ def test_collapsed_embeddings_are_no_better_than_chance() -> None:
 
 
 def test_intervals_resample_classes_not_photos() -> None:
-    """Twenty copies of every query say nothing new."""
+    """Twenty copies of each query add no information."""
     x = photos(60, 12, 7, spread=2.0)
     copies = LabelledVectors(
         np.repeat(x.vectors, 20, axis=0), np.repeat(x.fine, 20), np.repeat(x.coarse, 20)
@@ -296,7 +296,7 @@ def test_refuses_what_it_cannot_score() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    """All similarities of 20,000 photos would be 1.6 GB of float32."""
+    """All cosines of 20,000 photos would be 1.6 GB of float32."""
     vectors = np.random.default_rng(11).normal(size=(20_000, 32)).astype(np.float32)
     fine = np.arange(len(vectors)) // 40
     x = LabelledVectors(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), fine, fine // 5)

@@ -1,4 +1,4 @@
-"""The report of drawn photos: one well-formed, escaped file that needs nothing else, whatever is missing from what it reports."""
+"""The report is one well-formed, escaped, self-contained file, even if parts are unknown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HOSTILE = (
 
 
 class Page(HTMLParser):
-    """Collects what a page holds, and fails where a tag is not closed in turn."""
+    """Collects the tags and texts of a page; fails if a tag is not closed in turn."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def test_is_accessible(tmp_path: Path) -> None:
 
 
 def test_photos_against_each_other(tmp_path: Path) -> None:
-    """The gallery is not looked at: a photo is not its own neighbour."""
+    """Without a gallery, a photo is not its own neighbour."""
     queries = photos(tmp_path / "q", 2, 3)
     _, parsed, evaluation = page(tmp_path, queries, None)
     assert evaluation.protocol == "self"
@@ -190,7 +190,7 @@ def test_logs_of_any_length(log: list[dict[str, Any]], tmp_path: Path) -> None:
 
 
 def test_what_is_undefined_is_said_to_be(tmp_path: Path) -> None:
-    """A photo a product: there is nothing to find and no pair to verify."""
+    """With one photo of each product, there is nothing to find and no pair to verify."""
     _, parsed, evaluation = page(tmp_path, photos(tmp_path / "q", 4, 1), None)
     assert evaluation.verification is None
     assert parsed.texts.count("not defined") == 2, "R-precision and MAP@R of products"

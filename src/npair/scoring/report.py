@@ -26,26 +26,13 @@ CLASS_ROWS = 1000
 LIBRARIES = ("npair", "torch", "numpy", "scikit-learn", "pillow")
 
 DEFINITIONS = {
-    "recall_at_1": (
-        "Recall@1",
-        "The nearest photo has the query's label: 1-nearest-neighbour accuracy.",
-    ),
+    "recall_at_1": ("Recall@1", "The nearest photo has the query's label."),
     "recall_at_2": ("Recall@2", "At least one of the 2 nearest photos has it."),
     "recall_at_4": ("Recall@4", "At least one of the 4 nearest photos has it."),
     "recall_at_8": ("Recall@8", "At least one of the 8 nearest photos has it."),
-    "knn_accuracy": (
-        "5-NN accuracy",
-        "Most of the 5 nearest photos have it; equal votes are decided by their summed cosines.",
-    ),
-    "r_precision": (
-        "R-precision",
-        "Of the R nearest photos, the share that has it, where R photos in all have it.",
-    ),
-    "map_at_r": (
-        "MAP@R",
-        "R-precision that also asks for the right photos to come first (Musgrave et al., ECCV"
-        " 2020).",
-    ),
+    "knn_accuracy": ("5-NN accuracy", "Most of the 5 nearest have it; summed cosines decide ties."),
+    "r_precision": ("R-precision", "The share of the R nearest that has it, if R have it in all."),
+    "map_at_r": ("MAP@R", "R-precision that favours right photos first (Musgrave et al., 2020)."),
 }
 
 
