@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from cross_validation import Row, lookalike_folds, parser_of, run_all
 
-from npair.scoring.metrics import over_seeds
+from npair.scoring.intervals import over_seeds
 from npair.training.run import TrainConfig
 
 SEEDS = 1
@@ -37,13 +37,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = parser_of(__doc__ or "", runs="runs/ablation", results="docs/ablation.jsonl")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help="(all)")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help="(all)"
+    )
     parser.add_argument("--table", action="store_true", help="only print the table of the results")
     arguments = parser.parse_args()
     if arguments.table:
         rows = [json.loads(line) for line in arguments.results.open()]
     else:
-        configs = {(name, seed): replace(PROTOCOL, **VARIANTS[name]) for seed in range(SEEDS) for name in arguments.variants}
+        configs = {
+            (name, seed): replace(PROTOCOL, **VARIANTS[name])
+            for seed in range(SEEDS)
+            for name in arguments.variants
+        }
         rows = run_all(configs, lookalike_folds(["train"], arguments), arguments)
     print(table(rows))
 
@@ -56,14 +62,23 @@ def table(rows: list[Row]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for variant in VARIANTS:
-        own = [row for row in rows if row["variant"] == variant and (row["fold"], row["seed"]) in baseline]
+        own = [
+            row
+            for row in rows
+            if row["variant"] == variant and (row["fold"], row["seed"]) in baseline
+        ]
         if len(own) < 2:
             continue
-        fine, coarse, map_at_r, eer = (float(np.mean([row[name] for row in own])) for name in ("fine", "coarse", "map_at_r", "eer"))
+        fine, coarse, map_at_r, eer = (
+            float(np.mean([row[name] for row in own]))
+            for name in ("fine", "coarse", "map_at_r", "eer")
+        )
         pairs = [(row, baseline[row["fold"], row["seed"]]) for row in own]
         mean, half = over_seeds([row["fine"] - base["fine"] for row, base in pairs])
         difference = f"{mean:+.3f} ± {half:.3f}" if variant != "baseline" else ""
-        lines.append(f"| {variant} | {len(own)} | {fine:.3f} | {difference} | {coarse:.3f} | {map_at_r:.3f} | {eer:.3f} |")
+        lines.append(
+            f"| {variant} | {len(own)} | {fine:.3f} | {difference} | {coarse:.3f} | {map_at_r:.3f} | {eer:.3f} |"
+        )
     return "\n".join(lines)
 
 

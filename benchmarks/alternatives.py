@@ -35,14 +35,18 @@ from machine import ROOT, python_of, say
 from PIL import Image, ImageOps
 from torch import nn
 
-from npair.data.dataset import Dataset, each, read_dataset, read_photo
+from npair.data.dataset import Dataset
+from npair.data.files import parallel_map, read_photo
+from npair.data.sources import read_dataset
 from npair.scoring.evaluate import compare
 from npair.serving.embedder import UNLIMITED, Embedder, unit
 from npair.serving.engine import BATCH, EngineError, cores, load
 from npair.serving.preprocess import Preprocessing, decode
 
 CALIBRATION_PHOTOS, TIMED_PHOTOS = 100, 12
-SMALLEST_TOLERANCE = 1e-4  # as in npair.publishing.graphs: a distance that fp32 rounding does not reach
+SMALLEST_TOLERANCE = (
+    1e-4  # as in npair.publishing.graphs: a distance that fp32 rounding does not reach
+)
 HEAD = "| Recall@1 fine | coarse | MB |"
 Pixels = npt.NDArray[np.uint8]
 Engine = Callable[[Pixels], npt.NDArray[np.float32]]
@@ -50,7 +54,9 @@ Decoder = Callable[[bytes], Pixels]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--photos",
         type=Path,
@@ -72,13 +78,19 @@ def main() -> None:
     dataset = read_dataset(arguments.photos)
     embedder = Embedder(next((ROOT / "model_repository/npair").glob("[0-9]*")), cores=cores())
     if dataset.fingerprint() != embedder.manifest["training"]["data"]["fingerprint"]:
-        sys.exit(f"{arguments.photos} is not what the version was trained on: the Recall@1 of its manifest would not compare")
+        sys.exit(
+            f"{arguments.photos} is not what the version was trained on: the Recall@1 of its manifest would not compare"
+        )
     photos = {path: read_photo(path) for split in dataset.splits.values() for path in split.paths}
     decoders, network = decoders_of(embedder.preprocessing), partial(embedder.network, alone=False)
-    costs = least({name: (decoder, list(photos.values())[::30]) for name, (decoder, _) in decoders.items()})
+    costs = least(
+        {name: (decoder, list(photos.values())[::30]) for name, (decoder, _) in decoders.items()}
+    )
     rows = []
     for name, (decoder, packages) in decoders.items():
-        pixels = dict(zip(photos, each(decoder, list(photos.values()), "decode"), strict=True))
+        pixels = dict(
+            zip(photos, parallel_map(decoder, list(photos.values()), "decode"), strict=True)
+        )
         recall = recall_at_1(embedder, network, dataset, pixels)
         rows.append(row(name, [costs[name]], recall, packages))
     print(
@@ -93,11 +105,15 @@ def main() -> None:
     calibration = np.stack([pixels[dataset.train.paths[row]] for row in chosen])
     engines, known = engines_of(embedder, calibration), embedder.manifest["engines"]
     parts = {n: [calibration[i : i + n] for i in range(0, TIMED_PHOTOS, n)] for n in (1, BATCH)}
-    costs = least({f"{name} {n}": (engine, parts[n]) for name, (engine, _) in engines.items() for n in parts})
+    costs = least(
+        {f"{name} {n}": (engine, parts[n]) for name, (engine, _) in engines.items() for n in parts}
+    )
     reference, rows = unit(engines["npair: torch"][0](parts[BATCH][0])), []
     for name, (engine, packages) in engines.items():
         distance = np.linalg.norm(unit(engine(parts[BATCH][0])) - reference, axis=1).max()
-        same = known.get(name.removeprefix("npair: ")) or (known["torch"] if distance < SMALLEST_TOLERANCE else None)
+        same = known.get(name.removeprefix("npair: ")) or (
+            known["torch"] if distance < SMALLEST_TOLERANCE else None
+        )
         recall = same["recall_at_1"] if same else recall_at_1(embedder, engine, dataset, pixels)
         alone, together = (costs[f"{name} {n}"] / n for n in parts)
         rows.append(row(name, [alone, together], recall, packages))
@@ -115,7 +131,9 @@ def decoders_of(preprocessing: Preprocessing) -> dict[str, tuple[Decoder, Sequen
         (preprocessing.size, preprocessing.size),
         Image.Resampling[preprocessing.resample],
     )
-    eighths = partial(full, min_height=preprocessing.size, min_width=preprocessing.size, min_factor=1)
+    eighths = partial(
+        full, min_height=preprocessing.size, min_width=preprocessing.size, min_factor=1
+    )
 
     def pillow(photo: bytes) -> Pixels:
         image = Image.open(io.BytesIO(photo))
@@ -128,11 +146,15 @@ def decoders_of(preprocessing: Preprocessing) -> dict[str, tuple[Decoder, Sequen
     def resize(pixels: Pixels, interpolation: int) -> Pixels:
         side = min(pixels.shape[:2])
         top, left = ((length - side) // 2 for length in pixels.shape[:2])
-        resized: Pixels = cv2.resize(pixels[top : top + side, left : left + side], size, interpolation=interpolation)
+        resized: Pixels = cv2.resize(
+            pixels[top : top + side, left : left + side], size, interpolation=interpolation
+        )
         return resized
 
     def imdecode(photo: bytes) -> Pixels:
-        return resize(cv2.imdecode(np.frombuffer(photo, np.uint8), cv2.IMREAD_COLOR_RGB), cv2.INTER_AREA)
+        return resize(
+            cv2.imdecode(np.frombuffer(photo, np.uint8), cv2.IMREAD_COLOR_RGB), cv2.INTER_AREA
+        )
 
     return {
         "Pillow": (pillow, ["pillow"]),
@@ -158,7 +180,9 @@ def engines_of(embedder: Embedder, calibration: Pixels) -> dict[str, tuple[Engin
     engines: dict[str, tuple[Engine, Sequence[str]]] = {}
     for name, entry in embedder.manifest["engines"].items():
         try:
-            engine = load(entry["library"], embedder.folder / entry["graph"], entry["precision"], 1, 1)
+            engine = load(
+                entry["library"], embedder.folder / entry["graph"], entry["precision"], 1, 1
+            )
             engines[f"npair: {name}"] = partial(engine, alone=False), [entry["library"]]
         except EngineError as error:
             say(f"without {name}: {error}")
@@ -193,12 +217,16 @@ def torch_int8(graph: Path, calibration: Pixels) -> nn.Module:
     for node in list(module.graph.nodes):
         if node.target in sources:  # the quantiser asks for it, and a loaded graph has lost it
             node.meta["source_fn_stack"] = [(node.name, sources[node.target])]
-        if node.target is aten.conv2d.default:  # the two views share weights, into which it would fold the normalisation twice
+        if (
+            node.target is aten.conv2d.default
+        ):  # the two views share weights, into which it would fold the normalisation twice
             weight = nn.Parameter(operator.attrgetter(node.args[1].target)(module).detach().clone())
             module.register_parameter(f"{node.name}_weight", weight)
             with module.graph.inserting_before(node):
                 node.update_arg(1, module.graph.get_attr(f"{node.name}_weight"))
-    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    quantizer = x86.X86InductorQuantizer().set_global(
+        x86.get_default_x86_inductor_quantization_config()
+    )
     prepared = pt2e.prepare_pt2e(module, quantizer)
     with torch.inference_mode():
         for photo in calibration:
@@ -217,7 +245,9 @@ def onnx_runtime(graph: Path, calibration: Pixels) -> dict[str, tuple[Engine, Se
     with tempfile.TemporaryDirectory() as scratch:
         fp32, fused, int8 = (Path(scratch) / f"{name}.onnx" for name in ("fp32", "fused", "int8"))
         torch.onnx.export(torch.export.load(graph), dynamo=True, verbose=False).save(fp32)  # type: ignore[union-attr]
-        import_module("onnxruntime.quantization.shape_inference").quant_pre_process(fp32, fused, skip_symbolic_shape=True)
+        import_module("onnxruntime.quantization.shape_inference").quant_pre_process(
+            fp32, fused, skip_symbolic_shape=True
+        )
         # Activations are int8 by default, which takes its kernels twice as long.
         types = {
             "activation_type": quantization.QuantType.QUInt8,
@@ -235,7 +265,10 @@ def onnx_runtime(graph: Path, calibration: Pixels) -> dict[str, tuple[Engine, Se
     def engine(session: Any) -> Engine:
         return lambda pixels: session.run(None, {"photos": pixels})[0]
 
-    return {f"ONNX Runtime, {name}": (engine(session), ["onnxruntime"]) for name, session in sessions.items()}
+    return {
+        f"ONNX Runtime, {name}": (engine(session), ["onnxruntime"])
+        for name, session in sessions.items()
+    }
 
 
 def least(calls: Mapping[str, tuple[Callable[[Any], Any], Sequence[Any]]]) -> dict[str, float]:
@@ -250,7 +283,9 @@ def least(calls: Mapping[str, tuple[Callable[[Any], Any], Sequence[Any]]]) -> di
     return {key: min(rounds[1:]) for key, rounds in times.items()}
 
 
-def recall_at_1(embedder: Embedder, engine: Engine, dataset: Dataset, pixels: Mapping[Path, Pixels]) -> dict[str, float]:
+def recall_at_1(
+    embedder: Embedder, engine: Engine, dataset: Dataset, pixels: Mapping[Path, Pixels]
+) -> dict[str, float]:
     """Of fine and coarse labels, with train as the gallery; computed on all cores, which changes nothing."""
     embedder.network = lambda some, alone: engine(some)  # noqa: ARG005
     return compare(
@@ -261,8 +296,12 @@ def recall_at_1(embedder: Embedder, engine: Engine, dataset: Dataset, pixels: Ma
     ).recall_at_1()
 
 
-def row(name: str, milliseconds: Sequence[float], recall: Mapping[str, float], packages: Sequence[str]) -> str:
-    files = [Path(str(file.locate())) for package in packages for file in metadata.files(package) or ()]
+def row(
+    name: str, milliseconds: Sequence[float], recall: Mapping[str, float], packages: Sequence[str]
+) -> str:
+    files = [
+        Path(str(file.locate())) for package in packages for file in metadata.files(package) or ()
+    ]
     megabytes = sum(file.stat().st_size for file in files if file.exists()) / 1e6
     times = " | ".join(f"{time:.2f}" for time in milliseconds)
     return f"| {name} | {times} | {recall['fine']:.3f} | {recall['coarse']:.3f} | {megabytes:.0f} |"

@@ -55,7 +55,7 @@ from machine import MODELS, PEERS, ROOT, VERSION, free_port, proportional_memory
 from PIL import Image
 from wrk import CONNECTIONS, closed_loop, write_bodies
 
-from npair.data.dataset import read_dataset
+from npair.data.sources import read_dataset
 from npair.releasing.config import with_release
 from npair.releasing.release import published_code
 from npair.serving.engine import cores
@@ -64,7 +64,9 @@ SIZES = ((348, 348), (1024, 1024), (4000, 3000))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--photos",
         type=Path,
@@ -117,16 +119,24 @@ def main() -> None:
     by_name = {peer.name: peer for peer in ALL}
     tuned = [
         bench.tuned(by_name[name], mode)
-        for name, mode in itertools.product(arguments.peers, ["eager"] if arguments.short else MODES)
+        for name, mode in itertools.product(
+            arguments.peers, ["eager"] if arguments.short else MODES
+        )
     ]
     contestants += sorted(tuned, key=lambda c: c.rate)[-1:] if arguments.short else tuned
     contestants += [bench.tuned(by_name[OTHERS[network]], network) for network in arguments.others]
     limits: list[float] = []
     for number in range(arguments.rounds):
         limits.append(bench.limit())
-        for contestant in contestants[number % len(contestants) :] + contestants[: number % len(contestants)]:
-            bench.measure(contestant, connections=(1, CONNECTIONS[-1]) if arguments.short else CONNECTIONS)
-            say(f"round {number + 1}: {contestant.name} {contestant.rates(CONNECTIONS[-1])[-1]:.0f}/s")
+        for contestant in (
+            contestants[number % len(contestants) :] + contestants[: number % len(contestants)]
+        ):
+            bench.measure(
+                contestant, connections=(1, CONNECTIONS[-1]) if arguments.short else CONNECTIONS
+            )
+            say(
+                f"round {number + 1}: {contestant.name} {contestant.rates(CONNECTIONS[-1])[-1]:.0f}/s"
+            )
     print(report(contestants, limits))
     if arguments.pictures:
         draw(contestants, limits, arguments.pictures / "throughput.svg")
@@ -134,11 +144,18 @@ def main() -> None:
         larger_photos(contestants, photos, arguments)
         costs.report(dataset, arguments.rounds, arguments.seconds, arguments.pictures)
     if arguments.json:
-        rows = [{"name": c.name, **{key: value for key, value in asdict(c).items() if key in KEPT}} for c in contestants]
-        arguments.json.write_text(json.dumps({"limit": limits, "contestants": rows}, indent=1) + "\n")
+        rows = [
+            {"name": c.name, **{key: value for key, value in asdict(c).items() if key in KEPT}}
+            for c in contestants
+        ]
+        arguments.json.write_text(
+            json.dumps({"limit": limits, "contestants": rows}, indent=1) + "\n"
+        )
 
 
-def larger_photos(contestants: list[Contestant], photos: list[bytes], arguments: argparse.Namespace) -> None:
+def larger_photos(
+    contestants: list[Contestant], photos: list[bytes], arguments: argparse.Namespace
+) -> None:
     """Prints photos a second of npair and of the best peer as documented, with photos of several sizes."""
     eager = [contestant for contestant in contestants if contestant.mode == "eager"]
     best = max(
@@ -150,7 +167,10 @@ def larger_photos(contestants: list[Contestant], photos: list[bytes], arguments:
     for width, height in SIZES:
         larger = [resized(photo, width, height) for photo in photos[::5]]
         sized = Bench(larger, arguments)
-        pair = [Contestant(contestant.peer, contestant.mode, contestant.setting) for contestant in (contestants[0], best)]
+        pair = [
+            Contestant(contestant.peer, contestant.mode, contestant.setting)
+            for contestant in (contestants[0], best)
+        ]
         for contestant in arguments.rounds * pair:
             sized.measure(contestant, connections=CONNECTIONS[-1:])
         mine, other = (contestant.median("rate", CONNECTIONS[-1]) for contestant in pair)
@@ -197,7 +217,11 @@ class Bench:
         return vectors
 
     def python(self, peer: Peer) -> Path:
-        return python_of(peer.environment, self.arguments.environments) if peer.environment else Path(sys.executable)
+        return (
+            python_of(peer.environment, self.arguments.environments)
+            if peer.environment
+            else Path(sys.executable)
+        )
 
     def environment(self, contestant: Contestant) -> dict[str, str]:
         """Variables of a peer's process, for peers/network.py and the peer's app."""
@@ -220,12 +244,16 @@ class Bench:
         trials = [Contestant(peer, mode, setting) for setting in peer.settings]
         for trial in trials:
             self.measure(trial, connections=(1, CONNECTIONS[-1]), seconds=3)
-            say(f"{trial.name}: {trial.setting} {trial.loads[1].rate:.0f}/s, p50 alone {trial.loads[0].p50:.1f} ms")
+            say(
+                f"{trial.name}: {trial.setting} {trial.loads[1].rate:.0f}/s, p50 alone {trial.loads[0].p50:.1f} ms"
+            )
         best = max(trials, key=lambda trial: trial.loads[1].rate)
         lone = min(trial.loads[0].p50 for trial in trials)
         return Contestant(peer, mode, best.setting, rate=best.loads[1].rate, lone=lone)
 
-    def measure(self, contestant: Contestant, *, connections: Sequence[int] = CONNECTIONS, seconds: int = 0) -> None:
+    def measure(
+        self, contestant: Contestant, *, connections: Sequence[int] = CONNECTIONS, seconds: int = 0
+    ) -> None:
         """Start it, check an answer for each photo, and add the loads, the memory after them and the time to the first answer."""
         peer, expected = contestant.peer, self.expected(contestant)
         with (
@@ -237,7 +265,9 @@ class Bench:
             for photo, vector in zip(self.photos, expected, strict=True):
                 status, answer = self.ask(peer, port, photo)
                 assert status == http.client.OK, f"{contestant.name} answered {status}"
-                assert answer.reshape(-1) @ vector > LEAST_COSINE[contestant.mode], f"{contestant.name} gives another embedding"
+                assert answer.reshape(-1) @ vector > LEAST_COSINE[contestant.mode], (
+                    f"{contestant.name} gives another embedding"
+                )
             bodies = Path(name) / "bodies"
             write_bodies(self.photos, bodies, peer.body, peer.headers)
             least = 4 * expected.shape[1]  # bytes of an answer
@@ -248,12 +278,16 @@ class Bench:
             contestant.megabytes.append(proportional_memory(process.pid))
 
     @contextlib.contextmanager
-    def running(self, contestant: Contestant, scratch: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    def running(
+        self, contestant: Contestant, scratch: Path
+    ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
         peer, setting, port = contestant.peer, contestant.setting, free_port()
         python = self.python(peer)
         self.grpc_port = free_port()
         ports = {"HTTP_PORT": port, "GRPC_PORT": self.grpc_port, "METRICS_PORT": free_port()}
-        environment = self.environment(contestant) | {name: str(value) for name, value in ports.items()}
+        environment = self.environment(contestant) | {
+            name: str(value) for name, value in ports.items()
+        }
         if peer.name == "npair":
             environment["MODEL_REPOSITORY"] = str(repository_of(contestant.version, scratch))
         command = peer.command(python, port, scratch, setting)
@@ -278,7 +312,9 @@ class Bench:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(10)
 
-    def first_answer(self, peer: Peer, port: int, process: subprocess.Popen[bytes], began: float) -> float:
+    def first_answer(
+        self, peer: Peer, port: int, process: subprocess.Popen[bytes], began: float
+    ) -> float:
         """Seconds until the first photo is answered."""
         while time.monotonic() - began < 120:
             assert process.poll() is None, f"{peer.name} ended by itself"
@@ -294,9 +330,9 @@ class Bench:
             connection.request("POST", peer.path, peer.body(photo), peer.headers)
             response = connection.getresponse()
             body = response.read()
-            return response.status, peer.answer(response.headers, body) if response.status == http.client.OK else np.empty(
-                0, np.float32
-            )
+            return response.status, peer.answer(
+                response.headers, body
+            ) if response.status == http.client.OK else np.empty(0, np.float32)
         finally:
             connection.close()
 
@@ -315,7 +351,10 @@ class Bench:
                     str(threads),
                     str(self.arguments.seconds),
                 ]
-                running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+                running = [
+                    subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+                    for _ in range(processes)
+                ]
                 rates.append(sum(float(process.communicate()[0]) for process in running))
         return max(rates)
 
@@ -349,7 +388,9 @@ def repository_of(version: Path, scratch: Path) -> Path:
 
 def resized(photo: bytes, width: int, height: int) -> bytes:
     file = io.BytesIO()
-    Image.open(io.BytesIO(photo)).convert("RGB").resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    Image.open(io.BytesIO(photo)).convert("RGB").resize(
+        (width, height), Image.Resampling.BICUBIC
+    ).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 

@@ -23,11 +23,21 @@ def report(contestants: list[Contestant], limits: list[float]) -> str:
         "|" + " --- |" * 10,
     ]
     for c in sorted(contestants, key=lambda c: -c.median("rate", most)):
-        ratios = [mine / other for mine, other in zip(npair.rates(most), c.rates(most), strict=True)]
+        ratios = [
+            mine / other for mine, other in zip(npair.rates(most), c.rates(most), strict=True)
+        ]
         s = c.setting
-        setting = "" if c.peer is npair.peer else f"{s.workers}, {s.threads}, {s.concurrency}, {s.batch}"
-        spread = "" if c is npair else f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        latencies = " | ".join(f"{c.median('p50', number):.1f}" if c.rates(number) else "" for number in CONNECTIONS)
+        setting = (
+            "" if c.peer is npair.peer else f"{s.workers}, {s.threads}, {s.concurrency}, {s.batch}"
+        )
+        spread = (
+            ""
+            if c is npair
+            else f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+        latencies = " | ".join(
+            f"{c.median('p50', number):.1f}" if c.rates(number) else "" for number in CONNECTIONS
+        )
         lines.append(
             f"| {c.name} | {setting} | {c.median('rate', most):.0f} | {spread} | {latencies} | {c.median('p99', most):.0f}"
             f" | {statistics.median(c.megabytes):.0f} | {statistics.median(c.first_answer):.1f} |"
@@ -61,7 +71,9 @@ def report(contestants: list[Contestant], limits: list[float]) -> str:
                 npair.median("rate", most) / c.median("rate", most),
                 npair.median("p50", 1) / c.median("p50", 1),
             )
-            lines.append(f"{c.name}: npair has {ratio:.2f} times the photos/s, and {alone:.2f} of the p50 at one connection.")
+            lines.append(
+                f"{c.name}: npair has {ratio:.2f} times the photos/s, and {alone:.2f} of the p50 at one connection."
+            )
     return "\n".join(lines)
 
 
@@ -71,13 +83,17 @@ def draw(contestants: list[Contestant], limits: list[float], path: Path) -> None
     most = CONNECTIONS[-1]
     ordered = sorted(contestants, key=lambda c: c.median("rate", most))
     figure, axes = plt.subplots(figsize=(8, 0.4 * len(ordered) + 1), layout="constrained")
-    colours = ["C0" if c.peer.name == "npair" else "C1" if c.mode == "npair" else "0.6" for c in ordered]
+    colours = [
+        "C0" if c.peer.name == "npair" else "C1" if c.mode == "npair" else "0.6" for c in ordered
+    ]
     middle = [c.median("rate", most) for c in ordered]
     around = [
         [m - min(c.rates(most)) for m, c in zip(middle, ordered, strict=True)],
         [max(c.rates(most)) - m for m, c in zip(middle, ordered, strict=True)],
     ]
-    axes.barh([c.name for c in ordered], middle, xerr=around, color=colours, ecolor="0.3", capsize=3)
+    axes.barh(
+        [c.name for c in ordered], middle, xerr=around, color=colours, ecolor="0.3", capsize=3
+    )
     axes.axvline(statistics.median(limits), color="C3", linestyle=":", label="without a server")
     axes.set_xlabel(f"photos a second at {most} connections")
     axes.legend(loc="lower right")

@@ -24,7 +24,9 @@ OTHERS = {
     "CLIP ViT-B/32": "infinity",
 }  # networks in wide use, and the peer that serves each
 LEAST_COSINE = {"eager": 0.8, "npair": 0.8}  # with int8, which is above 0.9 of fp32
-LEAST_COSINE |= dict.fromkeys(OTHERS, 0.9999)  # random weights embed all photos alike: different ones reach 0.9996
+LEAST_COSINE |= dict.fromkeys(
+    OTHERS, 0.9999
+)  # random weights embed all photos alike: different ones reach 0.9996
 Vectors = npt.NDArray[np.float32]
 
 
@@ -82,14 +84,22 @@ class Contestant:
         return [load.rate for load in self.loads if load.connections == connections]
 
     def median(self, measure: str, connections: int) -> float:
-        return float(np.median([getattr(load, measure) for load in self.loads if load.connections == connections]))
+        return float(
+            np.median(
+                [getattr(load, measure) for load in self.loads if load.connections == connections]
+            )
+        )
 
 
 def spreads(*batches: int) -> tuple[Setting, ...]:
     """Every way of giving all cores to workers, threads or concurrent calls, with each batch size."""
     all_cores = cores()
     ways = {Setting(all_cores, 1), Setting(1, all_cores), Setting(1, 1, all_cores)}
-    return tuple(Setting(w.workers, w.threads, w.concurrency, batch) for w in sorted(ways, key=str) for batch in batches or (1,))
+    return tuple(
+        Setting(w.workers, w.threads, w.concurrency, batch)
+        for w in sorted(ways, key=str)
+        for batch in batches or (1,)
+    )
 
 
 def form(name: str) -> Callable[[bytes], bytes]:
@@ -100,7 +110,9 @@ def form(name: str) -> Callable[[bytes], bytes]:
 
 def v2(photo: bytes) -> bytes:
     data = [base64.b64encode(photo).decode()]
-    return json.dumps({"inputs": [{"name": "IMAGE", "shape": [1, 1], "datatype": "BYTES", "data": data}]}).encode()
+    return json.dumps(
+        {"inputs": [{"name": "IMAGE", "shape": [1, 1], "datatype": "BYTES", "data": data}]}
+    ).encode()
 
 
 def from_json(*keys: str | int) -> Callable[[http.client.HTTPMessage, bytes], Vectors]:
@@ -174,7 +186,9 @@ def plain_backend(_: Path, port: int, scratch: Path, setting: Setting) -> Sequen
     ]
 
 
-def mlserver_folder(python: Path, port: int, scratch: Path, setting: Setting) -> Sequence[str | Path]:
+def mlserver_folder(
+    python: Path, port: int, scratch: Path, setting: Setting
+) -> Sequence[str | Path]:
     model = {"name": "npair", "implementation": "mlserver_app.Embedding"}
     (scratch / "model-settings.json").write_text(json.dumps(model))
     workers = setting.workers if setting.workers > 1 else 0  # 0: in the server's own process
@@ -201,7 +215,9 @@ RAW = {"Inference-Header-Content-Length": "0", "Content-Type": "application/octe
 
 def triton(name: str, command: Command, *settings: Setting) -> Peer:
     """A server that takes a photo as Triton's raw binary body."""
-    return Peer(name, "/v2/models/npair/infer", command, lambda photo: photo, RAW, from_triton, settings)
+    return Peer(
+        name, "/v2/models/npair/infer", command, lambda photo: photo, RAW, from_triton, settings
+    )
 
 
 ALL = (
@@ -271,7 +287,10 @@ ALL = (
         openai,
         {"Content-Type": "application/json"},
         from_json("data", 0, "embedding"),
-        tuple(Setting(1, threads, 1, batch) for threads, batch in ((cores(), 8), (cores(), 32), (1, 8))),
+        tuple(
+            Setting(1, threads, 1, batch)
+            for threads, batch in ((cores(), 8), (cores(), 32), (1, 8))
+        ),
         "infinity",
     ),
     triton("Python backend", plain_backend, *(s for s in spreads() if s.concurrency == 1)),

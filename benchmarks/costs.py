@@ -29,8 +29,9 @@ import numpy as np
 from machine import MODELS, ROOT, VERSION, descendants, pyplot
 from supervisor import procfs
 
-from npair.data.dataset import Dataset, read_dataset
-from npair.data.pixels import default_cache, load
+from npair.data.dataset import Dataset
+from npair.data.pixels import decode_dataset, default_cache
+from npair.data.sources import read_dataset
 from npair.networks.network import build_network, multiply_adds
 from npair.releasing.traffic import Load, closed, paced
 from npair.releasing.tune import CONNECTIONS, Server, serving
@@ -44,7 +45,9 @@ MANY = 32  # connections
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--photos",
         type=Path,
@@ -80,16 +83,21 @@ def recall(dataset: Dataset) -> str:
     with serving(MODELS) as server:
         served = embed_served(dataset, "val", server.http)
     reference = Embedder(VERSION, cores=cores(), engine="torch")
-    found, pixels, _ = load(dataset, reference.preprocessing, default_cache())
-    by_torch = compare("torch", found, "val", lambda photos: reference.embed(pixels.array[pixels.of(photos)]))
+    found, pixels, _ = decode_dataset(dataset, reference.preprocessing, default_cache())
+    by_torch = compare(
+        "torch", found, "val", lambda photos: reference.embed(pixels.array[pixels.of(photos)])
+    )
     reference.close()
     rows = [
-        [compared.embedded_by, *(f"{recall:.4f}" for recall in compared.recall_at_1().values())] for compared in (served, by_torch)
+        [compared.embedded_by, *(f"{recall:.4f}" for recall in compared.recall_at_1().values())]
+        for compared in (served, by_torch)
     ]
     return table(["", "Recall@1 on val", "of coarse labels"], rows)
 
 
-def by_connections(photos: Sequence[bytes], rounds: int, seconds: int, pictures: Path | None) -> str:
+def by_connections(
+    photos: Sequence[bytes], rounds: int, seconds: int, pictures: Path | None
+) -> str:
     loads: dict[int, list[Load]] = {connections: [] for connections in CONNECTIONS}
     with warm(photos) as server:
         for connections in rounds * CONNECTIONS:
@@ -176,7 +184,9 @@ def outside_check(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
     with tempfile.TemporaryDirectory() as name, warm(photos) as server:
         scratch = Path(name)
         program, environment = perf_analyzer(scratch)
-        encoded = [base64.b64encode(len(photo).to_bytes(4, "little") + photo).decode() for photo in photos]
+        encoded = [
+            base64.b64encode(len(photo).to_bytes(4, "little") + photo).decode() for photo in photos
+        ]
         data = {"data": [{"IMAGE": {"content": {"b64": photo}, "shape": [1]}} for photo in encoded]}
         (scratch / "photos.json").write_text(json.dumps(data))
         for protocol, batch in rounds * kinds:
@@ -208,16 +218,24 @@ def outside_check(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
                 "--stability-percentage",
                 "999",
             ]
-            done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command, env=environment, cwd=scratch, capture_output=True, text=True, check=False
+            )
             if done.returncode:
                 sys.exit(f"perf_analyzer failed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
             with (scratch / "out.csv").open() as file:
-                rates[protocol, batch].append(float(next(csv.DictReader(file))["Inferences/Second"]))
+                rates[protocol, batch].append(
+                    float(next(csv.DictReader(file))["Inferences/Second"])
+                )
     rows = []
     for batch in (1, 8, 32):
         http, grpc = (median(rates[protocol, batch]) for protocol in ("http", "grpc"))
-        rows.append([batch, max(2, MANY // batch), f"{http:.0f}", f"{grpc:.0f}", f"{grpc / http:.2f}"])
-    return "perf_analyzer:\n\n" + table(["photos in a request", "requests at once", "HTTP, photos/s", "gRPC", "gRPC / HTTP"], rows)
+        rows.append(
+            [batch, max(2, MANY // batch), f"{http:.0f}", f"{grpc:.0f}", f"{grpc / http:.2f}"]
+        )
+    return "perf_analyzer:\n\n" + table(
+        ["photos in a request", "requests at once", "HTTP, photos/s", "gRPC", "gRPC / HTTP"], rows
+    )
 
 
 def perf_analyzer(scratch: Path) -> tuple[str, dict[str, str]]:
@@ -260,7 +278,9 @@ def profile(photos: Sequence[bytes], seconds: int) -> str:
         pixels = np.stack([decode(photo, embedder.preprocessing, UNLIMITED) for photo in photos])
         decoded = time.process_time()
         embedder.embed(pixels)
-        for of_kind, spent in zip(alone.values(), (decoded - began, time.process_time() - decoded), strict=True):
+        for of_kind, spent in zip(
+            alone.values(), (decoded - began, time.process_time() - decoded), strict=True
+        ):
             of_kind.append(spent / len(photos))
     embedder.close()
     rows = {name: min(times) for name, times in alone.items()}
@@ -305,7 +325,9 @@ def layers(photos: Sequence[bytes]) -> str:
             runs.setdefault(kind, []).append(1e3 * of_kind)
     costs = sorted(((min(of_kind), kind) for kind, of_kind in runs.items()), reverse=True)
     total = sum(cost for cost, _ in costs)
-    rows: list[list[object]] = [[kind, f"{cost:.2f}", f"{cost / total:.0%}"] for cost, kind in costs if cost > 0.01 * total]
+    rows: list[list[object]] = [
+        [kind, f"{cost:.2f}", f"{cost / total:.0%}"] for cost, kind in costs if cost > 0.01 * total
+    ]
     rows.append(["all", f"{total:.2f}", f"{adds / total / 1e6:.0f} G multiply-adds a second"])
     return table(["kind of layer, kernel", "milliseconds a photo", "share"], rows)
 
@@ -331,7 +353,9 @@ def bulk(paths: Sequence[Path], rounds: int) -> str:
                 )
                 rates[scheme].append(len(paths) / (time.monotonic() - began))
     load = median(rates.pop("the load"))
-    rows = [[scheme, f"{median(of):.0f}", f"{median(of) / load:.2f}"] for scheme, of in rates.items()]
+    rows = [
+        [scheme, f"{median(of):.0f}", f"{median(of) / load:.2f}"] for scheme, of in rates.items()
+    ]
     head = [
         f"client.py embed, {len(paths):,} photos, start and end included",
         "photos/s",

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from npair.data.dataset import read_dataset
 from npair.data.folds import write_folds
-from npair.data.pixels import GLANCE, default_cache, load
+from npair.data.pixels import PREVIEW, decode_dataset, default_cache
+from npair.data.sources import read_dataset
 from npair.scoring.evaluate import Comparison, embed_run
-from npair.scoring.metrics import over_seeds
+from npair.scoring.intervals import over_seeds
 from npair.training.run import TrainConfig, git_commit, read_run
 from npair.training.train import train
 
@@ -32,19 +32,27 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = parser_of(__doc__ or "", runs="runs/cross-validation", results="docs/cross-validation.jsonl")
+    parser = parser_of(
+        __doc__ or "", runs="runs/cross-validation", results="docs/cross-validation.jsonl"
+    )
     parser.add_argument("--epochs", type=int, default=100, help="(%(default)s)")
     arguments = parser.parse_args()
     configs = {("recipe", 0): TrainConfig(epochs=arguments.epochs, evaluations=0)}
     rows = run_all(configs, lookalike_folds(["train", "val"], arguments), arguments)
     for kind in ("fine", "coarse"):
-        print(f"Recall@1 {kind}: {' ± '.join(f'{number:.3f}' for number in over_seeds([row[kind] for row in rows]))}")
+        print(
+            f"Recall@1 {kind}: {' ± '.join(f'{number:.3f}' for number in over_seeds([row[kind] for row in rows]))}"
+        )
 
 
 def parser_of(description: str, *, runs: str, results: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=Path("data/grocery"), help="(%(default)s)")
-    parser.add_argument("--runs", type=Path, default=Path(runs), help="folder for the runs (%(default)s)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path(runs), help="folder for the runs (%(default)s)"
+    )
     parser.add_argument("--results", type=Path, default=Path(results), help="(%(default)s)")
     parser.add_argument(
         "--jobs",
@@ -57,7 +65,7 @@ def parser_of(description: str, *, runs: str, results: str) -> argparse.Argument
 
 def lookalike_folds(splits: Sequence[str], arguments: argparse.Namespace) -> list[Path]:
     """The table of each fold of these splits."""
-    dataset, pixels, _ = load(read_dataset(arguments.data), GLANCE, default_cache())
+    dataset, pixels, _ = decode_dataset(read_dataset(arguments.data), PREVIEW, default_cache())
     return write_folds(dataset, pixels, FOLDS, splits, arguments.runs / "folds")
 
 
@@ -87,10 +95,16 @@ def run_all(
     run_one: trains and scores one of them, in a process of its own.
     Returns: a row for each, old and new, appended to the results as it came.
     """
-    rows = [json.loads(line) for line in arguments.results.open()] if arguments.results.exists() else []
+    rows = (
+        [json.loads(line) for line in arguments.results.open()]
+        if arguments.results.exists()
+        else []
+    )
     done = {(row["variant"], row["seed"], row["fold"]) for row in rows}
     threads = max(1, torch.get_num_threads() // arguments.jobs)
-    pool = ProcessPoolExecutor(arguments.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    pool = ProcessPoolExecutor(
+        arguments.jobs, get_context("spawn"), torch.set_num_threads, (threads,)
+    )
     futures = {
         pool.submit(run_one, variant, replace(config, seed=seed), table, arguments.runs): (
             variant,
@@ -121,7 +135,9 @@ def run_all(
     return rows
 
 
-def train_and_embed(variant: str, config: TrainConfig, table: Path, runs: Path) -> tuple[Comparison, int]:
+def train_and_embed(
+    variant: str, config: TrainConfig, table: Path, runs: Path
+) -> tuple[Comparison, int]:
     """Train on a fold's table: the photos that it holds back, embedded, and for how many epochs it was trained."""
     run = runs / f"{variant}-seed-{config.seed}-{table.stem}".replace(" ", "-")
     shutil.rmtree(run, ignore_errors=True)
@@ -131,7 +147,9 @@ def train_and_embed(variant: str, config: TrainConfig, table: Path, runs: Path) 
         TrainConfig(**read_run(run)["train"]),
         [json.loads(line) for line in (run / "log.jsonl").open()],
     )
-    dataset, pixels, _ = load(read_dataset(table), settled.preprocessing(), default_cache())
+    dataset, pixels, _ = decode_dataset(
+        read_dataset(table), settled.preprocessing(), default_cache()
+    )
     return embed_run(run, dataset, pixels, "val"), len(log)
 
 

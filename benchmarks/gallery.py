@@ -66,7 +66,9 @@ class Measured(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vectors", type=int, default=100_000, help="(%(default)s)")
     arguments = parser.parse_args()
     python = python_of("gallery", ROOT / ".venv/peers")
@@ -112,8 +114,14 @@ def drawn(count: int) -> tuple[Vectors, Vectors]:
     """Unit vectors (float32 [count, 128]) and queries around the same centres, the centres in groups of 20 around others."""
     rng, total = np.random.default_rng(0), count + QUERIES
     centre = rng.permutation(total) % (count // PER_CENTRE)
-    own, shared = (rng.standard_normal((count // PER_CENTRE, DIMENSION), dtype=np.float32) for _ in range(2))
-    vectors = rng.standard_normal((total, DIMENSION), dtype=np.float32) + own[centre] + shared[centre // 20]
+    own, shared = (
+        rng.standard_normal((count // PER_CENTRE, DIMENSION), dtype=np.float32) for _ in range(2)
+    )
+    vectors = (
+        rng.standard_normal((total, DIMENSION), dtype=np.float32)
+        + own[centre]
+        + shared[centre // 20]
+    )
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors[:count], vectors[count:]
 
@@ -128,7 +136,9 @@ def fill(name: str, folder: Path, count: int) -> float:
 
 def measure(name: str, folder: Path, count: int) -> Measured:
     vectors, queries = drawn(count)
-    exact = np.concatenate([np.argsort(-(block @ vectors.T), axis=1)[:, : max(KS)] for block in np.split(queries, 10)])
+    exact = np.concatenate(
+        [np.argsort(-(block @ vectors.T), axis=1)[:, : max(KS)] for block in np.split(queries, 10)]
+    )
     before = resident_megabytes()
     search = DATABASES[name].opened(folder)
     for query in queries[:WARM_UP]:
@@ -171,7 +181,12 @@ def label(row: int) -> str:
 def fill_lancedb(folder: Path, vectors: Vectors) -> None:
     table = gallery.create(folder, ("npair", "1", "0"), DIMENSION)
     for rows in blocks(vectors):
-        table.add([{"photo": str(row), "label": label(row), "sha256": "", "vector": vectors[row]} for row in rows])
+        table.add(
+            [
+                {"photo": str(row), "label": label(row), "sha256": "", "vector": vectors[row]}
+                for row in rows
+            ]
+        )
     gallery.index(table)
     (folder / gallery.POINTER).write_text(json.dumps({"table": table.name}))
 
@@ -188,10 +203,14 @@ def fill_milvus(folder: Path, vectors: Vectors) -> None:
     schema.add_field("row", pymilvus.DataType.INT64, is_primary=True)
     schema.add_field("label", pymilvus.DataType.VARCHAR, max_length=100)
     schema.add_field("vector", pymilvus.DataType.FLOAT_VECTOR, dim=DIMENSION)
-    index.add_index("vector", index_type="HNSW", metric_type="COSINE", params={"M": 16, "efConstruction": 200})
+    index.add_index(
+        "vector", index_type="HNSW", metric_type="COSINE", params={"M": 16, "efConstruction": 200}
+    )
     client.create_collection("gallery", schema=schema, index_params=index)
     for rows in blocks(vectors):
-        client.insert("gallery", [{"row": row, "label": label(row), "vector": vectors[row]} for row in rows])
+        client.insert(
+            "gallery", [{"row": row, "label": label(row), "vector": vectors[row]} for row in rows]
+        )
     client.flush("gallery")
     client.close()
 
@@ -202,7 +221,9 @@ def open_milvus(folder: Path) -> Search:
     ef = {"params": {"ef": 100}}
 
     def search(query: Vectors, k: int) -> list[int]:
-        found = client.search("gallery", [query], limit=k, output_fields=["label"], search_params=ef)
+        found = client.search(
+            "gallery", [query], limit=k, output_fields=["label"], search_params=ef
+        )
         return [hit["row"] for hit in found[0]]
 
     return search
@@ -211,16 +232,23 @@ def open_milvus(folder: Path) -> Search:
 def fill_qdrant(folder: Path, vectors: Vectors) -> None:
     qdrant = import_module("qdrant_client")
     client, models = qdrant.QdrantClient(path=folder), qdrant.models
-    client.create_collection("gallery", models.VectorParams(size=DIMENSION, distance=models.Distance.COSINE))
+    client.create_collection(
+        "gallery", models.VectorParams(size=DIMENSION, distance=models.Distance.COSINE)
+    )
     for rows in blocks(vectors):
-        points = [models.PointStruct(id=row, vector=vectors[row].tolist(), payload={"label": label(row)}) for row in rows]
+        points = [
+            models.PointStruct(id=row, vector=vectors[row].tolist(), payload={"label": label(row)})
+            for row in rows
+        ]
         client.upsert("gallery", points)
     client.close()
 
 
 def open_qdrant(folder: Path) -> Search:
     client = import_module("qdrant_client").QdrantClient(path=folder)
-    return lambda query, k: [point.id for point in client.query_points("gallery", query.tolist(), limit=k).points]
+    return lambda query, k: [
+        point.id for point in client.query_points("gallery", query.tolist(), limit=k).points
+    ]
 
 
 def fill_edge(folder: Path, vectors: Vectors) -> None:
@@ -244,13 +272,20 @@ def open_edge(folder: Path) -> Search:
 
     def search(query: Vectors, k: int) -> list[int]:
         nearest = edge.Query.Nearest(query.tolist())
-        return [point.id for point in shard.query(edge.QueryRequest(k, query=nearest, with_payload=True, params=params))]
+        return [
+            point.id
+            for point in shard.query(
+                edge.QueryRequest(k, query=nearest, with_payload=True, params=params)
+            )
+        ]
 
     return search
 
 
 def fill_usearch(folder: Path, vectors: Vectors) -> None:
-    index = import_module("usearch.index").Index(ndim=DIMENSION, metric="cos", dtype="f32", expansion_add=200)
+    index = import_module("usearch.index").Index(
+        ndim=DIMENSION, metric="cos", dtype="f32", expansion_add=200
+    )
     for rows in blocks(vectors):
         index.add(np.array(rows), vectors[rows.start : rows.stop])
     index.save(folder / "gallery.usearch")
@@ -272,7 +307,9 @@ def open_numpy(folder: Path) -> Search:
 
 
 DATABASES = {
-    "LanceDB, as npair.gallery.gallery uses it": Database(("lancedb", "pyarrow"), fill_lancedb, open_lancedb),
+    "LanceDB, as npair.gallery.gallery uses it": Database(
+        ("lancedb", "pyarrow"), fill_lancedb, open_lancedb
+    ),
     "Milvus Lite, HNSW": Database(("milvus-lite", "pymilvus"), fill_milvus, open_milvus),
     "Qdrant, local mode": Database(("qdrant-client",), fill_qdrant, open_qdrant),
     "Qdrant Edge, HNSW": Database(("qdrant-edge-py",), fill_edge, open_edge),
@@ -283,13 +320,21 @@ DATABASES = {
 
 def licence(package: str) -> str:
     about: Any = metadata.metadata(package)
-    classifiers = [line.rpartition(" :: ")[2] for line in about.get_all("Classifier") or () if line.startswith("License")]
+    classifiers = [
+        line.rpartition(" :: ")[2]
+        for line in about.get_all("Classifier") or ()
+        if line.startswith("License")
+    ]
     return str(about["License-Expression"] or (classifiers or [about["License"]])[0])
 
 
 def installed(packages: Iterable[str]) -> float:
     """MB of packages and all that they need, without what npair's client needs anyway."""
-    files = [Path(str(file.locate())) for name in needed(packages) - needed(OWN) for file in metadata.files(name) or ()]
+    files = [
+        Path(str(file.locate()))
+        for name in needed(packages) - needed(OWN)
+        for file in metadata.files(name) or ()
+    ]
     return sum(file.stat().st_size for file in files if file.exists()) / 1e6
 
 
@@ -299,7 +344,9 @@ def needed(packages: Iterable[str]) -> set[str]:
         if (name := left.pop().lower().replace("_", "-")) not in found:
             found.add(name)
             required = map(Requirement, metadata.requires(name) or ())
-            left += [one.name for one in required if not one.marker or one.marker.evaluate({"extra": ""})]
+            left += [
+                one.name for one in required if not one.marker or one.marker.evaluate({"extra": ""})
+            ]
     return found
 
 

@@ -23,9 +23,15 @@ def python_of(name: str, parent: Path) -> Path:
     python = folder / "bin/python"
     if not (folder / "complete").exists():
         say(f"installing {name}")
-        lines = dict(line.split(": ") for line in (PEERS / "requirements.txt").read_text().splitlines() if ": " in line)
+        lines = dict(
+            line.split(": ")
+            for line in (PEERS / "requirements.txt").read_text().splitlines()
+            if ": " in line
+        )
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *lines[name].split()], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", *lines[name].split()], check=True
+        )
         own, site = (
             subprocess.run(
                 [p, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
@@ -46,7 +52,9 @@ def proportional_memory(pid: int) -> float:
     for process in [pid, *descendants(pid)]:
         with contextlib.suppress(OSError):
             text = Path(f"/proc/{process}/smaps_rollup").read_text()
-            total += next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+            total += next(
+                int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")
+            )
     return total / 1024
 
 

@@ -57,15 +57,23 @@ class Case:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=ROOT / "model_repository", help="(%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", type=Path, default=ROOT / "model_repository", help="(%(default)s)"
+    )
     models = parser.parse_args().models
     config = (models / "npair/config.pbtxt").read_text()
     max_bytes, max_pixels = (int(parameters(config)[key]) for key in ("max_bytes", "max_pixels"))
     batch, instances = parse(config).max_batch_size, read_setting(config).instances
     threads = instances * max(1, cores() // instances)
-    decoding = PIXEL * (instances * max_pixels + (threads - instances) * min(LARGE, max_pixels)) / 1e6
-    say(f"{threads} threads of {instances} instances decode photos of at most {max_pixels:,} pixels: {decoding:,.0f} MB")
+    decoding = (
+        PIXEL * (instances * max_pixels + (threads - instances) * min(LARGE, max_pixels)) / 1e6
+    )
+    say(
+        f"{threads} threads of {instances} instances decode photos of at most {max_pixels:,} pixels: {decoding:,.0f} MB"
+    )
     print(
         "| requests | protocol | MB sent | peak | bound | after | outcome |",
         "| --- " * 7 + "|",
@@ -142,7 +150,9 @@ def measured(server: Server, case: Case, protocol: str) -> tuple[float, str, str
 
     def send(_: int) -> str:
         url = server.http if protocol == "http" else server.grpc
-        with NpairClient(url, retries=0, timeout=SECONDS, batch_size=1000, batch_bytes=1 << 40) as client:
+        with NpairClient(
+            url, retries=0, timeout=SECONDS, batch_size=1000, batch_bytes=1 << 40
+        ) as client:
             try:
                 client.embed(case.photos)
             except InvalidPhotoError:
@@ -158,7 +168,9 @@ def measured(server: Server, case: Case, protocol: str) -> tuple[float, str, str
     watcher = threading.Thread(target=watch)
     watcher.start()
     with ThreadPoolExecutor(case.at_once) as pool:
-        outcomes = sorted({outcome for _ in range(case.times) for outcome in pool.map(send, range(case.at_once))})
+        outcomes = sorted(
+            {outcome for _ in range(case.times) for outcome in pool.map(send, range(case.at_once))}
+        )
     done.set()
     watcher.join()
     time.sleep(AFTER)

@@ -13,23 +13,27 @@ from pathlib import Path
 
 import numpy as np
 
-from npair.scoring.metrics import Embedded, evaluate
+from npair.scoring.evaluate import evaluate
+from npair.scoring.retrieval import LabelledVectors
 
 PHOTOS_PER_CLASS = 40
 CLASSES_PER_KIND = 20
 
 
-def clustered(photos: int, dimension: int) -> Embedded:
+def clustered(photos: int, dimension: int) -> LabelledVectors:
     """Unit vectors around a random centre for each class, the centres of a kind of product around one of its own."""
     rng = np.random.default_rng(0)
     fine = np.arange(photos) // PHOTOS_PER_CLASS
     coarse = fine // CLASSES_PER_KIND
-    kinds, classes = (rng.standard_normal((labels[-1] + 1, dimension), dtype=np.float32) for labels in (coarse, fine))
+    kinds, classes = (
+        rng.standard_normal((labels[-1] + 1, dimension), dtype=np.float32)
+        for labels in (coarse, fine)
+    )
     vectors = 2 * rng.standard_normal((photos, dimension), dtype=np.float32)
     vectors += classes[fine]
     vectors += kinds[coarse]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return Embedded(vectors, fine, coarse)
+    return LabelledVectors(vectors, fine, coarse)
 
 
 def resident_megabytes() -> float:
@@ -42,7 +46,9 @@ def peak_megabytes() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--photos", type=int, default=200_000)
     parser.add_argument("--dimension", type=int, default=128)
     arguments = parser.parse_args()

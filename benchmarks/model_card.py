@@ -15,14 +15,18 @@ import robustness
 import unseen
 
 from npair.networks.network import build_network, multiply_adds
-from npair.scoring.metrics import MEASURES, Evaluation, over_seeds
+from npair.scoring.evaluate import Evaluation
+from npair.scoring.intervals import over_seeds
 from npair.scoring.report import DEFINITIONS
+from npair.scoring.retrieval import MEASURES
 
 HERE = Path(__file__).parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("version", type=Path, help="folder of a version")
     print(card(parser.parse_args().version))
 
@@ -42,10 +46,16 @@ def card(version: Path) -> str:
     )
     return environment.get_template("model_card.md.j2").render(
         manifest=manifest,
-        megabytes=sum((version / name).stat().st_size for name in [*manifest["files"], "manifest.json"]) / 1e6,
+        megabytes=sum(
+            (version / name).stat().st_size for name in [*manifest["files"], "manifest.json"]
+        )
+        / 1e6,
         millions=multiply_adds(build_network(training["network"]), training["train"]["size"]) / 1e6,
         scores=scores,
-        measures=[(DEFINITIONS[name][0], getattr(scores.fine, name), getattr(scores.coarse, name)) for name in MEASURES],
+        measures=[
+            (DEFINITIONS[name][0], getattr(scores.fine, name), getattr(scores.coarse, name))
+            for name in MEASURES
+        ],
         folds=folds,
         across={kind: over_seeds([row[kind] for row in folds]) for kind in ("fine", "coarse")},
         scored=rows("scored.jsonl"),

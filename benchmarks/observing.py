@@ -17,7 +17,7 @@ from costs import cpu_seconds
 from PIL import Image, ImageFilter
 
 import npair.serving
-from npair.data.dataset import read_dataset
+from npair.data.sources import read_dataset
 from npair.publishing.drawings import encode
 from npair.publishing.version_folder import CODE, write_manifest
 from npair.releasing.traffic import closed
@@ -61,11 +61,18 @@ def main() -> None:
         lengths(read_dataset(arguments.data).splits["val"].paths)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {name: prepared(Path(scratch, name), code) for name, code in {"without": SILENT, "with": ""}.items()}
+        folders = {
+            name: prepared(Path(scratch, name), code)
+            for name, code in {"without": SILENT, "with": ""}.items()
+        }
         with serving(folders["without"]) as without, serving(folders["with"]) as observed:
             servers = {"without": without, "with": observed}
-            photos = [path.read_bytes() for path in sorted(folders["with"].glob("npair/*/golden/*.jpg"))]
-            print("| connections | photos a second, without | of that, with | CPU ms a photo, without | of that, with |")
+            photos = [
+                path.read_bytes() for path in sorted(folders["with"].glob("npair/*/golden/*.jpg"))
+            ]
+            print(
+                "| connections | photos a second, without | of that, with | CPU ms a photo, without | of that, with |"
+            )
             print("| --- | --- | --- | --- | --- |")
             for connections in CONNECTIONS:
                 rates: dict[str, list[float]] = {name: [] for name in servers}
@@ -79,7 +86,10 @@ def main() -> None:
                             used = sum(cpu_seconds(servers[name].pid).values()) - before
                             costs[name].append(1e3 * used / (load.rate * arguments.seconds))
                 paired = [
-                    median(on / off for on, off in zip(figures["with"], figures["without"], strict=True))
+                    median(
+                        on / off
+                        for on, off in zip(figures["with"], figures["without"], strict=True)
+                    )
                     for figures in (rates, costs)
                 ]
                 print(
@@ -102,7 +112,9 @@ def lengths(paths: Sequence[Path]) -> None:
         embedder = Embedder(next((ROOT / "model_repository/npair").glob("[0-9]*")), cores=2)
         for path in paths:
             with Image.open(path) as image:
-                embedder.embed_photos([encode(change(image.convert("RGB")), "JPEG", quality=90)], UNLIMITED)
+                embedder.embed_photos(
+                    [encode(change(image.convert("RGB")), "JPEG", quality=90)], UNLIMITED
+                )
         print(f"| {name} | {embedder.work.norm / embedder.work.photos:.2f} |")
         embedder.close()
 

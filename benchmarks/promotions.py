@@ -39,8 +39,12 @@ REFERENCE = 10  # the reload whose memory the last one's is compared with
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--switches", type=int, default=100, help="promotions and rollbacks, in turns (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--switches", type=int, default=100, help="promotions and rollbacks, in turns (%(default)s)"
+    )
     parser.add_argument("--kills", type=int, default=50, help="of each step (%(default)s)")
     arguments = parser.parse_args()
     os.environ["NPAIR_CONTROL_SECRET"] = SECRET
@@ -49,7 +53,9 @@ def main() -> int:
         repository = two_versions(scratch)
         with serving(scratch / "models") as running:
             server = Server(running.http, repository.name, secret=SECRET)
-            rows, good = under_load(repository, server, [running.http, running.grpc], running.pid, arguments.switches)
+            rows, good = under_load(
+                repository, server, [running.http, running.grpc], running.pid, arguments.switches
+            )
             for step in STEPS:
                 seconds, done, sound = killed(step, repository, server, scratch, arguments.kills)
                 rows.append(
@@ -96,7 +102,9 @@ def two_versions(scratch: Path) -> Repository:
 
 
 def npair(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "npair", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "npair", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL
+    )
 
 
 def under_load(
@@ -120,14 +128,21 @@ def under_load(
                 try:
                     vectors, version = client.embed(batch)
                     expected, tolerance = golden[version]
-                    if not np.linalg.norm(vectors - np.resize(expected, vectors.shape), axis=1).max() <= tolerance:
+                    if (
+                        not np.linalg.norm(
+                            vectors - np.resize(expected, vectors.shape), axis=1
+                        ).max()
+                        <= tolerance
+                    ):
                         problems.append(f"a wrong answer of version {version}")
                     count[version] += 1
                 except Exception as error:
                     problems.append(repr(error))
 
     batches = [photos[:1], 8 * photos]
-    threads = [threading.Thread(target=work, args=(url, batch)) for url in urls for batch in batches]
+    threads = [
+        threading.Thread(target=work, args=(url, batch)) for url in urls for batch in batches
+    ]
     for thread in threads:
         thread.start()
     seconds, megabytes = [], []
@@ -162,7 +177,9 @@ def under_load(
     return rows, not problems and min(count.values(), default=0) > 0 and grown < 1.1
 
 
-def killed(step: str, repository: Repository, server: Server, scratch: Path, kills: int) -> tuple[float, int, bool]:
+def killed(
+    step: str, repository: Repository, server: Server, scratch: Path, kills: int
+) -> tuple[float, int, bool]:
     """Returns: the seconds that the step takes, within which it was killed at random; how often it had ended by itself before; and
     whether all that was left verifies and serves."""
     dice, done, seconds = random.Random(0), 0, 0.0

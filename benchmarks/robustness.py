@@ -23,10 +23,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from npair.data.dataset import Dataset, Photos, read_dataset, read_photo
+from npair.data.dataset import Dataset, Photos
+from npair.data.files import read_photo
+from npair.data.sources import read_dataset
 from npair.releasing.release import published_code
 from npair.scoring.evaluate import compare
-from npair.scoring.metrics import Vectors, nearest
+from npair.scoring.retrieval import Vectors, nearest
 from npair.serving.embedder import UNLIMITED
 from npair.serving.engine import cores
 
@@ -89,14 +91,24 @@ CHANGES: dict[str, Callable[[Image.Image], bytes]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("versions", nargs="+", type=Path, metavar="version", help="folder of a version")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "versions", nargs="+", type=Path, metavar="version", help="folder of a version"
+    )
     parser.add_argument("--data", type=Path, default=Path("data/grocery"), help="(%(default)s)")
-    parser.add_argument("--results", type=Path, default=Path("docs/robustness.jsonl"), help="(%(default)s)")
+    parser.add_argument(
+        "--results", type=Path, default=Path("docs/robustness.jsonl"), help="(%(default)s)"
+    )
     arguments = parser.parse_args()
     dataset = read_dataset(arguments.data)
     measured = [row for version in arguments.versions for row in measure(version, dataset)]
-    before = [json.loads(line) for line in arguments.results.open()] if arguments.results.exists() else []
+    before = (
+        [json.loads(line) for line in arguments.results.open()]
+        if arguments.results.exists()
+        else []
+    )
     new = {row["version"] for row in measured}
     rows = sorted(
         [*measured, *(row for row in before if row["version"] not in new)],
@@ -120,11 +132,16 @@ def measure(version: Path, dataset: Dataset) -> list[Row]:
         return np.stack(embedder.embed_photos([encoded(path) for path in photos.paths], UNLIMITED))
 
     unchanged = compare("", dataset, "val", partial(embed, encoded=read_photo))
-    assert not unchanged.alone, "val shows other products than train, and each changed photo would find its original"
+    assert not unchanged.exclude_self, (
+        "val shows other products than train, and each changed photo would find its original"
+    )
 
     def row(change: str, queries: Vectors) -> Row:
         recall = replace(unchanged, queries=queries).recall_at_1()
-        products = [unchanged.gallery_photos.fine[nearest(q, unchanged.gallery, 1)[0]] for q in (queries, unchanged.queries)]
+        products = [
+            unchanged.gallery_photos.fine[nearest(q, unchanged.gallery, 1)[0]]
+            for q in (queries, unchanged.queries)
+        ]
         return {
             "version": embedder.manifest["version"],
             "engine": embedder.engine,
@@ -160,7 +177,11 @@ def table(rows: Sequence[Row]) -> str:
     head = [f"{name}, version {version}" for name in columns for version in versions]
     lines = [f"| val photos | {' | '.join(head)} |", "| --- |" + " --- |" * len(head)]
     for change in dict.fromkeys(row["change"] for row in rows):
-        cells = [cell(of[version, change]) if (version, change) in of else "-" for cell in columns.values() for version in versions]
+        cells = [
+            cell(of[version, change]) if (version, change) in of else "-"
+            for cell in columns.values()
+            for version in versions
+        ]
         lines.append(f"| {change} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

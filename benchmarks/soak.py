@@ -57,9 +57,13 @@ class Reading:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=60, help="(%(default)s)")
-    parser.add_argument("--photos", type=Path, help="a folder of photos to send beside the drawn ones")
+    parser.add_argument(
+        "--photos", type=Path, help="a folder of photos to send beside the drawn ones"
+    )
     parser.add_argument(
         "--clients",
         type=int,
@@ -86,7 +90,9 @@ def main() -> int:
 
 
 def photos(folder: Path | None) -> Iterator[bytes]:
-    for number, (size, image_format) in enumerate((size, image_format) for size in SIZES for image_format in FORMATS):
+    for number, (size, image_format) in enumerate(
+        (size, image_format) for size in SIZES for image_format in FORMATS
+    ):
         yield encode(draw(number, 0, size), image_format)
     yield encode(draw(0, 1, LARGE), "JPEG")
     if folder:
@@ -115,11 +121,16 @@ class Load:
         self.stopping, self.lock = threading.Event(), threading.Lock()
         with NpairClient(urls[0]) as client:
             self.expected: Vectors = np.concatenate([client.embed(photo).vectors for photo in good])
-        self.threads = [threading.Thread(target=self._ask, args=(url, seed)) for seed, url in enumerate(self.urls)]
+        self.threads = [
+            threading.Thread(target=self._ask, args=(url, seed))
+            for seed, url in enumerate(self.urls)
+        ]
 
     def warm_up(self) -> None:
         too_large = max(self.bad, key=len)
-        largest = [[too_large]] * 40 + [[max(self.good, key=len)] * (max(BATCHES) - 1) + [too_large]] * 4
+        largest = [[too_large]] * 40 + [
+            [max(self.good, key=len)] * (max(BATCHES) - 1) + [too_large]
+        ] * 4
 
         def ask(url: str) -> None:
             with NpairClient(url, retries=0, timeout=60) as client:
@@ -158,7 +169,11 @@ class Load:
                     elif (vectors * self.expected[chosen]).sum(axis=1).min() < 0.999:
                         problem = "wrong vectors"
                 except InvalidPhotoError as error:
-                    if place is None or list(error.reasons) != [place] or reason not in error.reasons[place]:
+                    if (
+                        place is None
+                        or list(error.reasons) != [place]
+                        or reason not in error.reasons[place]
+                    ):
                         problem = f"refused: {error}"
                 except NpairError as error:
                     problem = f"{type(error).__name__}: {error}"
@@ -194,7 +209,10 @@ def read(server: Server, load: Load, minutes: float) -> Iterator[Reading]:
 
 def shared(url: str) -> float:
     """MB that the server at this HTTP address shares with its stubs."""
-    return sum(region.stat().st_blocks * 512 for region in shared_regions(urlsplit(url).port or 80)) / 1e6
+    return (
+        sum(region.stat().st_blocks * 512 for region in shared_regions(urlsplit(url).port or 80))
+        / 1e6
+    )
 
 
 def open_files(pid: int) -> int:
@@ -211,7 +229,8 @@ def report(readings: Sequence[Reading], load: Load) -> int:
     ratios, rows = {}, []
     for field in fields(Reading)[1:]:
         first, last = (
-            median(getattr(reading, field.name) for reading in of) for of in (readings[tenth : 2 * tenth], readings[-tenth:])
+            median(getattr(reading, field.name) for reading in of)
+            for of in (readings[tenth : 2 * tenth], readings[-tenth:])
         )
         ratios[field.name] = last / first
         rows.append(f"| {field.name} | {first:,.1f} | {last:,.1f} | {last / first:.3f} |")
@@ -220,7 +239,9 @@ def report(readings: Sequence[Reading], load: Load) -> int:
         end=" ",
     )
     print(f"{load.problems.total()} requests answered otherwise than they should be\n")
-    print("| | second tenth | last tenth | ratio |", "| --- | ---: | ---: | ---: |", *rows, sep="\n")
+    print(
+        "| | second tenth | last tenth | ratio |", "| --- | ---: | ---: | ---: |", *rows, sep="\n"
+    )
     for problem, times in load.problems.most_common(10):
         print(f"{times} x {problem}", file=sys.stderr)
     return int(bool(load.problems) or ratios["memory"] >= 1 + GROWTH)

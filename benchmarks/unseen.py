@@ -26,19 +26,20 @@ import numpy as np
 from cross_validation import FOLDS, Row, parser_of, run_all, train_and_embed
 from torch import nn
 
-from npair.data.dataset import Dataset, read_dataset
+from npair.data.dataset import Dataset
 from npair.data.folds import colour_histograms, folds, write_tables
-from npair.data.pixels import GLANCE, Pixels, default_cache, load
+from npair.data.pixels import PREVIEW, Pixels, decode_dataset, default_cache
+from npair.data.sources import read_dataset
 from npair.networks.network import embed, new_network
 from npair.scoring.evaluate import Comparison, compare
-from npair.scoring.metrics import over_seeds
+from npair.scoring.intervals import over_seeds
 from npair.training.run import TrainConfig
 
 SEED = 0  # of the folds and of training
 COLOURS, IMAGENET = "colours alone", "ImageNet alone"
 LITE0 = TrainConfig(network="efficientnet-lite0", size=192, seed=SEED, evaluations=0)
 VARIANTS = {
-    COLOURS: replace(LITE0, size=GLANCE.size),
+    COLOURS: replace(LITE0, size=PREVIEW.size),
     IMAGENET: LITE0,
     "from scratch": TrainConfig(network="compact", seed=SEED, evaluations=0),
     "from ImageNet": LITE0,
@@ -47,14 +48,21 @@ VARIANTS = {
 
 def main() -> None:
     parser = parser_of(__doc__ or "", runs="runs/unseen", results="docs/unseen.jsonl")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help="(all)")
-    parser.add_argument("--epochs", type=int, default=0, help="of what is trained (as many as npair train chooses)")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help="(all)"
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=0, help="of what is trained (as many as npair train chooses)"
+    )
     parser.add_argument("--table", action="store_true", help="only print the table of the results")
     arguments = parser.parse_args()
     if arguments.table:
         rows = [json.loads(line) for line in arguments.results.open()]
     else:
-        configs = {(name, SEED): replace(VARIANTS[name], epochs=arguments.epochs) for name in arguments.variants}
+        configs = {
+            (name, SEED): replace(VARIANTS[name], epochs=arguments.epochs)
+            for name in arguments.variants
+        }
         rows = run_all(
             configs,
             product_folds(read_dataset(arguments.data), arguments.runs / "folds"),
@@ -72,16 +80,16 @@ def product_folds(dataset: Dataset, folder: Path) -> list[Path]:
 
 def run_one(variant: str, config: TrainConfig, table: Path, runs: Path) -> Row:
     """Embed the photos of a fold's products, by a network that was trained on the others' where the variant says so."""
-    dataset, glances, _ = load(read_dataset(table), GLANCE, default_cache())
+    dataset, previews, _ = decode_dataset(read_dataset(table), PREVIEW, default_cache())
     if variant == COLOURS:
         found, epochs = (
-            compare(variant, dataset, "val", lambda photos: colour_histograms(photos, glances)),
+            compare(variant, dataset, "val", lambda photos: colour_histograms(photos, previews)),
             0,
         )
     elif variant == IMAGENET:
         network, _ = new_network(config.network, config.width, views=1)
         network.embedding = nn.Identity()  # type: ignore[assignment]
-        _, pixels, _ = load(dataset, config.preprocessing(), default_cache())
+        _, pixels, _ = decode_dataset(dataset, config.preprocessing(), default_cache())
         found, epochs = (
             compare(
                 variant,
@@ -93,16 +101,16 @@ def run_one(variant: str, config: TrainConfig, table: Path, runs: Path) -> Row:
         )
     else:
         found, epochs = train_and_embed(variant, config, table, runs)
-    return {"epochs": epochs, **across_groups(found, glances)}
+    return {"epochs": epochs, **across_groups(found, previews)}
 
 
-def across_groups(found: Comparison, glances: Pixels) -> Row:
+def across_groups(found: Comparison, previews: Pixels) -> Row:
     """Scores of each third of the photos, made of groups of lookalikes, among the other two: the mean over photos.
 
-    found: photos of unseen products, compared with each other. glances: their pixels, from which the groups are made.
+    found: photos of unseen products, compared with each other. previews: their pixels, from which the groups are made.
     """
     photos, vectors = found.query_photos, found.queries
-    group = folds(photos.fine, colour_histograms(photos, glances), FOLDS)
+    group = folds(photos.fine, colour_histograms(photos, previews), FOLDS)
     parts = []
     for number in np.unique(group):
         own, others = np.flatnonzero(group == number), np.flatnonzero(group != number)
@@ -125,7 +133,9 @@ def across_groups(found: Comparison, glances: Pixels) -> Row:
         "queries": sum(weights),
         "fine": mean([part.fine.recall_at_1.value for part in scores]),
         "coarse": mean([part.coarse.recall_at_1.value for part in scores]),
-        "map_at_r": mean([part.fine.map_at_r.value if part.fine.map_at_r else 0.0 for part in scores]),
+        "map_at_r": mean(
+            [part.fine.map_at_r.value if part.fine.map_at_r else 0.0 for part in scores]
+        ),
     }
 
 
@@ -141,11 +151,14 @@ def table(rows: list[Row]) -> str:
         if len(own) < 2:
             continue
         fine, coarse, map_at_r = (
-            "{:.3f} ± {:.3f}".format(*over_seeds([row[name] for row in own])) for name in ("fine", "coarse", "map_at_r")
+            "{:.3f} ± {:.3f}".format(*over_seeds([row[name] for row in own]))
+            for name in ("fine", "coarse", "map_at_r")
         )
         mean, half = over_seeds([row["fine"] - imagenet[row["fold"]]["fine"] for row in own])
         difference = f"{mean:+.3f} ± {half:.3f}" if variant != IMAGENET else ""
-        lines.append(f"| {variant} | {own[0]['epochs'] or '-'} | {fine} | {difference} | {coarse} | {map_at_r} |")
+        lines.append(
+            f"| {variant} | {own[0]['epochs'] or '-'} | {fine} | {difference} | {coarse} | {map_at_r} |"
+        )
     return "\n".join(lines)
 
 

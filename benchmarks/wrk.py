@@ -36,7 +36,9 @@ def write_bodies(
     for number, photo in enumerate(photos):
         (folder / str(number)).write_bytes(body(photo))
     (folder / "list").write_text("".join(f"{folder}/{number}\n" for number in range(len(photos))))
-    (folder / "headers").write_text("".join(f"{name}: {value}\n" for name, value in headers.items()))
+    (folder / "headers").write_text(
+        "".join(f"{name}: {value}\n" for name, value in headers.items())
+    )
 
 
 def closed_loop(url: str, bodies: Path, connections: int, seconds: int, *, least: int) -> Load:
@@ -50,6 +52,8 @@ def closed_loop(url: str, bodies: Path, connections: int, seconds: int, *, least
         text=True,
     )
     counted: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    assert not counted["failed"], f"{url}: {counted['failed']:.0f} of {counted['requests']} requests failed"
+    assert not counted["failed"], (
+        f"{url}: {counted['failed']:.0f} of {counted['requests']} requests failed"
+    )
     rate = counted["requests"] / counted["seconds"]
     return Load(connections, rate, counted["p50"], counted["p99"])

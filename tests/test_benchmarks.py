@@ -23,8 +23,9 @@ from robustness import CHANGES, exposed, measure
 from unseen import across_groups, product_folds
 from wrk import Load
 
-from npair.data.dataset import Photos, read_dataset
+from npair.data.dataset import Photos
 from npair.data.pixels import Pixels
+from npair.data.sources import read_dataset
 from npair.publishing.drawings import draw
 from npair.scoring.evaluate import Comparison
 
@@ -176,7 +177,7 @@ def test_unseen_products_are_not_found_by_lookalikes() -> None:
     product, colour = (part.ravel() for part in np.mgrid[0:2, 0:3].repeat(4, axis=2))
     paths = tuple(Path(f"{index}.png") for index in range(24))
     photos = Photos(paths, product, product, ("a", "b"), ("a", "b"))
-    glances = Pixels(
+    previews = Pixels(
         np.broadcast_to(255 * np.eye(3, dtype=np.uint8)[colour][:, None, None], (24, 4, 4, 3)),
         {path: i for i, path in enumerate(paths)},
     )
@@ -184,7 +185,7 @@ def test_unseen_products_are_not_found_by_lookalikes() -> None:
     vectors = 0.8 * seen + 0.6 * np.roll(np.eye(6, dtype=np.float32), 3, axis=1)[3 * product + colour]  # next, the other product's
     found = Comparison("colours", photos, vectors, photos, vectors)
     assert found.recall_at_1()["fine"] == 1
-    scores = across_groups(found, glances)
+    scores = across_groups(found, previews)
     assert scores["queries"] == 24
     assert scores["fine"] <= 0.5
 

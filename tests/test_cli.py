@@ -15,10 +15,11 @@ import pytest
 from conftest import SHIPPED, TINY, running
 from PIL import Image
 
-from npair.data.dataset import read_dataset
-from npair.data.pixels import load
+from npair.data.pixels import decode_dataset
+from npair.data.sources import read_dataset
 from npair.publishing.drawings import write_characters
-from npair.scoring.metrics import Embedded, evaluate
+from npair.scoring.evaluate import evaluate
+from npair.scoring.retrieval import LabelledVectors
 from npair.serving.embedder import Embedder
 
 
@@ -28,10 +29,12 @@ def npair(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def test_evaluate_scores_what_is_served(dataset: Path, cache: Path, tmp_path: Path) -> None:
     embedder = Embedder(SHIPPED, cores=2)
-    loaded, pixels, _ = load(read_dataset(dataset), embedder.preprocessing, cache)
+    loaded, pixels, _ = decode_dataset(read_dataset(dataset), embedder.preprocessing, cache)
     val, train = loaded.splits["val"], loaded.train
     queries, gallery = (embedder.embed(pixels.array[pixels.of(photos)]) for photos in (val, train))
-    expected = evaluate(Embedded(queries, val.fine, val.coarse), Embedded(gallery, train.fine, train.coarse)).as_dict()
+    expected = evaluate(
+        LabelledVectors(queries, val.fine, val.coarse), LabelledVectors(gallery, train.fine, train.coarse)
+    ).as_dict()
     with running() as (_, urls):
         for protocol in ("http", "grpc"):
             picture, report = tmp_path / f"{protocol}.png", tmp_path / f"{protocol}.html"

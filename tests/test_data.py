@@ -14,10 +14,12 @@ import pytest
 from conftest import ROOT, folders, photo, sizes, table
 
 from npair import client
-from npair.data.dataset import SPLIT_NAMES, SUFFIXES, SYSTEM_FOLDERS, DataError, Dataset, read_dataset, summary
+from npair.data.dataset import SPLIT_NAMES, DataError, Dataset
+from npair.data.files import SUFFIXES
+from npair.data.sources import SYSTEM_FOLDERS, read_dataset, summary
 
 NFC, NFD = (unicodedata.normalize(form, "Crème") for form in ("NFC", "NFD"))
-# Pairs that the field's tools and data sets use: Roboflow, Keras, Hugging Face, fastai, and their spellings.
+# Pairs of names that Roboflow, Keras, Hugging Face and fastai use, and their spellings.
 SPELLINGS = [
     *(("train", "valid"), ("train", "validation"), ("training", "dev")),
     *(("Train", "Val"), ("TRAINING", "Testing"), ("train", "Test")),
@@ -40,10 +42,19 @@ class TestReadLists:
         header = "Class Name (str),Class ID (int),Coarse Class Name (str),Coarse Class ID (int)\n"
         table(listed, header + "Äpfel,0,Obst,0\nsame,1,Obst,0\nsame,2,Saft,1\n", "classes.csv")
         train = read_dataset(listed).train
-        assert train.fine_names == ("Äpfel", "same (1)", "same (2)", "product-3", "product-4", "product-5")
+        assert train.fine_names == (
+            "Äpfel",
+            "same (1)",
+            "same (2)",
+            "product-3",
+            "product-4",
+            "product-5",
+        )
         assert train.coarse_names == ("Obst", "Saft", "2")
         table(listed, "Class Name (str)\napple\n", "classes.csv")
-        with pytest.raises(DataError, match=r"classes.csv:1: the header must name the column 'Class ID \(int\)'"):
+        with pytest.raises(
+            DataError, match=r"classes.csv:1: the header must name the column 'Class ID \(int\)'"
+        ):
             read_dataset(listed)
 
     def test_finds_the_subfolder_dataset(self, listed: Path, tmp_path: Path) -> None:
@@ -73,7 +84,9 @@ class TestReadLists:
 
     def test_missing_list(self, listed: Path) -> None:
         (listed / "train.txt").unlink()
-        with pytest.raises(DataError, match=r"train.txt is missing.* If val.txt is no such list, move it away"):
+        with pytest.raises(
+            DataError, match=r"train.txt is missing.* If val.txt is no such list, move it away"
+        ):
             read_dataset(listed)
 
     @pytest.mark.parametrize(("train", "other"), SPELLINGS)
@@ -90,7 +103,9 @@ class TestReadLists:
 
 class TestReadFolders:
     def test_each_folder_with_photos_is_a_class(self, tmp_path: Path) -> None:
-        for number, name in enumerate(["fruit/apple/fuji, ü/a.JPG", "fruit/apple/b.jpeg", "fruit/c.webp", "x\n/d.jfif"]):
+        for number, name in enumerate(
+            ["fruit/apple/fuji, ü/a.JPG", "fruit/apple/b.jpeg", "fruit/c.webp", "x\n/d.jfif"]
+        ):
             photo(tmp_path / name, number)
         train = read_dataset(tmp_path).train
         assert train.fine_names == ("fruit", "fruit/apple", "fruit/apple/fuji, ü", "x")
@@ -102,7 +117,11 @@ class TestReadFolders:
             photo(tmp_path / name / "1.jpg", number)
         train = read_dataset(tmp_path).train
         assert train.fine_names == ("drinks/milk", "fruit/apple/fuji", "fruit/apple/gala")
-        assert [train.coarse_names[label] for label in train.coarse] == ["drinks", "fruit/apple", "fruit/apple"]
+        assert [train.coarse_names[label] for label in train.coarse] == [
+            "drinks",
+            "fruit/apple",
+            "fruit/apple",
+        ]
 
     def test_top_folders_can_be_the_splits(self, tmp_path: Path) -> None:
         for split in ("train", "test"):
@@ -114,10 +133,17 @@ class TestReadFolders:
         assert dataset.train.fine_names == ("class 0", "class 1")
 
     @pytest.mark.parametrize(("train", "other"), SPELLINGS)
-    def test_splits_by_any_name_whatever_lies_beside_them(self, tmp_path: Path, train: str, other: str) -> None:
+    def test_splits_by_any_name_whatever_lies_beside_them(
+        self, tmp_path: Path, train: str, other: str
+    ) -> None:
         for name in (train, other):
             folders(tmp_path / name, classes=2)
-        for name in ("samples/logo.jpg", "samples/more/logo.jpg", "README images/1.png", "__MACOSX/train/class 0/1.png"):
+        for name in (
+            "samples/logo.jpg",
+            "samples/more/logo.jpg",
+            "README images/1.png",
+            "__MACOSX/train/class 0/1.png",
+        ):
             photo(tmp_path / name, 99)
         photo(tmp_path / other / "of no class.png", 99)
         dataset = read_dataset(tmp_path)
@@ -133,18 +159,34 @@ class TestReadFolders:
         [
             (["train/a", "val/a", "valid/a"], "val and valid are both the val split; merge them"),
             (["train/a", "Train/b", "test/a"], "Train and train are both the train split"),
-            (["train/a", "train/b", "samples"], "train looks like a split, but beside it are other folders"),
-            (["a", "b", "Test/a", "Test/b"], "Test looks like a split, but beside it are other folders and no other"),
+            (
+                ["train/a", "train/b", "samples"],
+                "train looks like a split, but beside it are other folders",
+            ),
+            (
+                ["a", "b", "Test/a", "Test/b"],
+                "Test looks like a split, but beside it are other folders and no other",
+            ),
             (["a", "b", "validation"], "validation looks like a split"),
             (["val/a", "val/b"], "train holds no photo in a folder of its class"),
             (["test/a", "valid/b"], "train holds no photo in a folder of its class"),
-            (["photos/train/a", "photos/valid/a"], "photos holds train and valid, which look like splits, but not at the top"),
-            (["a/train", "a/dev", "b/train", "b/dev"], "a holds dev and train, which look like splits, but not at the top"),
+            (
+                ["photos/train/a", "photos/valid/a"],
+                "photos holds train and valid, which look like splits, but not at the top",
+            ),
+            (
+                ["a/train", "a/dev", "b/train", "b/dev"],
+                "a holds dev and train, which look like splits, but not at the top",
+            ),
         ],
     )  # fmt: skip
-    def test_refuses_what_may_be_splits_or_classes(self, tmp_path: Path, places: list[str], reason: str) -> None:
+    def test_refuses_what_may_be_splits_or_classes(
+        self, tmp_path: Path, places: list[str], reason: str
+    ) -> None:
         for number, place in enumerate(places):
-            folders(tmp_path / place, classes=1, photos=2) if "/" in place else photo(tmp_path / place / "1.png", number)
+            folders(tmp_path / place, classes=1, photos=2) if "/" in place else photo(
+                tmp_path / place / "1.png", number
+            )
         for place in places:
             photo(tmp_path / place / "1.png", 99)
         with pytest.raises(DataError, match=reason):
@@ -152,7 +194,9 @@ class TestReadFolders:
 
     @pytest.mark.parametrize("name", ["train", "Training"])
     def test_a_class_may_be_called_train(self, tmp_path: Path, name: str) -> None:
-        for number, path in enumerate([f"{name}/1.png", "bus/1.png", "car/1.png", "bus/train/1.png"]):
+        for number, path in enumerate(
+            [f"{name}/1.png", "bus/1.png", "car/1.png", "bus/train/1.png"]
+        ):
             photo(tmp_path / path, number)
         assert set(read_dataset(tmp_path).train.fine_names) == {name, "bus", "car", "bus/train"}
 
@@ -163,7 +207,9 @@ class TestReadFolders:
         assert train.fine_names == (NFC, "a b", "other")
         assert sorted(train.fine.tolist()) == [0, 0, 0, 1, 1, 2]
 
-    @pytest.mark.parametrize("name", ["@eaDir", "__MACOSX", "lost+found", "#recycle", "$RECYCLE.BIN", ".hidden"])
+    @pytest.mark.parametrize(
+        "name", ["@eaDir", "__MACOSX", "lost+found", "#recycle", "$RECYCLE.BIN", ".hidden"]
+    )
     def test_does_not_look_into_what_systems_keep(self, tmp_path: Path, name: str) -> None:
         folders(tmp_path, classes=2)
         photo(tmp_path / name / "IMG_1.jpg/SYNOPHOTO_THUMB_M.jpg")
@@ -193,10 +239,18 @@ class TestReadFolders:
         (root / "linked").symlink_to(tmp_path / "elsewhere")
         (root / "class 0/up").symlink_to(root)
         (root / "alias").symlink_to(root / "class 0")
-        assert read_dataset(root).train.fine_names == ("class 0", "linked/class 0", "linked/class 1")
+        assert read_dataset(root).train.fine_names == (
+            "class 0",
+            "linked/class 0",
+            "linked/class 1",
+        )
 
-    def test_refuses_a_folder_that_it_cannot_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def walk(_root: Path, followlinks: bool, onerror: Callable[[OSError], None]) -> list[object]:
+    def test_refuses_a_folder_that_it_cannot_read(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def walk(
+            _root: Path, followlinks: bool, onerror: Callable[[OSError], None]
+        ) -> list[object]:
             assert followlinks
             onerror(PermissionError(errno.EACCES, "Permission denied", "secret"))
             return []
@@ -225,7 +279,10 @@ class TestReadTable:
     def test_reads_what_spreadsheets_write(self, tmp_path: Path) -> None:
         root = folders(tmp_path / "photos, ü")
         path = root / "class 1/0.png"
-        rows = f'"photos, ü/class 0/0.png","a, b", Obst,train\r\n"{path.absolute()}",c,Obst ,val\r\n,,,\r\n'
+        rows = (
+            '"photos, ü/class 0/0.png","a, b", Obst,train\r\n'
+            f'"{path.absolute()}",c,Obst ,val\r\n,,,\r\n'
+        )
         dataset = read_dataset(table(tmp_path, "\ufeffpath,label,coarse,split\r\n" + rows))
         assert sizes(dataset) == {"train": 1, "val": 1}
         assert dataset.train.fine_names == ("a, b", "c")
@@ -233,7 +290,9 @@ class TestReadTable:
         assert dataset.made == "as the column split of photos.csv says"
 
     def test_reads_tabs_and_splits_what_is_not_split(self, tmp_path: Path) -> None:
-        rows = "".join(f"{path}\t{path.parent.name}\n" for path in sorted(folders(tmp_path).rglob("*.png")))
+        rows = "".join(
+            f"{path}\t{path.parent.name}\n" for path in sorted(folders(tmp_path).rglob("*.png"))
+        )
         dataset = read_dataset(table(tmp_path, "path\tlabel\n" + rows, "photos.tsv"))
         assert sizes(dataset) == {"train": 24, "val": 6}
         assert dataset.train.coarse_names == dataset.train.fine_names
@@ -241,15 +300,27 @@ class TestReadTable:
     @pytest.mark.parametrize(
         ("text", "reason"),
         [
-            ("path;label\na.png;x\n", "csv:1: the header must name the column 'path' once; it names path;label"),
+            (
+                "path;label\na.png;x\n",
+                "csv:1: the header must name the column 'path' once; it names path;label",
+            ),
             ("", "csv:1: the header .* it names none"),
             ("path,label,label\n", "csv:1: the header must name the column 'label' once"),
             ("path,label\na.png,x\n\na.png,\n", "csv:4: no label"),
             ("path,label,split\na.png,x,\n", "csv:2: no split; fill the cell, or drop the column"),
             ("path,label,split\na.png,x,holdout\n", "csv:2: the split is 'holdout'"),
-            ("path,label,split\na.png,x,train\na.png,y,val\na.png,y,Valid\n", "csv:4: the split is 'valid', which is 'val' above"),
-            ("path,label,subset\na.png,x,train\na.png,y,Valid\n", "csv:1: the column 'subset' holds splits; call it split"),
-            ("path,label,split,Split\na.png,x,train,train\n", "csv:1: the header must name the column 'split' once"),
+            (
+                "path,label,split\na.png,x,train\na.png,y,val\na.png,y,Valid\n",
+                "csv:4: the split is 'valid', which is 'val' above",
+            ),
+            (
+                "path,label,subset\na.png,x,train\na.png,y,Valid\n",
+                "csv:1: the column 'subset' holds splits; call it split",
+            ),
+            (
+                "path,label,split,Split\na.png,x,train,train\n",
+                "csv:1: the header must name the column 'split' once",
+            ),
             ("path,label,split\na.png,x,val\n", "no train photo"),
             ("path,label\na.png,x,y\n", "csv:2: 3 cells in 2 columns"),
             ('path,label\n"a.png,x\n', "csv:2: unexpected end of data"),
@@ -267,18 +338,26 @@ class TestReadTable:
     @pytest.mark.parametrize(("train", "other"), SPELLINGS)
     def test_splits_by_any_name(self, tmp_path: Path, train: str, other: str) -> None:
         photo(tmp_path / "a.png")
-        text = f"Path,Label,Split,subset\na.png,x,{train},\na.png,x, {other} ,\na.png,x,{other.upper()},\n"
-        assert sizes(read_dataset(table(tmp_path, text))) == {"train": 1, SPLIT_NAMES[other.lower()]: 2}
+        header, row = "Path,Label,Split,subset\n", "a.png,x,{},\n"
+        text = header + "".join(map(row.format, (train, f" {other} ", other.upper())))
+        assert sizes(read_dataset(table(tmp_path, text))) == {
+            "train": 1,
+            SPLIT_NAMES[other.lower()]: 2,
+        }
 
     def test_a_label_in_either_unicode_form_is_one_class(self, tmp_path: Path) -> None:
         photo(tmp_path / "a.png")
         rows = f"a.png,{NFC},a  b\na.png,{NFD},a b\na.png,other,{NFD}\n"
-        train = read_dataset(table(tmp_path, "path,label,coarse,split\n" + rows.replace("\n", ",train\n"))).train
+        train = read_dataset(
+            table(tmp_path, "path,label,coarse,split\n" + rows.replace("\n", ",train\n"))
+        ).train
         assert (train.fine_names, train.coarse_names) == ((NFC, "other"), (NFC, "a b"))
 
 
 @pytest.mark.parametrize(("written", "on_disk"), [(NFC, NFD), (NFD, NFC)])
-def test_listed_paths_are_found_in_either_unicode_form(tmp_path: Path, written: str, on_disk: str) -> None:
+def test_listed_paths_are_found_in_either_unicode_form(
+    tmp_path: Path, written: str, on_disk: str
+) -> None:
     paths = [photo(tmp_path / f"{on_disk}/{on_disk} {number}.png", number) for number in range(2)]
     listing = "".join(f"{written}/{written} {number}.png, {number}, 0\n" for number in range(2))
     lists = read_dataset(table(tmp_path, listing, "train.txt").parent)
@@ -298,16 +377,40 @@ def test_names_in_classes_csv_are_compared_in_one_unicode_form(listed: Path) -> 
 
 
 def test_the_summary_counts_what_was_passed_over() -> None:
-    paths = [Path(name) for name in ("a/1.heic", "a/2.HEIC", "a/.x", "a/.y.png", "a/.z", "@eaDir", "README", "1.a", "1.b", "1.c")]
-    assert summary(paths) == "3 hidden such as a/.x, 2 .heic such as a/1.heic, @eaDir, README, 1.a and 2 more kinds"
+    paths = [
+        Path(name)
+        for name in (
+            "a/1.heic",
+            "a/2.HEIC",
+            "a/.x",
+            "a/.y.png",
+            "a/.z",
+            "@eaDir",
+            "README",
+            "1.a",
+            "1.b",
+            "1.c",
+        )
+    ]
+    assert (
+        summary(paths)
+        == "3 hidden such as a/.x, 2 .heic such as a/1.heic, @eaDir, README, 1.a and 2 more kinds"
+    )
 
 
 def test_every_tuple_of_suffixes_is_the_same() -> None:
-    """What one part of npair takes for a photo, all do."""
-    sources = [path for folder in ("src", "model/api", "benchmarks", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    """All parts of npair agree on what a photo is."""
+    sources = [
+        path
+        for folder in ("src", "model/api", "benchmarks", "scripts")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
     nodes = [node for path in sources for node in ast.walk(ast.parse(path.read_text()))]
     literals = [node.elts for node in nodes if isinstance(node, ast.Tuple | ast.List | ast.Set)]
-    found = [[element.value for element in literal if isinstance(element, ast.Constant)] for literal in literals]
+    found = [
+        [element.value for element in literal if isinstance(element, ast.Constant)]
+        for literal in literals
+    ]
     suffixes = [values for values in found if ".webp" in values or ".png" in values]
     assert len(suffixes) >= 2
     assert all(values == [*SUFFIXES] for values in suffixes), suffixes
@@ -361,7 +464,11 @@ class TestFingerprint:
         train = dataset.train
         names = dataclasses.replace(train, fine_names=("other", *train.fine_names[1:]))
         swapped = {"train": dataset.splits["val"], "val": train}
-        seen = {dataset.fingerprint(), Dataset({"train": names}, "").fingerprint(), Dataset(swapped, "").fingerprint()}
+        seen = {
+            dataset.fingerprint(),
+            Dataset({"train": names}, "").fingerprint(),
+            Dataset(swapped, "").fingerprint(),
+        }
         photo(train.paths[0])
         assert len(seen | {dataset.fingerprint()}) == 4
 

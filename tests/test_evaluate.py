@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from npair.data.dataset import DataError, Dataset, read_dataset
+from npair.data.dataset import DataError, Dataset
+from npair.data.sources import read_dataset
 from npair.scoring.evaluate import Comparison, sides
+from npair.scoring.pictures import draw_neighbours
 
 
 def test_draws_a_readable_picture(dataset: Path, tmp_path: Path) -> None:
@@ -15,7 +17,7 @@ def test_draws_a_readable_picture(dataset: Path, tmp_path: Path) -> None:
     perfect = np.eye(6, dtype=np.float32)
     compared = Comparison("nothing", queries, perfect[queries.fine], gallery, perfect[gallery.fine])
     assert compared.evaluate().fine.recall_at_1.value == 1
-    compared.draw(tmp_path / "picture.png", rows=3, neighbours=4)
+    draw_neighbours(compared, tmp_path / "picture.png", rows=3, neighbours=4)
     with Image.open(tmp_path / "picture.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24) or []}
     assert (0, 128, 0) in colours, "neighbours of the same product are framed in green"
@@ -25,7 +27,10 @@ def test_draws_a_readable_picture(dataset: Path, tmp_path: Path) -> None:
 def test_unseen_classes_are_compared_with_each_other(dataset: Path) -> None:
     read = read_dataset(dataset)
     train, val = read.splits["train"], read.splits["val"]
-    seen, unseen = train.select(np.flatnonzero(train.fine < 3)), val.select(np.flatnonzero(val.fine >= 3))
+    seen, unseen = (
+        train.select(np.flatnonzero(train.fine < 3)),
+        val.select(np.flatnonzero(val.fine >= 3)),
+    )
     queries, gallery = sides(Dataset({"train": seen, "val": unseen}, ""), "val")
     assert queries is gallery is unseen
     vectors = np.eye(6, dtype=np.float32)[unseen.fine]

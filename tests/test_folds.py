@@ -8,15 +8,19 @@ import pytest
 from conftest import folders, photo, sizes
 from PIL import Image
 
-from npair.data.dataset import DataError, Dataset, read_dataset
+from npair.data.dataset import DataError, Dataset
 from npair.data.folds import colour_histograms, folds, found_by_colour, write_folds
-from npair.data.pixels import GLANCE, Pixels, load
+from npair.data.pixels import PREVIEW, Pixels, decode_dataset
+from npair.data.sources import read_dataset
 from npair.publishing.drawings import draw
 
 
 @pytest.fixture
 def visits(tmp_path: Path, cache: Path) -> tuple[Dataset, Pixels]:
-    """Four products photographed on three visits in different light, four near copies each time; numbers tell nothing."""
+    """Four products on three visits in different light, four near copies each.
+
+    The numbers of the photos do not tell the visit.
+    """
     for product in range(4):
         for visit, tint in enumerate(((1.0, 0.5, 0.3), (0.3, 1.0, 0.5), (0.4, 0.4, 1.0))):
             for copy in range(4):
@@ -24,7 +28,7 @@ def visits(tmp_path: Path, cache: Path) -> tuple[Dataset, Pixels]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 pixels = np.asarray(draw(product, 0, 64)) * tint + copy
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
-    return load(read_dataset(tmp_path / "photos", val_share=0.25), GLANCE, cache)[:2]
+    return decode_dataset(read_dataset(tmp_path / "photos", val_share=0.25), PREVIEW, cache)[:2]
 
 
 def test_histograms_are_shares_of_colours(visits: tuple[Dataset, Pixels]) -> None:
@@ -32,7 +36,9 @@ def test_histograms_are_shares_of_colours(visits: tuple[Dataset, Pixels]) -> Non
     histograms = colour_histograms(dataset.train, pixels)
     assert histograms.shape == (len(dataset.train), 64)
     np.testing.assert_allclose((histograms**2).sum(axis=1), 1, rtol=1e-5)
-    red = Pixels(np.full((1, 4, 4, 3), (255, 0, 0), dtype=np.uint8), dict.fromkeys(dataset.train.paths, 0))
+    red = Pixels(
+        np.full((1, 4, 4, 3), (255, 0, 0), dtype=np.uint8), dict.fromkeys(dataset.train.paths, 0)
+    )
     assert np.flatnonzero(colour_histograms(dataset.train, red)[0]).tolist() == [48]
 
 
@@ -43,16 +49,21 @@ def test_lookalikes_stay_together(visits: tuple[Dataset, Pixels]) -> None:
     for label in range(4):
         members = np.flatnonzero(train.fine == label)
         visit = np.array([int(train.paths[index].stem) % 3 for index in members])
-        assert len(set(zip(visit.tolist(), fold[members].tolist(), strict=True))) == 3, "a visit is a fold"
+        assert len(set(zip(visit.tolist(), fold[members].tolist(), strict=True))) == 3, (
+            "a visit is a fold"
+        )
     assert np.ptp(np.bincount(fold)) <= 4
 
 
-def test_colours_find_lookalikes(visits: tuple[Dataset, Pixels], tmp_path: Path, cache: Path) -> None:
-    """A split by photo leaves near copies of val photos in train, and colours find them; folds do not."""
+def test_colours_find_lookalikes(
+    visits: tuple[Dataset, Pixels], tmp_path: Path, cache: Path
+) -> None:
+    """Colours find near copies of val photos, which a split by photo leaves in train; folds leave
+    none."""
     dataset, pixels = visits
     assert found_by_colour(dataset.splits["val"], dataset.train, pixels) == 1
     for table in write_folds(dataset, pixels, 3, ["train", "val"], tmp_path / "folds"):
-        fold, fold_pixels, _ = load(read_dataset(table), GLANCE, cache)
+        fold, fold_pixels, _ = decode_dataset(read_dataset(table), PREVIEW, cache)
         assert found_by_colour(fold.splits["val"], fold.train, fold_pixels) < 0.5
 
 
@@ -65,19 +76,23 @@ def test_small_classes_are_spread() -> None:
 
 
 def test_tables_cover_every_photo_once(tmp_path: Path, cache: Path) -> None:
-    dataset, pixels, _ = load(read_dataset(folders(tmp_path / "a, ü"), val_share=0.4), GLANCE, cache)
+    dataset, pixels, _ = decode_dataset(
+        read_dataset(folders(tmp_path / "a, ü"), val_share=0.4), PREVIEW, cache
+    )
     tables = write_folds(dataset, pixels, 2, ["train", "val"], tmp_path / "folds")
     assert [path.name for path in tables] == ["fold-0.csv", "fold-1.csv"]
     read = [read_dataset(path) for path in tables]
     assert all(sum(sizes(fold).values()) == 30 for fold in read)
     queries = [path for fold in read for path in fold.splits["val"].paths]
-    assert sorted(queries) == sorted(path for photos in dataset.splits.values() for path in photos.paths)
+    assert sorted(queries) == sorted(
+        path for photos in dataset.splits.values() for path in photos.paths
+    )
     assert read[0].train.fine_names == dataset.train.fine_names
 
 
 def test_refuses_what_it_cannot_do(tmp_path: Path, cache: Path) -> None:
     photo(folders(tmp_path / "root") / os.fsdecode(b"\xff") / "1.png", 99_999)
-    dataset, pixels, _ = load(read_dataset(tmp_path / "root"), GLANCE, cache)
+    dataset, pixels, _ = decode_dataset(read_dataset(tmp_path / "root"), PREVIEW, cache)
     with pytest.raises(DataError, match="at least two folds, got 1"):
         write_folds(dataset, pixels, 1, ["train"], tmp_path)
     with pytest.raises(DataError, match="no split 'test'; it has train, val"):

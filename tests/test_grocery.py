@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from npair.data.dataset import DataError, read_dataset
+from npair.data.dataset import DataError
 from npair.data.grocery import COMMIT, GROCERY, Release, fetch_grocery
+from npair.data.sources import read_dataset
 from npair.publishing.drawings import write_dataset
 
 
 @dataclass
 class Host:
-    """A server of one archive, which sends as much of it as it is told."""
+    """A server of one archive. sent: the bytes after which it stops, if not None."""
 
     release: Release
     archive: bytes
@@ -26,7 +27,7 @@ class Host:
 
 
 def packed(folder: Path, **other: bytes) -> bytes:
-    """The folder as GitHub packs a repository, with other members at its top."""
+    """Pack a folder as GitHub packs a repository, with further members."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         archive.add(folder, "GroceryStoreDataset-abc")
@@ -69,7 +70,9 @@ def host(tmp_path: Path) -> Iterator[Host]:
         thread.join()
 
 
-def test_fetches_once_and_checks_what_is_there(host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fetches_once_and_checks_what_is_there(
+    host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "data/grocery"
     assert fetch_grocery(folder, host.release) == folder
     assert len(read_dataset(folder).train) == 6
@@ -78,7 +81,9 @@ def test_fetches_once_and_checks_what_is_there(host: Host, tmp_path: Path, capsy
     fetch_grocery(folder, replace(host.release, url="http://127.0.0.1:1"))
     assert "already holds" in capsys.readouterr().err
     (folder / "dataset/train/product-0/0.jpg").write_bytes(b"changed")
-    with pytest.raises(DataError, match="photos or labels that are not the data set's; move it away"):
+    with pytest.raises(
+        DataError, match="photos or labels that are not the data set's; move it away"
+    ):
         fetch_grocery(folder, host.release)
 
 
@@ -95,9 +100,8 @@ def test_refuses_other_photos(host: Host, tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.8])
 def test_an_interrupted_download_leaves_nothing(host: Host, tmp_path: Path, share: float) -> None:
     host.sent = int(share * len(host.archive))
-    with pytest.raises(
-        DataError, match=r"could not be fetched from .* try again, or fetch it by hand: git clone https://github.com"
-    ):
+    reason = "could not be fetched from .* try again, or fetch it by hand: git clone https://github"
+    with pytest.raises(DataError, match=reason):
         fetch_grocery(tmp_path / "grocery", host.release)
     assert [path.name for path in tmp_path.iterdir()] == ["repository"]
 
@@ -117,6 +121,8 @@ def test_writes_nothing_outside_of_the_folder(host: Host, tmp_path: Path) -> Non
 
 
 def test_says_what_to_do_without_a_network(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"127.0.0.1:1 .*refused.* git -C .*grocery checkout {COMMIT}"):
+    with pytest.raises(
+        DataError, match=rf"127.0.0.1:1 .*refused.* git -C .*grocery checkout {COMMIT}"
+    ):
         fetch_grocery(tmp_path / "grocery", replace(GROCERY, url="http://127.0.0.1:1"))
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The metrics against naive loops over their definitions, and against pytorch-metric-learning where it has them."""
+"""The metrics against naive loops over their definitions and against pytorch-metric-learning."""
 
 from __future__ import annotations
 
@@ -15,36 +15,27 @@ from pytorch_metric_learning.utils.inference import CustomKNN
 from scipy.stats import ttest_1samp
 from sklearn.metrics import roc_curve
 
-import npair.scoring.metrics
-from npair.scoring.metrics import (
-    RESOLUTION,
-    Embedded,
-    Evaluation,
-    Retrieval,
-    Vectors,
-    clusters,
-    evaluate,
-    nearest,
-    over_seeds,
-    protocol_of,
-    verification,
-)
+import npair.scoring.retrieval
+from npair.scoring.evaluate import Evaluation, clusters, evaluate, protocol_of
+from npair.scoring.intervals import over_seeds
+from npair.scoring.retrieval import LabelledVectors, Retrieval, Vectors, nearest
+from npair.scoring.verification import RESOLUTION, verification
 
 
-def photos(n: int, classes: int, seed: int, *, d: int = 16, spread: float = 1.0) -> Embedded:
-    """Clustered unit vectors; some classes are common, others rare."""
+def photos(n: int, classes: int, seed: int, *, d: int = 16, spread: float = 1.0) -> LabelledVectors:
+    """Draw clustered unit vectors; some classes are common, others rare."""
     centres = np.random.default_rng(99).normal(size=(classes, d))
     rng = np.random.default_rng(seed)
     fine = (classes * rng.random(n) ** 2).astype(np.int64)
     vectors = centres[fine] + spread * rng.normal(size=(n, d))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return Embedded(vectors.astype(np.float32), fine, fine // 3)
+    return LabelledVectors(vectors.astype(np.float32), fine, fine // 3)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few rows at a time, so that small examples cross blocks and end in a partial one."""
-    monkeypatch.setattr(npair.scoring.metrics, "BLOCK", 700)
+    """Make blocks of a few rows, so that small examples cross blocks and end in a partial one."""
+    monkeypatch.setattr(npair.scoring.retrieval, "BLOCK", 700)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -53,7 +44,9 @@ def test_nearest_equals_a_loop(k: int) -> None:
     x = photos(100, 5, 0).vectors
     indices, similarities = nearest(x, x, k, exclude_self=True)
     for i in range(len(x)):
-        expected = sorted((j for j in range(len(x)) if j != i), key=lambda j: (-float(x[i] @ x[j]), j))[:k]
+        expected = sorted(
+            (j for j in range(len(x)) if j != i), key=lambda j: (-float(x[i] @ x[j]), j)
+        )[:k]
         np.testing.assert_allclose(similarities[i], x[expected] @ x[i], atol=1e-6)
         assert list(indices[i]) == expected
     assert (str(indices.dtype), str(similarities.dtype)) == ("int64", "float32")
@@ -63,14 +56,18 @@ def test_nearest_equals_a_loop(k: int) -> None:
 def test_equal_neighbours_keep_the_gallerys_order_and_only_the_own_row_is_excluded() -> None:
     corners = np.eye(4, dtype=np.float32)[[0, 0, 0, 1, 0]]
     np.testing.assert_array_equal(nearest(corners[:1], corners, 3)[0], [[0, 1, 2]])
-    np.testing.assert_array_equal(nearest(corners, corners, 2, exclude_self=True)[0], [[1, 2], [0, 2], [0, 1], [0, 1], [0, 1]])
+    np.testing.assert_array_equal(
+        nearest(corners, corners, 2, exclude_self=True)[0], [[1, 2], [0, 2], [0, 1], [0, 1], [0, 1]]
+    )
 
 
-def naive(queries: Embedded, gallery: Embedded, alone: bool) -> dict[str, float]:
-    """The fine retrieval metrics by the book."""
+def naive(
+    queries: LabelledVectors, gallery: LabelledVectors, exclude_self: bool
+) -> dict[str, float]:
+    """Compute the fine retrieval metrics by their definitions."""
     scores: dict[str, list[float]] = {}
     for i, label in enumerate(queries.fine):
-        others = [j for j in range(len(gallery.fine)) if not (alone and j == i)]
+        others = [j for j in range(len(gallery.fine)) if not (exclude_self and j == i)]
         cosines = {j: float(queries.vectors[i] @ gallery.vectors[j]) for j in others}
         ranked = sorted(others, key=lambda j: -cosines[j])
         hits = [gallery.fine[j] == label for j in ranked]
@@ -81,37 +78,49 @@ def naive(queries: Embedded, gallery: Embedded, alone: bool) -> dict[str, float]
         for j in ranked[:5]:
             count, total = votes.get(gallery.fine[j], (0, 0.0))
             votes[gallery.fine[j]] = (count + 1, total + cosines[j])
-        scores.setdefault("knn_accuracy", []).append(max(votes, key=lambda voted: votes[voted]) == label)
+        scores.setdefault("knn_accuracy", []).append(
+            max(votes, key=lambda voted: votes[voted]) == label
+        )
         if relevant:
             scores.setdefault("r_precision", []).append(sum(hits[:relevant]) / relevant)
-            precisions = [sum(hits[:rank]) / rank for rank in range(1, relevant + 1) if hits[rank - 1]]
+            precisions = [
+                sum(hits[:rank]) / rank for rank in range(1, relevant + 1) if hits[rank - 1]
+            ]
             scores.setdefault("map_at_r", []).append(sum(precisions) / relevant)
     return {name: float(np.mean(values)) for name, values in scores.items()}
 
 
 def values(retrieval: Retrieval) -> dict[str, float]:
-    return {name: getattr(retrieval, name).value for name in npair.scoring.metrics.MEASURES}
+    return {name: getattr(retrieval, name).value for name in npair.scoring.retrieval.MEASURES}
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("alone", [False, True])
-def test_retrieval_equals_its_definition(alone: bool) -> None:
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_retrieval_equals_its_definition(exclude_self: bool) -> None:
     queries, gallery = photos(90, 20, 1), photos(120, 15, 2)
-    scores = evaluate(queries, None if alone else gallery)
-    assert scores.protocol == ("self" if alone else "gallery")
+    scores = evaluate(queries, None if exclude_self else gallery)
+    assert scores.protocol == ("self" if exclude_self else "gallery")
     assert scores.fine.unanswerable > 0
-    assert values(scores.fine) == pytest.approx(naive(queries, queries if alone else gallery, alone))
-    kinds = Embedded(queries.vectors, queries.coarse, queries.coarse)
+    assert values(scores.fine) == pytest.approx(
+        naive(queries, queries if exclude_self else gallery, exclude_self)
+    )
+    kinds = LabelledVectors(queries.vectors, queries.coarse, queries.coarse)
     assert values(scores.coarse) == pytest.approx(
-        naive(kinds, kinds if alone else Embedded(gallery.vectors, gallery.coarse, gallery.coarse), alone)
+        naive(
+            kinds,
+            kinds
+            if exclude_self
+            else LabelledVectors(gallery.vectors, gallery.coarse, gallery.coarse),
+            exclude_self,
+        )
     )
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_equals_pytorch_metric_learning(alone: bool) -> None:
-    """Which leaves unanswerable queries out of precision at 1, where Recall@1 counts them as misses."""
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_equals_pytorch_metric_learning(exclude_self: bool) -> None:
+    """Its precision at 1 leaves out unanswerable queries, which Recall@1 counts as misses."""
     queries, gallery = photos(300, 120, 3), photos(400, 100, 4)
-    scores = evaluate(queries, None if alone else gallery)
+    scores = evaluate(queries, None if exclude_self else gallery)
     assert scores.fine.unanswerable > 0
     reference = AccuracyCalculator(
         include=("precision_at_1", "r_precision", "mean_average_precision_at_r", "NMI", "AMI"),
@@ -119,7 +128,7 @@ def test_equals_pytorch_metric_learning(alone: bool) -> None:
         knn_func=CustomKNN(CosineSimilarity()),
         kmeans_func=lambda x, k: torch.from_numpy(clusters(x.numpy(), k)),
     )
-    others = () if alone else (gallery.vectors, gallery.fine)
+    others = () if exclude_self else (gallery.vectors, gallery.fine)
     expected = reference.get_accuracy(queries.vectors, queries.fine, *others)
     answerable = scores.queries - scores.fine.unanswerable
     found = values(scores.fine)
@@ -137,30 +146,48 @@ def test_votes_that_are_equal_are_decided_by_summed_cosines() -> None:
     angles = np.array([0.1, 0.7, 0.2, 0.3, 0.9])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     labels = np.array([1, 1, 2, 2, 3])
-    scores = evaluate(Embedded(query, np.array([2]), np.array([0])), Embedded(vectors, labels, labels))
+    scores = evaluate(
+        LabelledVectors(query, np.array([2]), np.array([0])),
+        LabelledVectors(vectors, labels, labels),
+    )
     assert scores.fine.recall_at_1.value == 0
     assert scores.fine.knn_accuracy.value == 1
 
 
-def by_pair(queries: Embedded, gallery: Embedded, alone: bool) -> tuple[npt.NDArray[np.bool_], Vectors]:
-    pairs = [(i, j) for i in range(len(queries.fine)) for j in range(len(gallery.fine)) if not alone or i < j]
+def by_pair(
+    queries: LabelledVectors, gallery: LabelledVectors, exclude_self: bool
+) -> tuple[npt.NDArray[np.bool_], Vectors]:
+    pairs = [
+        (i, j)
+        for i in range(len(queries.fine))
+        for j in range(len(gallery.fine))
+        if not exclude_self or i < j
+    ]
     i, j = np.array(pairs).T
     return queries.fine[i] == gallery.fine[j], (queries.vectors[i] * gallery.vectors[j]).sum(axis=1)
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("alone", [False, True])
-def test_verification_counts_every_pair_once(alone: bool) -> None:
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_verification_counts_every_pair_once(exclude_self: bool) -> None:
     queries, gallery = photos(250, 12, 5), photos(150, 12, 6)
-    found = evaluate(queries, None if alone else gallery).verification
+    found = evaluate(queries, None if exclude_self else gallery).verification
     assert found is not None
-    same, cosines = by_pair(queries, queries if alone else gallery, alone)
+    same, cosines = by_pair(queries, queries if exclude_self else gallery, exclude_self)
     assert (found.positives, found.negatives) == (same.sum(), (~same).sum())
     assert found.far_1_percent is not None
     for point in (*found.curve, found.far_1_percent):
-        assert point.far == pytest.approx(np.mean(cosines[~same] >= point.threshold), abs=2 / found.negatives)
-        assert point.tar == pytest.approx(np.mean(cosines[same] >= point.threshold), abs=2 / found.positives)
-    assert found.far_1_percent.far <= 0.01 < np.mean(cosines[~same] >= found.far_1_percent.threshold - 1 / RESOLUTION) + 1e-4
+        assert point.far == pytest.approx(
+            np.mean(cosines[~same] >= point.threshold), abs=2 / found.negatives
+        )
+        assert point.tar == pytest.approx(
+            np.mean(cosines[same] >= point.threshold), abs=2 / found.positives
+        )
+    assert (
+        found.far_1_percent.far
+        <= 0.01
+        < np.mean(cosines[~same] >= found.far_1_percent.threshold - 1 / RESOLUTION) + 1e-4
+    )
     far, tar, _ = roc_curve(same, cosines, drop_intermediate=False)
     crossing = np.argmin(np.abs(far - (1 - tar)))
     assert found.eer == pytest.approx((far[crossing] + 1 - tar[crossing]) / 2, abs=1e-3)
@@ -174,7 +201,11 @@ def test_thresholds_need_enough_negative_pairs() -> None:
     found = verification(positives, negatives)
     assert found.far_01_percent is None
     assert found.far_1_percent is not None
-    assert (found.far_1_percent.threshold, found.far_1_percent.far, found.far_1_percent.tar) == (1 / RESOLUTION, 0, 1)
+    assert (found.far_1_percent.threshold, found.far_1_percent.far, found.far_1_percent.tar) == (
+        1 / RESOLUTION,
+        0,
+        1,
+    )
     assert found.eer == 0
     negatives[RESOLUTION] += 1
     assert verification(positives, negatives).far_01_percent is not None
@@ -184,9 +215,11 @@ def test_thresholds_need_enough_negative_pairs() -> None:
 
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
 def test_collapsed_embeddings_are_no_better_than_chance() -> None:
-    """All photos at one point: neighbours come in the gallery's order, and no threshold tells pairs apart."""
+    """If all photos coincide, neighbours follow the gallery's order, and no threshold helps."""
     fine = np.arange(200) % 4
-    scores = evaluate(Embedded(np.tile(np.array([0.6, 0.8], dtype=np.float32), (200, 1)), fine, fine))
+    scores = evaluate(
+        LabelledVectors(np.tile(np.array([0.6, 0.8], dtype=np.float32), (200, 1)), fine, fine)
+    )
     assert scores.verification is not None
     assert scores.verification.eer == pytest.approx(0.5)
     assert scores.verification.far_1_percent is not None
@@ -195,9 +228,11 @@ def test_collapsed_embeddings_are_no_better_than_chance() -> None:
 
 
 def test_intervals_resample_classes_not_photos() -> None:
-    """Twenty copies of every query say nothing new."""
+    """Twenty copies of each query add no information."""
     x = photos(60, 12, 7, spread=2.0)
-    copies = Embedded(np.repeat(x.vectors, 20, axis=0), np.repeat(x.fine, 20), np.repeat(x.coarse, 20))
+    copies = LabelledVectors(
+        np.repeat(x.vectors, 20, axis=0), np.repeat(x.fine, 20), np.repeat(x.coarse, 20)
+    )
     gallery = photos(60, 12, 8, spread=2.0)
     once, often = (evaluate(queries, gallery).fine.recall_at_1 for queries in (x, copies))
     assert once == often
@@ -206,11 +241,15 @@ def test_intervals_resample_classes_not_photos() -> None:
 
 
 def test_what_is_undefined_is_none() -> None:
-    x = Embedded(np.eye(4, dtype=np.float32), np.arange(4), np.zeros(4, dtype=np.int64))
+    x = LabelledVectors(np.eye(4, dtype=np.float32), np.arange(4), np.zeros(4, dtype=np.int64))
     scores = evaluate(x)
     assert (scores.fine.unanswerable, scores.coarse.unanswerable) == (4, 0)
     assert scores.fine.recall_at_1.value == 0
-    assert (scores.fine.r_precision, scores.fine.map_at_r, scores.verification) == (None, None, None)
+    assert (scores.fine.r_precision, scores.fine.map_at_r, scores.verification) == (
+        None,
+        None,
+        None,
+    )
     assert scores.coarse.recall_at_1.value == 1
     assert Evaluation.from_dict(json.loads(json.dumps(scores.as_dict()))) == scores
 
@@ -257,10 +296,10 @@ def test_refuses_what_it_cannot_score() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    """All similarities of 20,000 photos would be 1.6 GB of float32."""
+    """All cosines of 20,000 photos would be 1.6 GB of float32."""
     vectors = np.random.default_rng(11).normal(size=(20_000, 32)).astype(np.float32)
     fine = np.arange(len(vectors)) // 40
-    x = Embedded(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), fine, fine // 5)
+    x = LabelledVectors(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), fine, fine // 5)
     tracemalloc.start()
     try:
         evaluate(x)

@@ -1,4 +1,4 @@
-"""The report of drawn photos: one well-formed, escaped file that needs nothing else, whatever is missing from what it reports."""
+"""The report is one well-formed, escaped, self-contained file, even if parts are unknown."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ import pytest
 
 from npair.data.dataset import Photos
 from npair.publishing.drawings import draw, encode
-from npair.scoring.evaluate import Comparison
-from npair.scoring.metrics import Evaluation, Labels, Vectors
+from npair.scoring.evaluate import Comparison, Evaluation
 from npair.scoring.report import write_report
+from npair.scoring.retrieval import Labels, Vectors
 
 VOID = {"meta", "img", "br", "link", "input"}
-HOSTILE = ('<script>alert("1")</script>', "Äpfel & 'Birnen'", '"><img src=x onerror=y>', "{{ 7 * 7 }}")
+HOSTILE = (
+    '<script>alert("1")</script>',
+    "Äpfel & 'Birnen'",
+    '"><img src=x onerror=y>',
+    "{{ 7 * 7 }}",
+)
 
 
 class Page(HTMLParser):
-    """Collects what a page holds, and fails where a tag is not closed in turn."""
+    """Collects the tags and texts of a page; fails if a tag is not closed in turn."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -68,10 +73,17 @@ def vectors(fine: Labels, seed: int, spread: float = 0.9) -> Vectors:
 
 
 LOG: list[dict[str, Any]] = [
-    {"epoch": epoch, "loss": 3.0 / epoch, "batch_recall": 1 - 1 / epoch, "seconds": 20.0} for epoch in range(1, 41)
+    {"epoch": epoch, "loss": 3.0 / epoch, "batch_recall": 1 - 1 / epoch, "seconds": 20.0}
+    for epoch in range(1, 41)
 ]
-SCORED = [row | {"val": {"fine": 0.5, "coarse": 0.6}} if row["epoch"] % 10 == 0 else row for row in LOG]
-RUN = {"train": {"seed": 0, "size": 96}, "git_commit": "abc-dirty", "data": {"fingerprint": "f00d", "photos": 16, "classes": 4}}
+SCORED = [
+    row | {"val": {"fine": 0.5, "coarse": 0.6}} if row["epoch"] % 10 == 0 else row for row in LOG
+]
+RUN = {
+    "train": {"seed": 0, "size": 96},
+    "git_commit": "abc-dirty",
+    "data": {"fingerprint": "f00d", "photos": 16, "classes": 4},
+}
 
 
 def page(
@@ -79,16 +91,25 @@ def page(
 ) -> tuple[str, Page, Evaluation]:
     query_vectors = vectors(queries.fine, 1, spread)
     gallery_vectors = query_vectors if gallery is None else vectors(gallery.fine, 2, spread)
-    compared = Comparison("Drawn & <i>reported</i>", queries, query_vectors, gallery or queries, gallery_vectors)
+    compared = Comparison(
+        "Drawn & <i>reported</i>", queries, query_vectors, gallery or queries, gallery_vectors
+    )
     evaluation = compared.evaluate()
     path = tmp_path / "report.html"
-    write_report(path, compared, evaluation, **{"run": RUN, "log": SCORED, "findings": ["a <b>finding</b>"]} | changes)
+    write_report(
+        path,
+        compared,
+        evaluation,
+        **{"run": RUN, "log": SCORED, "findings": ["a <b>finding</b>"]} | changes,
+    )
     html = path.read_text(encoding="utf-8")
     return html, Page(html), evaluation
 
 
 def test_is_one_file_that_says_what_was_measured(tmp_path: Path) -> None:
-    html, parsed, evaluation = page(tmp_path, photos(tmp_path / "q", 4, 2), photos(tmp_path / "g", 4, 4))
+    html, parsed, evaluation = page(
+        tmp_path, photos(tmp_path / "q", 4, 2), photos(tmp_path / "g", 4, 4)
+    )
     assert "http:" not in html
     assert "https:" not in html
     for tag, attributes in parsed.tags:
@@ -118,7 +139,9 @@ def test_names_are_escaped(tmp_path: Path) -> None:
         assert f"Query: {name}" in {image["alt"] for image in parsed.all("img")}
     assert "a <b>finding</b>" in parsed.texts
     assert parsed.texts.count("Drawn & <i>reported</i>") == 2
-    assert not [tag for tag, attributes in parsed.tags if tag == "script" or "onerror" in attributes]
+    assert not [
+        tag for tag, attributes in parsed.tags if tag == "script" or "onerror" in attributes
+    ]
 
 
 def test_is_accessible(tmp_path: Path) -> None:
@@ -126,7 +149,9 @@ def test_is_accessible(tmp_path: Path) -> None:
     assert parsed.all("html") == [{"lang": "en"}]
     assert len(parsed.all("h1")) == 1
     assert all(image["alt"] for image in parsed.all("img"))
-    assert all(drawing.get("aria-label") or drawing.get("aria-hidden") for drawing in parsed.all("svg"))
+    assert all(
+        drawing.get("aria-label") or drawing.get("aria-hidden") for drawing in parsed.all("svg")
+    )
     targets = [anchor["href"] for anchor in parsed.all("a")]
     assert targets == [f"#{section['id']}" for section in parsed.all("section")]
     symbols = [text for text in parsed.texts if text in {"✓", "✗"}]
@@ -135,7 +160,7 @@ def test_is_accessible(tmp_path: Path) -> None:
 
 
 def test_photos_against_each_other(tmp_path: Path) -> None:
-    """The gallery is not looked at: a photo is not its own neighbour."""
+    """Without a gallery, a photo is not its own neighbour."""
     queries = photos(tmp_path / "q", 2, 3)
     _, parsed, evaluation = page(tmp_path, queries, None)
     assert evaluation.protocol == "self"
@@ -144,19 +169,28 @@ def test_photos_against_each_other(tmp_path: Path) -> None:
 
 
 def test_without_run_log_and_findings(tmp_path: Path) -> None:
-    _, parsed, _ = page(tmp_path, photos(tmp_path / "q", 2, 2), photos(tmp_path / "g", 2, 2), run=None, log=[], findings=[])
+    _, parsed, _ = page(
+        tmp_path,
+        photos(tmp_path / "q", 2, 2),
+        photos(tmp_path / "g", 2, 2),
+        run=None,
+        log=[],
+        findings=[],
+    )
     assert "training" not in {section["id"] for section in parsed.all("section")}
     assert "No findings." in parsed.texts
 
 
 @pytest.mark.parametrize("log", [LOG, LOG[:1], SCORED[9:10]])
 def test_logs_of_any_length(log: list[dict[str, Any]], tmp_path: Path) -> None:
-    _, parsed, _ = page(tmp_path, photos(tmp_path / "q", 2, 2), photos(tmp_path / "g", 2, 2), log=log)
+    _, parsed, _ = page(
+        tmp_path, photos(tmp_path / "q", 2, 2), photos(tmp_path / "g", 2, 2), log=log
+    )
     assert ("Recall@1 on val photos" in parsed.texts) == ("val" in log[-1])
 
 
 def test_what_is_undefined_is_said_to_be(tmp_path: Path) -> None:
-    """A photo a product: there is nothing to find and no pair to verify."""
+    """With one photo of each product, there is nothing to find and no pair to verify."""
     _, parsed, evaluation = page(tmp_path, photos(tmp_path / "q", 4, 1), None)
     assert evaluation.verification is None
     assert parsed.texts.count("not defined") == 2, "R-precision and MAP@R of products"
@@ -165,7 +199,9 @@ def test_what_is_undefined_is_said_to_be(tmp_path: Path) -> None:
 
 
 def test_nothing_wrong(tmp_path: Path) -> None:
-    _, parsed, _ = page(tmp_path, photos(tmp_path / "q", 4, 2), photos(tmp_path / "g", 4, 4), spread=0.01)
+    _, parsed, _ = page(
+        tmp_path, photos(tmp_path / "q", 4, 2), photos(tmp_path / "g", 4, 4), spread=0.01
+    )
     assert "None: every nearest neighbour is right." in parsed.texts
     assert "✗" in parsed.texts, "the sixth neighbour of five"
 
@@ -178,4 +214,8 @@ def test_collapsed_embeddings_have_no_map(tmp_path: Path) -> None:
         evaluation = compared.evaluate()
     path = tmp_path / "report.html"
     write_report(path, compared, evaluation, run=None, log=[], findings=[])
-    assert not [section for section in Page(path.read_text(encoding="utf-8")).all("section") if section["id"] == "map"]
+    assert not [
+        section
+        for section in Page(path.read_text(encoding="utf-8")).all("section")
+        if section["id"] == "map"
+    ]

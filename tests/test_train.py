@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import TINY
 
-from npair.data.dataset import read_dataset
-from npair.data.pixels import default_cache, load
+from npair.data.pixels import decode_dataset, default_cache
+from npair.data.sources import read_dataset
 from npair.networks.network import load_network
 from npair.publishing.drawings import write_characters, write_dataset
 from npair.scoring.evaluate import embed_run
@@ -103,7 +103,7 @@ def test_early_stopping_keeps_the_best_network(dataset: Path, tmp_path: Path) ->
     recalls = [row["val"]["fine"] for row in read_log(tmp_path / "run")]
     assert len(recalls) < 30
     assert len(recalls) - 1 - recalls.index(max(recalls)) == 2, "two evaluations without a better one"
-    dataset_, pixels, _ = load(read_dataset(dataset), TINY.preprocessing(), default_cache())
+    dataset_, pixels, _ = decode_dataset(read_dataset(dataset), TINY.preprocessing(), default_cache())
     kept = embed_run(tmp_path / "run", dataset_, pixels, "val").evaluate()
     assert kept.fine.recall_at_1.value == max(recalls)
 

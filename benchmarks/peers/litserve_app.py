@@ -29,5 +29,9 @@ class Embedding(litserve.LitAPI):
 
 if __name__ == "__main__":
     api = Embedding(max_batch_size=BATCH, batch_timeout=0.005 if BATCH > 1 else 0)
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=int(os.environ["WORKERS"]), timeout=60)
-    server.run(port=int(sys.argv[1]), generate_client_file=False, num_api_servers=1, log_level="error")
+    server = litserve.LitServer(
+        api, accelerator="cpu", workers_per_device=int(os.environ["WORKERS"]), timeout=60
+    )
+    server.run(
+        port=int(sys.argv[1]), generate_client_file=False, num_api_servers=1, log_level="error"
+    )

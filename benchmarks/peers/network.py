@@ -49,7 +49,9 @@ class Eager:
         """uint8 [size, size, 3] each -> float32 [N, D] of unit length."""
         self.torch.set_num_threads(THREADS)  # of the thread that calls
         with self.torch.inference_mode():
-            return self.torch.nn.functional.normalize(self.forward(self.torch.from_numpy(np.stack(pixels)))).numpy()
+            return self.torch.nn.functional.normalize(
+                self.forward(self.torch.from_numpy(np.stack(pixels)))
+            ).numpy()
 
 
 class ResNet50(Eager):
@@ -62,7 +64,9 @@ class ResNet50(Eager):
         return ResNetModel(ResNetConfig()).eval(), 224  # its defaults are those of ResNet-50
 
     def forward(self, pixels):
-        images = (pixels.permute(0, 3, 1, 2) / 255 - 0.45) / 0.225  # about ImageNet's mean and deviation
+        images = (
+            pixels.permute(0, 3, 1, 2) / 255 - 0.45
+        ) / 0.225  # about ImageNet's mean and deviation
         return self.network(images).pooler_output.flatten(1)
 
 
@@ -91,7 +95,9 @@ class Clip:
         """Pillow's images -> float32 [N, 512] of unit length."""
         with self.torch.inference_mode():
             pixels = self.processor(images=images, return_tensors="pt")
-            return self.torch.nn.functional.normalize(self.model.get_image_features(**pixels)).numpy()
+            return self.torch.nn.functional.normalize(
+                self.model.get_image_features(**pixels)
+            ).numpy()
 
 
 def write_clip(folder: Path) -> None:
@@ -114,7 +120,9 @@ def write_clip(folder: Path) -> None:
     merges.write_text("#version: 0.2\n")
     torch.manual_seed(0)
     CLIPModel(CLIPConfig()).save_pretrained(folder)  # its defaults are those of ViT-B/32
-    CLIPProcessor(CLIPImageProcessor(), CLIPTokenizerFast(str(vocabulary), str(merges))).save_pretrained(folder)
+    CLIPProcessor(
+        CLIPImageProcessor(), CLIPTokenizerFast(str(vocabulary), str(merges))
+    ).save_pretrained(folder)
 
 
 class Npair:
@@ -133,7 +141,9 @@ class Npair:
 
 
 def load() -> Eager | Clip | Npair:
-    return {"eager": Eager, "npair": Npair, "ResNet-50": ResNet50, "CLIP ViT-B/32": Clip}[os.environ["MODE"]]()
+    return {"eager": Eager, "npair": Npair, "ResNet-50": ResNet50, "CLIP ViT-B/32": Clip}[
+        os.environ["MODE"]
+    ]()
 
 
 if __name__ == "__main__":

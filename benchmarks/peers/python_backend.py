@@ -14,5 +14,9 @@ class TritonPythonModel:
         for request in requests:
             photos = pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy().ravel()
             embeddings = self.model.embed([self.model.decode(photo) for photo in photos])
-            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("EMBEDDING", embeddings.astype(np.float32))]))
+            responses.append(
+                pb_utils.InferenceResponse(
+                    [pb_utils.Tensor("EMBEDDING", embeddings.astype(np.float32))]
+                )
+            )
         return responses

@@ -17,8 +17,9 @@ from npair.serving.preprocess import Preprocessing
 from npair.training.run import TrainConfig, read_run
 
 if TYPE_CHECKING:
+    from npair.data.checks import Findings
     from npair.data.dataset import Dataset
-    from npair.data.pixels import Findings, Pixels
+    from npair.data.pixels import Pixels
     from npair.releasing.release import Server
     from npair.releasing.repository import Repository
 
@@ -232,10 +233,10 @@ def _data_grocery(arguments: argparse.Namespace) -> int:
 
 def _data_check(arguments: argparse.Namespace) -> int:
     from npair.data.folds import found_by_colour
-    from npair.data.pixels import GLANCE
+    from npair.data.pixels import PREVIEW
     from npair.scoring.evaluate import sides
 
-    dataset, pixels, findings = _load(arguments, GLANCE)
+    dataset, pixels, findings = _load(arguments, PREVIEW)
     for name, photos in dataset.splits.items():
         print(f"{name}: {len(photos)} photos of {len(set(photos.fine))} classes")
     print(f"splits: {dataset.made}", *findings.lines(), sep="\n")
@@ -252,9 +253,9 @@ def _data_check(arguments: argparse.Namespace) -> int:
 
 def _data_folds(arguments: argparse.Namespace) -> int:
     from npair.data.folds import write_folds
-    from npair.data.pixels import GLANCE
+    from npair.data.pixels import PREVIEW
 
-    dataset, pixels, _ = _load(arguments, GLANCE)
+    dataset, pixels, _ = _load(arguments, PREVIEW)
     for table in write_folds(dataset, pixels, arguments.folds, arguments.of, arguments.out):
         print(table)
     return 0
@@ -277,8 +278,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from npair.data.pixels import GLANCE
+    from npair.data.pixels import PREVIEW
     from npair.scoring.evaluate import embed_run, embed_served
+    from npair.scoring.pictures import draw_neighbours
     from npair.scoring.report import write_report
 
     run = read_run(arguments.run) if arguments.run else None
@@ -288,11 +290,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         dataset, pixels, findings = _load(arguments, config.preprocessing())
         compared = embed_run(arguments.run, dataset, pixels, arguments.split)
     else:
-        dataset, _, findings = _load(arguments, GLANCE)
+        dataset, _, findings = _load(arguments, PREVIEW)
         compared = embed_served(dataset, arguments.split, arguments.url)
     scores = compared.evaluate()
     if arguments.picture:
-        compared.draw(arguments.picture)
+        draw_neighbours(compared, arguments.picture)
     if arguments.report:
         log = (arguments.run / "log.jsonl").read_text().splitlines() if arguments.run else []
         write_report(
@@ -313,11 +315,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace, preprocessing: Preprocessing) -> tuple[Dataset, Pixels, Findings]:
-    from npair.data.dataset import read_dataset
-    from npair.data.pixels import default_cache, load
+    from npair.data.pixels import decode_dataset, default_cache
+    from npair.data.sources import read_dataset
 
     dataset = read_dataset(arguments.data, split_by=arguments.split_by, val_share=arguments.val_share, seed=arguments.seed)
-    return load(dataset, preprocessing, arguments.cache or default_cache())
+    return decode_dataset(dataset, preprocessing, arguments.cache or default_cache())
 
 
 def _say(line: str) -> None:
@@ -328,7 +330,7 @@ def _publish(arguments: argparse.Namespace) -> int:
     from npair.data.pixels import default_cache
     from npair.publishing.publish import publish
     from npair.releasing.repository import open_repository
-    from npair.scoring.metrics import Evaluation
+    from npair.scoring.evaluate import Evaluation
 
     repository = open_repository(arguments.repository)
     number = publish(
@@ -474,7 +476,7 @@ def _index_search(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from npair.data.dataset import read_dataset
+    from npair.data.sources import read_dataset
     from npair.releasing.repository import open_repository
     from npair.releasing.tune import best_point, draw, frontier, read_setting, table, tune, with_setting
     from npair.serving.engine import cores

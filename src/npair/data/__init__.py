@@ -1,1 +1,1 @@
-"""Photos and labels: where they come from, what is wrong with them, their decoded pixels."""
+"""Photos and labels: sources, checks, splits and decoded pixels."""

@@ -1,4 +1,4 @@
-"""The Grocery Store Dataset (Klasson et al., WACV 2019; MIT licence), on which the shipped version was trained."""
+"""The Grocery Store Dataset (Klasson et al., WACV 2019; MIT licence)."""
 
 from __future__ import annotations
 
@@ -15,20 +15,25 @@ from typing import Any
 
 from tqdm import tqdm
 
-from npair.data.dataset import DataError, read_dataset
+from npair.data.dataset import DataError
+from npair.data.sources import read_dataset
 
 REPOSITORY = "https://github.com/marcusklasson/GroceryStoreDataset"
 COMMIT = "b545e4c5db0a77d9274bc7753eb409f83772a3a5"
 TIMEOUT = 30.0  # seconds without a byte
+FETCH_ERRORS = (
+    *(OSError, EOFError, http.client.HTTPException),
+    *(tarfile.TarError, zlib.error, DataError),
+)
 
 
 @dataclass(frozen=True)
 class Release:
-    """What is fetched, and how to tell that it is all there.
+    """A download, and how to check that it is complete.
 
-    url: of a gzipped tar archive with a single folder at its top.
-    photos: their number by split.
-    fingerprint: of the splits train and val, as of :meth:`npair.data.dataset.Dataset.fingerprint`.
+    url: a gzipped tar archive with a single folder at its top.
+    photos: the number of photos in each split.
+    fingerprint: ``Dataset.fingerprint()`` of train and val.
     """
 
     url: str
@@ -44,13 +49,17 @@ GROCERY = Release(
 
 
 def fetch_grocery(folder: Path, release: Release = GROCERY) -> Path:
-    """Fetch the data set into ``folder``, or check the one that is there; says on stderr which. Returns: ``folder``.
+    """Fetch the data set into ``folder``, or check the one that is there. Say on stderr which.
 
-    Raises: DataError where it cannot be fetched or is not the data set; the folder is then as it was before.
+    Returns: ``folder``. Raises: DataError if the data set cannot be fetched or what is there is
+    something else; the folder is then unchanged.
     """
     if folder.is_dir() and any(folder.iterdir()):
         _check(folder, release)
-        print(f"{folder} already holds the Grocery Store Dataset, complete and unchanged", file=sys.stderr)
+        print(
+            f"{folder} already holds the Grocery Store Dataset, complete and unchanged",
+            file=sys.stderr,
+        )
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,26 +68,30 @@ def fetch_grocery(folder: Path, release: Release = GROCERY) -> Path:
             _download(release.url, staged)
             _check(staged, release)
             staged.replace(folder)
-    except (OSError, EOFError, http.client.HTTPException, tarfile.TarError, zlib.error, DataError) as error:
+    except FETCH_ERRORS as error:
         raise DataError(
-            f"the Grocery Store Dataset could not be fetched from {release.url} ({error}); try again, or fetch it by hand: "
-            f"git clone {REPOSITORY} {folder} && git -C {folder} checkout {COMMIT}"
+            f"the Grocery Store Dataset could not be fetched from {release.url} ({error}); try"
+            f" again, or fetch it by hand: git clone {REPOSITORY} {folder} && git -C {folder}"
+            f" checkout {COMMIT}"
         ) from error
     print(f"{folder} holds the Grocery Store Dataset", file=sys.stderr)
     return folder
 
 
 def _download(url: str, folder: Path) -> None:
-    """Unpack the archive as it arrives, its top folder as ``folder``."""
+    """Unpack an archive while it arrives, with ``folder`` in place of its top folder."""
     with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
         size = response.headers.get("Content-Length")
-        progress: Any = tqdm.wrapattr(response, "read", total=int(size) if size else None, desc="fetch", leave=False, disable=None)
+        total = int(size) if size else None
+        progress: Any = tqdm.wrapattr(
+            response, "read", total=total, desc="fetch", leave=False, disable=None
+        )
         with progress as stream, tarfile.open(fileobj=stream, mode="r|gz") as archive:
             for member in archive:
                 parts = PurePosixPath(member.name).parts[1:]
                 content = archive.extractfile(member) if member.isfile() else None
                 if content is None or not parts:
-                    continue  # folders are made as needed; links have no place in this data set, and could lead out of the folder
+                    continue  # folders are made as needed; links could lead out of the folder
                 if ".." in parts:
                     raise tarfile.ExtractError(f"{member.name} would lie outside of the folder")
                 target = folder.joinpath(*parts)
@@ -88,11 +101,17 @@ def _download(url: str, folder: Path) -> None:
 
 
 def _check(folder: Path, release: Release) -> None:
-    """Raises: DataError where ``folder`` does not hold the release."""
+    """Raise DataError if ``folder`` does not hold the release."""
     dataset = read_dataset(folder)
     photos = {split: len(photos) for split, photos in dataset.splits.items()}
     if photos != release.photos:
-        raise DataError(f"{folder} lists {photos} photos instead of {release.photos}; move it away and fetch the data set anew")
+        raise DataError(
+            f"{folder} lists {photos} photos instead of {release.photos}; move it away and fetch"
+            " the data set anew"
+        )
     known = replace(dataset, splits={split: dataset.splits[split] for split in ("train", "val")})
     if known.fingerprint() != release.fingerprint:
-        raise DataError(f"{folder} holds photos or labels that are not the data set's; move it away and fetch the data set anew")
+        raise DataError(
+            f"{folder} holds photos or labels that are not the data set's; move it away and fetch"
+            " the data set anew"
+        )

@@ -23,7 +23,10 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from npair.client import PIXEL, NpairClient, Photo, Vectors, VersionGoneError
-from npair.data.dataset import digest_of, each, find_lists, find_photos, label_of, read_dataset, shown, split_folders, summary
+from npair.data.dataset import label_of
+from npair.data.files import digest_of, parallel_map, shown
+from npair.data.sources import find_photos, read_dataset, split_folders, summary
+from npair.data.tables import find_lists
 from npair.releasing.repository import alone
 
 os.environ.setdefault("LANCEDB_LOG", "error")  # it warns of every empty part of an index, which does no harm
@@ -130,7 +133,7 @@ def build(source: Path, folder: Path, client: NpairClient) -> Built:
                 table = create(folder, made_by, example.shape[1])
                 stored = _stored(table)
             table.optimize(cleanup_older_than=READ)
-            digests = each(_digest, list(labels), "read")
+            digests = parallel_map(_digest, list(labels), "read")
             wanted = {shown(path): (shown(label), digest) for (path, label), digest in zip(labels.items(), digests, strict=True)}
             new = [path for path in labels if stored.get(shown(path)) != wanted[shown(path)]]
             left_out = _embed(table, new, wanted, pinned, stored)

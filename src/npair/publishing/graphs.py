@@ -19,7 +19,7 @@ import torch
 from npair.data.dataset import Dataset, Photos
 from npair.data.pixels import Pixels
 from npair.scoring.evaluate import Comparison, compare
-from npair.scoring.metrics import Vectors
+from npair.scoring.retrieval import Vectors
 from npair.serving.embedder import Embedder
 from npair.serving.engine import BATCH, EngineError, cores, cpu_info, import_openvino
 

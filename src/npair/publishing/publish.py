@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from npair.data.dataset import Dataset, Photos, read_photo
+from npair.data.dataset import Dataset, Photos
+from npair.data.files import read_photo
 from npair.publishing.graphs import milliseconds
 from npair.publishing.version_folder import LIBRARIES, PublishError, write_manifest, write_version
 from npair.releasing.config import pinned
 from npair.releasing.release import published_code, verify
 from npair.releasing.repository import Repository
 from npair.scoring.evaluate import compare
-from npair.scoring.metrics import Vectors
+from npair.scoring.retrieval import Vectors
 from npair.serving.embedder import UNLIMITED, Embedder, read_manifest
 from npair.serving.engine import cores
 

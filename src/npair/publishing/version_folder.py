@@ -20,8 +20,9 @@ from PIL import Image
 from torch.export import Dim
 
 import npair.serving
-from npair.data.dataset import Dataset, read_dataset
-from npair.data.pixels import load, load_pixels
+from npair.data.dataset import Dataset
+from npair.data.pixels import decode_dataset, decode_photos
+from npair.data.sources import read_dataset
 from npair.networks.network import EMBEDDING_DIM, EmbeddingNetwork, build_network, embed, load_network
 from npair.publishing.drawings import draw, encode
 from npair.publishing.graphs import ENGINES, REFERENCE, UNMEASURED, Manifest, choose, write_graphs
@@ -59,7 +60,7 @@ def write_version(
     config = TrainConfig(**training["train"])
     preprocessing = config.preprocessing()
     dataset = read_dataset(data, split_by=config.split_by, val_share=config.val_share, seed=config.seed)
-    dataset, pixels, _ = load(dataset, preprocessing, cache)
+    dataset, pixels, _ = decode_dataset(dataset, preprocessing, cache)
     if dataset.fingerprint() != training["data"]["fingerprint"]:
         raise PublishError(f"{run} was not trained on {data}")
     for name in CODE:
@@ -142,7 +143,7 @@ def write_golden(folder: Path, network: EmbeddingNetwork, preprocessing: Preproc
     for name, photo in photos.items():
         (golden / name).write_bytes(photo)
     paths = [golden / name for name in photos]
-    np.save(golden / "embeddings.npy", embed(network, load_pixels(paths, preprocessing)))
+    np.save(golden / "embeddings.npy", embed(network, decode_photos(paths, preprocessing)))
     return {"photos": [str(path.relative_to(folder)) for path in paths], "embeddings": "golden/embeddings.npy"}
 
 

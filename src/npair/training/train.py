@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from npair.data.dataset import Dataset, Photos, read_dataset
-from npair.data.pixels import default_cache, load
+from npair.data.dataset import Dataset, Photos
+from npair.data.pixels import decode_dataset, default_cache
+from npair.data.sources import read_dataset
 from npair.networks.efficientnet_lite import VARIANTS
 from npair.networks.network import EmbeddingNetwork, build_network, embed, multiply_adds, new_network
 from npair.scoring.evaluate import compare
-from npair.scoring.metrics import Vectors
+from npair.scoring.retrieval import Vectors
 from npair.serving.preprocess import Preprocessing
 from npair.training.loss import CosineNPairLoss, NPairLoss, TupletLoss
 from npair.training.processes import (
@@ -79,7 +80,8 @@ def train(data: Path, run: Path, config: TrainConfig, *, resume: bool = False, c
         config = settle(config, dataset.train)
         # Crops are cut from photos larger than they are, so that they have real detail: the smallest, 0.35 of the area, are scaled
         # up by 1.2, all others less or down.
-        dataset, pixels, findings = load(dataset, replace(config.preprocessing(), size=round(1.44 * config.crop_size)), cache)
+        larger = replace(config.preprocessing(), size=round(1.44 * config.crop_size))
+        dataset, pixels, findings = decode_dataset(dataset, larger, cache)
         photos, rows = dataset.train, pixels.of(dataset.train)
         sampler = NPairSampler(photos.fine, config.classes_per_batch, config.seed, multiple_of=world_size())
         config = replace(config, classes_per_batch=sampler.classes_per_batch)
@@ -360,7 +362,7 @@ Score = Callable[[nn.Module], dict[str, float]]
 
 def recall_on_val(dataset: Dataset, preprocessing: Preprocessing, cache: Path) -> Score:
     """A function of a network: its Recall@1 on val, against train or, where val's classes are others, among val itself."""
-    dataset, pixels, _ = load(dataset, preprocessing, cache)
+    dataset, pixels, _ = decode_dataset(dataset, preprocessing, cache)
 
     def score(network: nn.Module) -> dict[str, float]:
         return compare("this step", dataset, "val", lambda photos: embed(network, pixels.array, pixels.of(photos))).recall_at_1()

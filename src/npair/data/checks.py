@@ -1,0 +1,120 @@
+"""What is wrong with a data set, and the data set without it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from npair.data.dataset import SPLITS, Dataset
+from npair.data.files import shown
+from npair.data.sources import summary
+
+# With fewer, a network learns these photos by heart rather than the products they show.
+FEW_CLASSES, FEW_PHOTOS = 10, 5
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Problems of a data set that were dealt with before training, and facts worth a look.
+
+    corrupt: files that cannot be decoded, each with the reason; left out.
+    copies: further files with the same bytes in the same class and split; left out.
+    contradicting: groups of files with the same bytes in different classes; all left out.
+    leaks: files with the same bytes as one of their class in a later split; left out.
+    lone: classes with a single photo in train, which cannot make a pair; kept.
+    classes, median: number of classes in train, and the median of their photos.
+    ignored: files and folders that are not photos.
+    """
+
+    corrupt: tuple[tuple[Path, str], ...]
+    copies: tuple[Path, ...]
+    contradicting: tuple[tuple[Path, ...], ...]
+    leaks: tuple[Path, ...]
+    lone: tuple[str, ...]
+    classes: int
+    median: float
+    ignored: tuple[Path, ...]
+
+    def lines(self) -> list[str]:
+        """Return a sentence for each kind of finding; none if all is well."""
+        kinds = {
+            "Left out, since they cannot be decoded": [
+                f"{shown(path)} ({reason})" for path, reason in self.corrupt
+            ],
+            "Left out as copies of other photos of their class": list(map(shown, self.copies)),
+            "Left out, since the same photo has different labels": [
+                " = ".join(map(shown, group)) for group in self.contradicting
+            ],
+            "Left out, since the same photo is in a split that tests what was learnt": list(
+                map(shown, self.leaks)
+            ),
+            "Classes with a single train photo, which take no part in training": list(
+                map(shown, self.lone)
+            ),
+            "Ignored, since they are not photos in a class's folder": (
+                [summary(self.ignored)] if self.ignored else []
+            ),
+        }
+        lines = [f"{what}: {_first(things)}." for what, things in kinds.items() if things]
+        if self.classes < FEW_CLASSES or self.median < FEW_PHOTOS:
+            lines.append(
+                f"The data set is tiny, {self.classes} classes with {self.median:g} train photos"
+                " each in the median: expect little of a network trained on fewer than"
+                f" {FEW_CLASSES} classes or {FEW_PHOTOS} photos of each."
+            )
+        return lines
+
+
+def clean(
+    dataset: Dataset, digests: Mapping[Path, str], corrupt: Mapping[Path, str]
+) -> tuple[Dataset, Findings]:
+    """Leave out corrupt photos and all but one copy of each other, the one in the latest split.
+
+    digests: SHA-256 of each photo that could be read. corrupt: why photos cannot be used.
+    Returns: the data set, with the digests of its photos, and the findings.
+    """
+    places: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for split, photos in dataset.splits.items():
+        for index, path in enumerate(photos.paths):
+            if path not in corrupt:
+                places[digests[path]].append((split, index))
+    kept: dict[str, list[int]] = {split: [] for split in dataset.splits}
+    copies: list[Path] = []
+    leaks: list[Path] = []
+    contradicting: list[tuple[Path, ...]] = []
+    for same in places.values():
+        files = tuple(dataset.splits[split].paths[index] for split, index in same)
+        if len({int(dataset.splits[split].fine[index]) for split, index in same}) > 1:
+            contradicting.append(files)
+            continue
+        chosen = max(same, key=lambda place: SPLITS.index(place[0]))
+        kept[chosen[0]].append(chosen[1])
+        for place, path in zip(same, files, strict=True):
+            if place != chosen:
+                (copies if place[0] == chosen[0] else leaks).append(path)
+    splits = {
+        split: photos.select(sorted(kept[split]))
+        for split, photos in dataset.splits.items()
+        if kept[split] or split == "train"
+    }
+    train = splits["train"]
+    counts = np.bincount(train.fine, minlength=len(train.fine_names))
+    findings = Findings(
+        corrupt=tuple(corrupt.items()),
+        copies=tuple(copies),
+        contradicting=tuple(contradicting),
+        leaks=tuple(leaks),
+        lone=tuple(train.fine_names[label] for label in np.flatnonzero(counts == 1)),
+        classes=int((counts > 0).sum()),
+        median=float(np.median(counts[counts > 0])) if len(train) else 0.0,
+        ignored=dataset.ignored,
+    )
+    return replace(dataset, splits=splits, digests=digests), findings
+
+
+def _first(things: Sequence[str]) -> str:
+    return ", ".join(things[:5]) + (f" and {len(things) - 5} more" if len(things) > 5 else "")
