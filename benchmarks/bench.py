@@ -47,7 +47,7 @@ from PIL import Image
 
 from npair.data.dataset import read_dataset
 from npair.releasing.config import with_release
-from npair.releasing.release import published_code
+from npair.releasing.verify import published_code
 from npair.serving.engine import cores
 
 ROOT = Path(__file__).resolve().parents[1]

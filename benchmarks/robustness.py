@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from npair.data.dataset import Dataset, Photos, read_dataset, read_photo
-from npair.releasing.release import published_code
+from npair.releasing.verify import published_code
 from npair.scoring.evaluate import compare
 from npair.scoring.metrics import Vectors, nearest
 from npair.serving.embedder import UNLIMITED

@@ -23,8 +23,10 @@ from conftest import ROOT, SHIPPED, free_ports, lines_until_ready, rewrite_manif
 from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 
+from npair.releasing import ReleaseError
 from npair.releasing.config import with_release
-from npair.releasing.release import ReleaseError, Server, check_server, client_parameters, promote, rollback
+from npair.releasing.control import Server
+from npair.releasing.release import check_server, client_parameters, promote, rollback
 from npair.releasing.repository import Repository, RepositoryError, Store, open_repository
 
 SECRET = "test"

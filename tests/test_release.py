@@ -32,21 +32,13 @@ from npair.client import NpairClient, Vectors, VersionGoneError
 from npair.networks.network import EmbeddingNetwork, load_network
 from npair.publishing import graphs as engines
 from npair.publishing.version_folder import export, write_golden, write_manifest
+from npair.releasing import ReleaseError
 from npair.releasing.config import ConfigError, parameters, pinned, with_release
-from npair.releasing.release import (
-    ReleaseError,
-    Server,
-    check_pins,
-    check_server,
-    client_parameters,
-    promote,
-    retire,
-    rollback,
-    table,
-    verify,
-    versions,
-)
+from npair.releasing.control import Server
+from npair.releasing.release import check_pins, check_server, client_parameters, promote, retire, rollback
 from npair.releasing.repository import RepositoryError, open_repository
+from npair.releasing.verify import verify
+from npair.releasing.versions import listing, versions
 
 CONFIG = (ROOT / "model_repository/npair/config.pbtxt").read_text()
 SECRET = "a-secret"
@@ -280,8 +272,8 @@ class TestPromote:
             assert client.manifest_sha256("1") is None
             assert set(check_server(repository, server)) == {2}
             assert [(line.name, line.status) for line in versions(repository, [server])] == [("1", "ready"), ("2", "serving")]
-            assert re.search(r"^2 \*\s+serving", table(versions(repository, [server])), re.MULTILINE)
-            with pytest.raises(ReleaseError, match="version 2 is the one that config"):
+            assert re.search(r"^2 \*\s+serving", listing(versions(repository, [server])), re.MULTILINE)
+            with pytest.raises(ReleaseError, match="version 2 is pinned by config"):
                 retire(repository, 2, [server])
             assert rollback(repository, [server]) == 1
             vectors, version = client.embed(photos)

@@ -203,7 +203,7 @@ def test_publishers_and_removers_side_by_side(repository: Path) -> None:
 
 def test_cleaning_spares_what_is_claimed_meanwhile(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a killed publisher left was opened, to be locked next, when another removed it and claimed the same number."""
-    opened, locked = Folder(repository), repository_module._locked
+    opened, locked = Folder(repository), repository_module._lock
     (repository / "staging-1").mkdir()
     with contextlib.ExitStack() as other:
 
@@ -212,7 +212,7 @@ def test_cleaning_spares_what_is_claimed_meanwhile(repository: Path, monkeypatch
             other.enter_context(opened.new_version())[1].joinpath("manifest.json").write_text("{}")
             return locked(handle)
 
-        monkeypatch.setattr(repository_module, "_locked", late)
+        monkeypatch.setattr(repository_module, "_lock", late)
         opened._clean()
     assert opened.versions() == {1: True}
 

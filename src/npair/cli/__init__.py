@@ -19,7 +19,7 @@ from npair.training.run import TrainConfig, read_run
 if TYPE_CHECKING:
     from npair.data.dataset import Dataset
     from npair.data.pixels import Findings, Pixels
-    from npair.releasing.release import Server
+    from npair.releasing.control import Server
     from npair.releasing.repository import Repository
 
 REPOSITORY = "model_repository/npair"
@@ -350,8 +350,10 @@ def _publish(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from npair.releasing.release import Server, check_pins, check_server, verify
+    from npair.releasing.control import Server
+    from npair.releasing.release import check_pins, check_server
     from npair.releasing.repository import open_repository
+    from npair.releasing.verify import verify
 
     checked: dict[str, dict[str, dict[str, float | str]]] = {}
     served: dict[str, dict[int, float]] = {}
@@ -400,10 +402,10 @@ def _rollback(arguments: argparse.Namespace) -> int:
 
 
 def _versions(arguments: argparse.Namespace) -> int:
-    from npair.releasing.release import as_dicts, table, versions
+    from npair.releasing.versions import listing, versions
 
     lines = versions(*_repository(arguments))
-    print(json.dumps(as_dicts(lines)) if arguments.json else table(lines))
+    print(json.dumps([dataclasses.asdict(line) for line in lines]) if arguments.json else listing(lines))
     return 0
 
 
@@ -417,11 +419,10 @@ def _retire(arguments: argparse.Namespace) -> int:
 
 
 def _repository(arguments: argparse.Namespace) -> tuple[Repository, list[Server]]:
-    from npair.releasing.release import Server
+    from npair.releasing.control import Server, control_secret
     from npair.releasing.repository import open_repository
-    from npair.serve import given_secret
 
-    repository, secret = open_repository(arguments.repository), given_secret()
+    repository, secret = open_repository(arguments.repository), control_secret()
     urls = [Server.all_of(url, repository.name, secret=secret, timeout=arguments.timeout) for url in arguments.url]
     return repository, [server for servers in urls for server in servers]
 

@@ -27,7 +27,9 @@ def pinned(config: str) -> list[int]:
     """The versions that are served, ascending. Raises: ConfigError where they are not named one by one."""
     versions = sorted(parse(config).version_policy.specific.versions)
     if not versions:
-        raise ConfigError("config.pbtxt must name the versions that are served: version_policy: { specific: { versions: [ 1 ] } }")
+        raise ConfigError(
+            "config.pbtxt must name the versions that are served: version_policy: { specific: { versions: [ 1 ] } }"
+        )
     return versions
 
 
@@ -62,7 +64,12 @@ def with_release(config: str, versions: Sequence[int], values: Mapping[str, str 
         if value is not None:
             expected.parameters[key].string_value = value
             line = f"parameters {{ key: {json.dumps(key)} value: {{ string_value: {json.dumps(value)} }} }}\n"
-        changed, found = re.subn(rf'^parameters\W+key: "{key}".*\n', line.replace("\\", r"\\"), changed, flags=re.MULTILINE)
+        changed, found = re.subn(
+            rf'^parameters\W+key: "{key}".*\n',
+            line.replace("\\", r"\\"),
+            changed,
+            flags=re.MULTILINE,
+        )
         if not found and line:
             changed = changed.removesuffix("\n") + "\n" + line
     return _checked(changed, expected, "version_policy and parameters")
@@ -76,7 +83,12 @@ def on_one_line(message: Message) -> str:
 
 def as_json(config: str) -> str:
     """For Triton's load call, which takes a configuration in place of the file's."""
-    return json.dumps(json_format.MessageToDict(parse(config), preserving_proto_field_name=True), indent=1) + "\n"
+    return (
+        json.dumps(
+            json_format.MessageToDict(parse(config), preserving_proto_field_name=True), indent=1
+        )
+        + "\n"
+    )
 
 
 def _checked(config: str, expected: model_config_pb2.ModelConfig, what: str) -> str:
@@ -85,4 +97,6 @@ def _checked(config: str, expected: model_config_pb2.ModelConfig, what: str) -> 
             return config
     except ConfigError:
         pass
-    raise ConfigError(f"config.pbtxt must have each of its fields on one line of its own, and each once: {what}")
+    raise ConfigError(
+        f"config.pbtxt must have each of its fields on one line of its own, and each once: {what}"
+    )

@@ -81,7 +81,9 @@ async def _paced(url: str, photos: Sequence[bytes], rate: float, seconds: float)
 
 def _requests(url: str, photos: Sequence[bytes]) -> Iterator[bytes]:
     head = f"POST /v2/models/npair/infer HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\nInference-Header-Content-Length: 0\r\n"
-    return itertools.cycle([f"{head}Content-Length: {len(photo)}\r\n\r\n".encode() + photo for photo in photos])
+    return itertools.cycle(
+        [f"{head}Content-Length: {len(photo)}\r\n\r\n".encode() + photo for photo in photos]
+    )
 
 
 async def _connect(url: str) -> Connection:

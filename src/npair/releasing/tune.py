@@ -124,7 +124,11 @@ def tune(
             points = list(_points(copy.parent, setting, photos, p99, seconds))
             runs.setdefault(setting, []).append(points)
             best = best_point(points, p99)
-            found = f"{best.load.rate:.0f} photos/s, p99 {best.load.p99:.0f} ms" if best else f"p99 above {p99:g} ms"
+            found = (
+                f"{best.load.rate:.0f} photos/s, p99 {best.load.p99:.0f} ms"
+                if best
+                else f"p99 above {p99:g} ms"
+            )
             say(f"{setting} | {found}")
             return best.load.rate if best else 0.0
 
@@ -144,12 +148,18 @@ def tune(
     best = max(finalists, key=lambda setting: median(rates[setting]))
     if not median(rates[best]):
         least = min(points, key=lambda point: point.load.p99)
-        raise TuneError(f"no setting keeps a p99 of {p99:g} ms; the least was {least.load.p99:.1f} ms")
+        raise TuneError(
+            f"no setting keeps a p99 of {p99:g} ms; the least was {least.load.p99:.1f} ms"
+        )
     return points, best if median(rates[best]) > GAIN * median(rates[present]) else present
 
 
 def best_point(points: Iterable[Point], p99: float) -> Point | None:
-    return max((point for point in points if point.load.p99 <= p99), key=lambda point: point.load.rate, default=None)
+    return max(
+        (point for point in points if point.load.p99 <= p99),
+        key=lambda point: point.load.rate,
+        default=None,
+    )
 
 
 def frontier(points: Iterable[Point]) -> list[Point]:
@@ -181,10 +191,22 @@ def draw(points: Sequence[Point], chosen: Setting, p99: float, path: Path) -> No
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for setting in dict.fromkeys(point.setting for point in points):
         of_setting = [point.load for point in points if point.setting == setting]
-        kind = {"color": "C0", "zorder": 3, "label": f"chosen: {setting}"} if setting == chosen else {"color": "0.8"}
-        axes.plot([load.p99 for load in of_setting], [load.rate for load in of_setting], "o", markersize=4, **kind)
+        kind = (
+            {"color": "C0", "zorder": 3, "label": f"chosen: {setting}"}
+            if setting == chosen
+            else {"color": "0.8"}
+        )
+        axes.plot(
+            [load.p99 for load in of_setting],
+            [load.rate for load in of_setting],
+            "o",
+            markersize=4,
+            **kind,
+        )
     best = [point.load for point in frontier(points)]
-    axes.plot([load.p99 for load in best], [load.rate for load in best], color="C1", label="frontier")
+    axes.plot(
+        [load.p99 for load in best], [load.rate for load in best], color="C1", label="frontier"
+    )
     axes.axvline(p99, color="0.5", linestyle=":", label=f"objective: {p99:g} ms")
     axes.set(xscale="log", xlabel="p99, ms", ylabel="photos/s", ylim=(0, None))
     axes.legend(title="instances x threads | batch | delay µs")
@@ -192,7 +214,9 @@ def draw(points: Sequence[Point], chosen: Setting, p99: float, path: Path) -> No
     pyplot.close(figure)
 
 
-def _points(models: Path, setting: Setting, photos: Sequence[bytes], p99: float, seconds: float) -> Iterator[Point]:
+def _points(
+    models: Path, setting: Setting, photos: Sequence[bytes], p99: float, seconds: float
+) -> Iterator[Point]:
     """With more and more connections, until answers take too long."""
     with serving(models) as server:
         closed(server.http, photos, CONNECTIONS[-1], min(1.0, seconds))  # warm-up
@@ -209,7 +233,9 @@ def _medians(runs: Iterable[Iterable[Point]]) -> Iterator[Point]:
     for point in itertools.chain.from_iterable(runs):
         loads.setdefault((point.setting, point.connections), []).append(point.load)
     for (setting, connections), of_point in loads.items():
-        yield Point(setting, connections, Load(*map(median, zip(*map(astuple, of_point), strict=True))))
+        yield Point(
+            setting, connections, Load(*map(median, zip(*map(astuple, of_point), strict=True)))
+        )
 
 
 @contextlib.contextmanager
@@ -217,11 +243,23 @@ def serving(models: Path) -> Iterator[Server]:
     """A server of this model repository, from when it embeds. Raises: TuneError with what it said where it ends instead."""
     with contextlib.ExitStack() as listeners:  # all at once, or one port could be given twice
         names = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
-        ports = {name: str(listeners.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]) for name in names}
+        ports = {
+            name: str(
+                listeners.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+            )
+            for name in names
+        }
     url = f"http://127.0.0.1:{ports['HTTP_PORT']}"
     with tempfile.TemporaryFile("w+") as log:
-        environment = {**os.environ, **ports, "MODEL_REPOSITORY": str(models), "BIND_ADDRESS": "127.0.0.1"}
-        process = subprocess.Popen([sys.executable, str(serve.__file__)], env=environment, stderr=log)
+        environment = {
+            **os.environ,
+            **ports,
+            "MODEL_REPOSITORY": str(models),
+            "BIND_ADDRESS": "127.0.0.1",
+        }
+        process = subprocess.Popen(
+            [sys.executable, str(serve.__file__)], env=environment, stderr=log
+        )
         try:
             with NpairClient(url) as client:
                 while not client.ready():
