@@ -29,7 +29,8 @@ import numpy as np
 from bench import proportional_memory
 from costs import descendants, pyplot
 
-from npair.client import SUFFIXES, InvalidPhotoError, NpairClient, NpairError, Vectors
+from npair.client import InvalidPhotoError, NpairClient, NpairError, Vectors
+from npair.client_files import SUFFIXES
 from npair.publishing.drawings import draw, encode
 from npair.releasing.tune import Server, serving
 from npair.serve import shared_regions

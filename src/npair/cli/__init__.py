@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npair.client import DEFAULT_URL, PATIENT_RETRIES, NpairClient, NpairError, from_environment
+from npair.client import DEFAULT_URL, NpairClient, NpairError
+from npair.client_cli import PATIENT_RETRIES, from_environment
 from npair.serving.preprocess import Preprocessing
 from npair.training.run import TrainConfig, read_run
 

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from npair.client import PATIENT_RETRIES, NpairClient, from_environment
+from npair.client import NpairClient
+from npair.client_cli import PATIENT_RETRIES, from_environment
 from npair.data.dataset import DataError, Dataset, Photos
 from npair.data.pixels import Pixels
 from npair.scoring.metrics import Embedded, Evaluation, Vectors, evaluate, nearest, protocol_of
