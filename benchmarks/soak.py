@@ -32,7 +32,7 @@ from costs import descendants, pyplot
 from npair.client import InvalidPhotoError, NpairClient, NpairError, Vectors
 from npair.client_files import SUFFIXES
 from npair.publishing.drawings import draw, encode
-from npair.releasing.tune import Server, serving
+from npair.releasing.tune import LocalServer, serving
 from npair.serve import shared_regions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,7 +176,7 @@ class Load:
             return self.answered, latencies
 
 
-def read(server: Server, load: Load, minutes: float) -> Iterator[Reading]:
+def read(server: LocalServer, load: Load, minutes: float) -> Iterator[Reading]:
     began = last = time.monotonic()
     before, _ = load.take()
     while last - began < 60 * minutes:

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import serve
 from conftest import ROOT
+
+from npair.releasing import control, release, tune
 
 SOURCE = ROOT / "src/npair"
 SERVING = {"numpy", "serving"}
@@ -29,6 +32,8 @@ ARROWS = {
     "client_files": {"client"},
     "serve": set(),
 }
+# Of releasing, publishing verifies a version before it appears in a repository: it asks no server.
+RELEASING_FOR_PUBLISHING = {"config", "repository", "verify"}
 
 # The libraries that a version's own code may import: they are what the image holds.
 LIBRARIES = {
@@ -39,8 +44,8 @@ LIBRARIES = {
     "serving/jpeg": {"numpy", "PIL", "simplejpeg", "cykooz_resizer"},
     "serving/colour": {"numpy", "PIL"},
     "client": {"numpy", "tritonclient"},
-    "client_cli": {"numpy"},
-    "client_files": {"numpy", "tqdm"},
+    "client_cli": {"client", "client_files", "numpy"},
+    "client_files": {"client", "numpy", "tqdm"},
 }
 
 
@@ -78,6 +83,19 @@ def test_a_package_imports_only_what_it_may(package: str) -> None:
 @pytest.mark.parametrize("module", LIBRARIES)
 def test_a_module_that_travels_imports_only_what_its_readers_have(module: str) -> None:
     assert libraries(SOURCE / f"{module}.py") <= LIBRARIES[module]
+
+
+def test_publishing_asks_no_server() -> None:
+    files = (SOURCE / "publishing").rglob("*.py")
+    used = {parts[2] for path in files for parts in imports(path) if parts[:2] == ("npair", "releasing") and len(parts) > 2}
+    assert used <= RELEASING_FOR_PUBLISHING
+
+
+def test_releasing_and_the_server_agree_on_names() -> None:
+    """Neither side may import the other."""
+    assert control.CONTROL_HEADER == serve.CONTROL_HEADER
+    assert release.FALLBACK == serve.FALLBACK
+    assert (ROOT / "model/api/serve.py").samefile(tune.SERVE)
 
 
 def test_every_package_is_listed() -> None:

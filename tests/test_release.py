@@ -27,8 +27,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import PREPROCESSING, ROOT, certificate, eventually, free_ports, lines_until_ready, rewrite_manifest, running, start
+from tritonclient.utils import InferenceServerException
 
-from npair.client import NpairClient, Vectors, VersionGoneError
+from npair.client import HttpTransport, NpairClient, Vectors, VersionGoneError
 from npair.networks.network import EmbeddingNetwork, load_network
 from npair.publishing import graphs as engines
 from npair.publishing.version_folder import export, write_golden, write_manifest
@@ -426,13 +427,17 @@ class TestPromote:
 
     @pytest.mark.parametrize(
         ("status", "answer", "reason"),
-        [(502, "<html>", "does not say what it serves: status 502: <html>"), (400, "{}", "may be loading this one")],
+        [(502, "<html>", "does not say what it serves: status 502: <html>"), (400, "unknown model", "may be loading this one")],
     )
     def test_nothing_is_retired_on_no_answer(
         self, models: Path, monkeypatch: pytest.MonkeyPatch, status: int, answer: str, reason: str
     ) -> None:
         """Such as a proxy's, or a starting server's."""
-        monkeypatch.setattr(Server, "_ask", lambda *_: (status, answer))
+
+        def refused(*_: object) -> None:
+            raise InferenceServerException(answer, status=str(status))
+
+        monkeypatch.setattr(HttpTransport, "request", refused)
         with pytest.raises(ReleaseError, match=reason):
             retire(open_repository(models), 2, [Server("http://127.0.0.1:9", "npair")])
         assert 2 in open_repository(models).versions()
@@ -488,10 +493,10 @@ def test_interrupted_promotions_go_back(standing: Standing, number: signal.Signa
     code = """
 import sys, time
 from npair import cli
-from npair.releasing import release
+from npair.releasing.control import Server
 
-load = release.Server.load
-release.Server.load = lambda self: (time.sleep(3), load(self))
+load = Server.load
+Server.load = lambda self: (time.sleep(3), load(self))
 sys.exit(cli.main())
 """
     nohup = ["nohup"] if number == signal.SIGTERM else []
@@ -673,6 +678,6 @@ class TestHostsOfSeveralServers:
             (right,), (wrong,) = (Server.all_of(f"https://{name}.test:{front.server_port}", "npair") for name in ("npair", "other"))
             assert right.serving() == [7]
             assert hosts == [f"npair.test:{front.server_port}"]
-            with pytest.raises(ReleaseError, match=r"other\.test:\d+ \(127\.0\.0\.2\) does not answer .*certificate verify failed"):
+            with pytest.raises(ReleaseError, match=r"other\.test:\d+ \(127\.0\.0\.2\) does not answer: .*certificate verify failed"):
                 wrong.serving()
             front.shutdown()

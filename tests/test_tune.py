@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 
 from npair.releasing.config import ConfigError
-from npair.releasing.traffic import Load, LoadError, closed, paced
+from npair.releasing.traffic import TrafficError, closed, paced
 from npair.releasing.tune import Point, Setting, TuneError, best_point, frontier, read_setting, with_setting
 
 CONFIG = (ROOT / "model_repository/npair/config.pbtxt").read_text()
@@ -64,7 +64,7 @@ class TestLoad:
 
     @pytest.mark.parametrize("load", [lambda url: closed(url, [b"x"], 2, 1), lambda url: paced(url, [b"x"], 20, 1)])
     def test_refused_photos_end_it(self, load: object) -> None:
-        with answering(status=400) as url, pytest.raises(LoadError, match="400 Bad Request: full"):
+        with answering(status=400) as url, pytest.raises(TrafficError, match="400 Bad Request: full"):
             load(url)  # type: ignore[operator]
 
 
@@ -92,11 +92,11 @@ class TestConfig:
 def test_best_points() -> None:
     quick, most = Setting(1, 0, 0), Setting(2, 0, 0)
     points = [
-        Point(quick, 1, Load(100, 5, 10)),
-        Point(quick, 8, Load(150, 20, 50)),
-        Point(most, 1, Load(90, 6, 12)),
-        Point(most, 8, Load(200, 30, 60)),
-        Point(most, 32, Load(220, 60, 150)),
+        Point(quick, 1, 100, 5, 10),
+        Point(quick, 8, 150, 20, 50),
+        Point(most, 1, 90, 6, 12),
+        Point(most, 8, 200, 30, 60),
+        Point(most, 32, 220, 60, 150),
     ]
     assert best_point(points, 100) == points[3]
     assert best_point(points, 5) is None

@@ -19,8 +19,8 @@ from npair.data.dataset import Dataset, Photos, read_photo
 from npair.publishing.graphs import milliseconds
 from npair.publishing.version_folder import LIBRARIES, PublishError, write_manifest, write_version
 from npair.releasing.config import pinned
-from npair.releasing.verify import published_code, verify
 from npair.releasing.repository import Repository
+from npair.releasing.verify import published_code, verify
 from npair.scoring.evaluate import compare
 from npair.scoring.metrics import Vectors
 from npair.serving.embedder import UNLIMITED, Embedder, read_manifest

@@ -10,20 +10,18 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from email.message import Message
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 import numpy as np
-from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
-from npair.client import Vectors
+from npair.client import HttpTransport, NpairError
 from npair.releasing import ReleaseError
-from npair.serving.embedder import read_manifest
+from npair.serving.manifest import Manifest
 
-SECRET_HEADER = "npair-control-secret"
+CONTROL_HEADER = "npair-control-secret"
 
 
 def control_secret() -> str:
@@ -41,22 +39,6 @@ def control_secret() -> str:
     if secret != secret.strip() or not (secret.isascii() and secret.isprintable()):
         raise ReleaseError(f"{name} must hold one line of printable ASCII")
     return secret
-
-
-class _Connection(http.client.HTTPConnection):
-    """A connection to one of a host's addresses; the Host header and TLS use the host's name."""
-
-    def __init__(self, parts: SplitResult, address: str, timeout: float) -> None:
-        self._context = ssl.create_default_context() if parts.scheme == "https" else None
-        self.default_port = 443 if self._context else 80
-        super().__init__(parts.netloc, timeout=timeout)
-        self._address = address
-
-    def connect(self) -> None:
-        self.sock = socket.create_connection((self._address, self.port), self.timeout)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._context:
-            self.sock = self._context.wrap_socket(self.sock, server_hostname=self.host)
 
 
 class Server:
@@ -110,120 +92,81 @@ class Server:
         self._control("index", "refused the secret", 10)
 
     def serving(self) -> list[int]:
-        """Return the versions that the server reports, ascending.
-
-        Raises: ReleaseError if it does not answer.
-        """
-        status, answer = self._ask("GET", f"/v2/models/{self.model}", 10)
-        if status in (http.client.BAD_REQUEST, http.client.NOT_FOUND):  # Triton has no such model
-            return []
-        with self._readable("what it serves", status, answer):
-            return sorted(map(int, json.loads(answer)["versions"]))
+        """Return the versions that the server reports, ascending. Raises: ReleaseError."""
+        with self._calling("does not say what it serves", 10) as transport:
+            try:
+                content, _ = transport.request("GET", f"/v2/models/{self.model}")
+            except InferenceServerException as error:
+                if error.status() in ("400", "404"):  # Triton has not loaded the model
+                    return []
+                raise
+            return sorted(map(int, json.loads(content)["versions"]))
 
     def parameters(self) -> dict[str, str]:
         """Return the parameters of config.pbtxt that clients see. Raises: ReleaseError."""
-        status, answer = self._ask("GET", f"/v2/models/{self.model}/config", 10)
-        with self._readable("how it is configured", status, answer):
-            found = json.loads(answer).get("parameters", {})
-            return {key: value["string_value"] for key, value in found.items()}
+        with self._calling("does not say how it is configured", 10) as transport:
+            return transport.parameters()
 
     def check(self, folder: Path) -> float:
         """Embed a version's golden set on the server, waiting for it to come up.
 
         Returns: the largest Euclidean distance from the published embeddings.
         Raises: ReleaseError if the server does not answer within the timeout, or the distance
-        exceeds the tolerance.
+        exceeds the tolerance; VersionError if the folder is damaged.
         """
-        manifest = read_manifest(folder)
-        golden, number = manifest["golden"], manifest["version"]
-        expected = np.load(folder / golden["embeddings"], allow_pickle=False)
-        photos = [(folder / photo).read_bytes() for photo in golden["photos"]]
-        wrong = f"{self.url} does not answer the golden set of version {number}"
+        manifest = Manifest.read(folder)
+        photos, expected = manifest.golden.read(folder)
+        golden_set = f"the golden set of version {manifest.version}"
         deadline = time.monotonic() + self.timeout
         while True:
             try:
-                vectors = self._embed(photos, number)
+                problem = f"does not answer {golden_set}"
+                with self._calling(problem, min(30.0, self.timeout)) as transport:
+                    vectors = transport.infer(photos, str(manifest.version), "").vectors
                 break
-            except ReleaseError as error:
+            except ReleaseError:
                 if time.monotonic() > deadline:
-                    raise ReleaseError(f"{wrong}: {error}") from error
+                    raise
                 time.sleep(0.1)
         distance = np.inf
-        if vectors.shape == expected.shape:
+        if np.shape(vectors) == expected.shape:
             distance = float(np.linalg.norm(vectors - expected, axis=1).max())
-        if not distance <= golden["tolerance"]:
-            raise ReleaseError(f"{wrong} as published: off by {distance:.2g}")
+        if not distance <= manifest.golden.tolerance:
+            raise ReleaseError(f"{self.url} answers {golden_set} wrong: off by {distance:.2g}")
         return distance
 
-    def _control(self, path: str, refused: str, timeout: float) -> None:
+    def _control(self, path: str, problem: str, timeout: float) -> None:
         if not self.secret:
             raise ReleaseError(
                 "the secret is missing: set NPAIR_CONTROL_SECRET (or NPAIR_CONTROL_SECRET_FILE)"
                 " here as for the server"
             )
-        status, answer = self._ask("POST", f"/v2/repository/{path}", timeout)
-        if status != http.client.OK:
-            with contextlib.suppress(ValueError, LookupError, TypeError):  # a proxy's error page
-                answer = json.loads(answer)["error"]
-            raise ReleaseError(f"{self.url} {refused}: {answer[:1000] or f'status {status}'}")
+        with self._calling(problem, timeout) as transport:
+            transport.request("POST", f"/v2/repository/{path}", b"")
 
     @contextlib.contextmanager
-    def _readable(self, what: str, status: int, answer: str) -> Iterator[None]:
-        failed = f"{self.url} does not say {what}"
-        if status != http.client.OK:
-            raise ReleaseError(f"{failed}: status {status}: {answer[:200]}")
-        try:
-            yield
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ReleaseError(f"{failed}: {answer[:200]}") from error
-
-    def _embed(self, photos: Sequence[bytes], number: int) -> Vectors:
-        """Embed photos at this address, as a client does. Raises: ReleaseError."""
-        tensor = InferInput("IMAGE", [len(photos), 1], "BYTES")
-        tensor.set_data_from_numpy(np.array(photos, dtype=np.object_).reshape(-1, 1))
-        body, length = InferenceServerClient.generate_request_body([tensor])
-        path = f"/v2/models/{self.model}/versions/{number}/infer"
-        headers = {"Inference-Header-Content-Length": str(length)}
-        status, answer, received = self._request(
-            "POST", path, min(30.0, self.timeout), body, headers
+    def _calling(self, problem: str, timeout: float) -> Iterator[HttpTransport]:
+        """Connect to this address. Raises: ReleaseError, with the problem, for failed calls."""
+        transport = HttpTransport(
+            self.parts.geturl(),
+            self.model,
+            timeout=timeout,
+            headers={CONTROL_HEADER: self.secret} if self.secret else {},
+            tls=ssl.create_default_context() if self.parts.scheme == "https" else None,
+            address=self.address,
         )
-        if status != http.client.OK:
-            raise ReleaseError(f"status {status}: {answer[:1000].decode(errors='replace')}")
         try:
-            length = int(received.get("Inference-Header-Content-Length", len(answer)))
-            parsed = InferenceServerClient.parse_response_body(answer, header_length=length)
-            vectors: Vectors | None = parsed.as_numpy("EMBEDDING")
-        except (ValueError, LookupError, TypeError, InferenceServerException) as error:
-            raise ReleaseError(f"the answer cannot be read: {error}") from error
-        if vectors is None:
-            raise ReleaseError("the answer has no EMBEDDING")
-        return vectors
-
-    def _ask(self, method: str, path: str, timeout: float) -> tuple[int, str]:
-        status, answer, _ = self._request(method, path, timeout)
-        return status, answer.decode(errors="replace")
-
-    def _request(
-        self,
-        method: str,
-        path: str,
-        timeout: float,
-        body: bytes = b"",
-        headers: Mapping[str, str] = {},
-    ) -> tuple[int, bytes, Message]:
-        """Return status, body and headers. Raises: ReleaseError if there is no answer."""
-        connection = _Connection(self.parts, self.address, timeout)
-        secret = {SECRET_HEADER: self.secret} if self.secret else {}
-        try:
-            path = self.parts.path.rstrip("/") + path
-            connection.request(method, path, body, {**headers, **secret})
-            response = connection.getresponse()
-            return response.status, response.read(), response.headers
+            yield transport
+        except InferenceServerException as error:
+            reason = f"status {error.status()}: {error.message()[:1000]}"
+            raise ReleaseError(f"{self.url} {problem}: {reason}") from error
         except (OSError, http.client.HTTPException) as error:
             reason = error or type(error).__name__
-            raise ReleaseError(f"{self.url} does not answer {path}: {reason}") from error
+            raise ReleaseError(f"{self.url} does not answer: {reason}") from error
+        except (NpairError, ValueError, LookupError, TypeError) as error:
+            raise ReleaseError(f"{self.url} {problem}: {error}") from error
         finally:
-            connection.close()
+            transport.close()
 
 
 def try_all(step: Callable[[Server], object], servers: Sequence[Server]) -> dict[Server, str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Sequence
 
 from npair.client import THRESHOLD_PARAMETERS
@@ -19,6 +18,7 @@ from npair.releasing.config import as_json, parameters, pinned, with_release
 from npair.releasing.control import Server, on_all, try_all
 from npair.releasing.repository import Repository
 from npair.releasing.verify import verify
+from npair.serving.manifest import Manifest
 
 FALLBACK = "fallback.json"
 REMEMBERED = 10  # earlier versions
@@ -138,13 +138,13 @@ def client_parameters(text: bytes) -> dict[str, str | None]:
 
     They are its number, its manifest's hash and its thresholds; None for those that it lacks.
     text: the content of its manifest.json.
-    Raises: ValueError, LookupError, TypeError, AttributeError if that is damaged.
+    Raises: ValueError if that is damaged.
     """
-    manifest = json.loads(text)
-    number = str(manifest["version"])
+    manifest = Manifest.parse(text)
+    number = str(manifest.version)
     thresholds = {
         f"threshold_{name}": f"{cosine:.4f}"
-        for name, cosine in manifest.get("thresholds", {}).items()
+        for name, cosine in (manifest.thresholds or {}).items()
         if cosine is not None
     }
     if thresholds:
@@ -259,7 +259,7 @@ def _client_parameters(repository: Repository, number: int) -> dict[str, str | N
     """Return ``client_parameters``. Raises: ReleaseError if the manifest is missing or damaged."""
     try:
         return client_parameters(repository.read(f"{number}/manifest.json"))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise ReleaseError(
             f"version {number} in {repository.location}: manifest.json cannot be read: {error}"
         ) from error

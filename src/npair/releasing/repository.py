@@ -259,7 +259,7 @@ class Store(Repository):
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        # Beside the folder: Triton downloads every file that it lists inside, and fails if one is gone.
+        # Beside the folder: Triton lists it to download it, and fails if a file has gone meanwhile.
         lock = f"{self.root}.releasing"
         now = datetime.now(timezone.utc).isoformat()
         process = (

@@ -10,23 +10,12 @@ import tempfile
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from npair.releasing import ReleaseError
-from npair.serving.embedder import VersionError, read_manifest, verify_files
 from npair.serving.engine import cores
+from npair.serving.manifest import Manifest, VersionError
 
 Checked = dict[str, dict[str, float | str]]
-
-SCHEMA: dict[str, type | tuple[type, ...]] = {
-    "schema": int,
-    "model": str,
-    "version": int,
-    "created": str,
-    "git_commit": (str, type(None)),
-    **dict.fromkeys(("libraries", "engines", "engines_refused", "preprocessing"), dict),
-    **dict.fromkeys(("embedding", "training", "golden", "files"), dict),
-}
 
 
 def verify(folder: Path, engine: str = "") -> Checked:
@@ -38,25 +27,21 @@ def verify(folder: Path, engine: str = "") -> Checked:
     Raises: ReleaseError if anything is wrong, or no engine runs on this machine.
     """
     try:
-        manifest = read_manifest(folder)
+        manifest = Manifest.read(folder)
     except VersionError as error:
         raise ReleaseError(str(error)) from error
-    if not isinstance(manifest, dict):
-        raise ReleaseError(f"{folder}: manifest.json cannot be read: it is not an object")
-    if wrong := [key for key, kind in SCHEMA.items() if not isinstance(manifest.get(key), kind)]:
-        raise ReleaseError(f"{folder}: manifest.json lacks {', '.join(wrong)}, or mistypes them")
     check_files(folder, manifest)
     checked: Checked = {}
     try:
         with published_code(folder) as code:
-            for name in [engine] if engine else manifest["engines"]:
+            for name in [engine] if engine else manifest.engines:
                 try:
                     embedder = code.Embedder(folder, cores=cores(), engine=name)
                 except code.EngineError as error:
                     checked[name] = {"cannot_run": str(error)}
                     continue
                 embedder.close()
-                tolerance = manifest["engines"][name]["tolerance"]
+                tolerance = manifest.engines[name].tolerance
                 distance = embedder.golden_distance
                 checked[name] = {"golden_distance": distance, "tolerance": tolerance}
     except Exception as error:  # published code has exception classes of its own
@@ -68,13 +53,13 @@ def verify(folder: Path, engine: str = "") -> Checked:
     return checked
 
 
-def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+def check_files(folder: Path, manifest: Manifest) -> None:
     """Compare a version's files with its manifest, and compile its model.py.
 
     Raises: ReleaseError if a file is missing, changed or not listed, or model.py is not Python.
     """
     try:
-        verify_files(folder, manifest)
+        manifest.check(folder)
     except VersionError as error:
         raise ReleaseError(str(error)) from error
     present = {
@@ -82,7 +67,7 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
         for path in folder.rglob("*")
         if path.is_file() and path.parent.name != "__pycache__"
     }
-    if strange := present - set(manifest["files"]) - {"manifest.json"}:
+    if strange := present - set(manifest.files) - {"manifest.json"}:
         raise ReleaseError(f"{folder}: {', '.join(sorted(strange))} was not published; delete it")
     try:
         # Compiled, not run: model.py imports Triton's own module.

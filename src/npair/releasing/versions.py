@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from npair.releasing.config import pinned
 from npair.releasing.control import Server, try_all
 from npair.releasing.repository import Repository
 from npair.releasing.verify import check_files
+from npair.serving.manifest import Manifest, VersionError
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,21 @@ def versions(repository: Repository, servers: Sequence[Server]) -> list[Version]
         if not complete:
             rows.append(Version(str(number), "staged", number in pins))
             continue
-        reason, manifest = None, {}
+        manifest = reason = None
         with repository.version(number) as folder:
             try:
-                manifest = json.loads((folder / "manifest.json").read_bytes())
+                manifest = Manifest.read(folder)
                 check_files(folder, manifest)
-            except (ReleaseError, ValueError, KeyError, AttributeError, TypeError) as error:
+            except (ReleaseError, VersionError) as error:
                 reason = str(error)
-        if not isinstance(manifest, dict):
-            manifest = {}
-        val = manifest.get("metrics", {}).get("val", {})
         rows.append(
             Version(
                 str(number),
                 "broken" if reason else "serving" if number in serving else "ready",
                 number in pins,
-                val.get("fine", {}).get("recall_at_1", {}).get("value"),
-                manifest.get("created"),
-                manifest.get("git_commit"),
+                manifest and manifest.recall_at_1().get("fine"),
+                manifest and manifest.created,
+                manifest and manifest.git_commit,
                 repository.size(number),
                 reason,
             )
