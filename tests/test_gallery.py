@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ import lancedb
 import numpy as np
 import pytest
 from conftest import ROOT, SHIPPED, folders, photo, running, table
+from filelock import FileLock
 
 from npair import cli
 from npair.client import Embeddings, InvalidPhotoError, NpairClient, UnavailableError
@@ -195,13 +195,8 @@ class TestBuild:
 
     def test_one_at_a_time(self, client: NpairClient, tmp_path: Path) -> None:
         photo(tmp_path / "photos/a.png")
-        handle = os.open(tmp_path, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            with pytest.raises(GalleryError, match="another process builds"):
-                build(tmp_path / "photos", tmp_path, client)
-        finally:
-            os.close(handle)
+        with FileLock(tmp_path / "build.lock"), pytest.raises(GalleryError, match="another process builds"):
+            build(tmp_path / "photos", tmp_path, client)
         assert build(tmp_path / "photos", tmp_path, client).photos == 1
 
 
