@@ -161,7 +161,7 @@ class Server:
             reason = f"status {error.status()}: {error.message()[:1000]}"
             raise ReleaseError(f"{self.url} {problem}: {reason}") from error
         except (OSError, http.client.HTTPException) as error:
-            reason = error or type(error).__name__
+            reason = str(error) or type(error).__name__
             raise ReleaseError(f"{self.url} does not answer: {reason}") from error
         except (NpairError, ValueError, LookupError, TypeError) as error:
             raise ReleaseError(f"{self.url} {problem}: {error}") from error
