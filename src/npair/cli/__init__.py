@@ -491,7 +491,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     present = read_setting(config.read_text(encoding="utf-8"))
     best = best_point([point for point in points if point.setting == chosen], arguments.p99_ms)
     assert best
-    print(f"\nbest: {chosen}: {best.load.rate:.0f} photos/s with a p99 of {best.load.p99:.0f} ms")
+    print(f"\nbest: {chosen}: {best.rate:.0f} photos/s with a p99 of {best.p99:.0f} ms")
     if chosen == present:
         print(f"{config} has this setting already")
     else:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from npair.client import NpairClient
 from npair.releasing.config import on_one_line, parse, with_lines
@@ -195,7 +195,7 @@ def draw(points: Sequence[Point], chosen: Setting, p99: float, path: Path) -> No
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for setting in dict.fromkeys(point.setting for point in points):
         own = [point for point in points if point.setting == setting]
-        style = {"color": "C0", "zorder": 3, "label": f"chosen: {setting}"}
+        style: dict[str, Any] = {"color": "C0", "zorder": 3, "label": f"chosen: {setting}"}
         if setting != chosen:
             style = {"color": "0.8"}
         x, y = [point.p99 for point in own], [point.rate for point in own]
@@ -225,11 +225,11 @@ def _points(
 
 def _medians(runs: Iterable[Iterable[Point]]) -> Iterator[Point]:
     """Take medians over a setting's runs for each number of connections."""
-    by_connections: dict[tuple[Setting, int], list[tuple[float, ...]]] = {}
+    repeated: dict[tuple[Setting, int], list[list[float]]] = {}
     for setting, connections, *measured in itertools.chain.from_iterable(runs):
-        by_connections.setdefault((setting, connections), []).append(measured)
-    for (setting, connections), measured in by_connections.items():
-        yield Point(setting, connections, *map(median, zip(*measured, strict=True)))
+        repeated.setdefault((setting, connections), []).append(measured)
+    for (setting, connections), columns in repeated.items():
+        yield Point(setting, connections, *map(median, zip(*columns, strict=True)))
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from npair.releasing import ReleaseError
 from npair.releasing.config import pinned
@@ -51,18 +51,17 @@ def versions(repository: Repository, servers: Sequence[Server]) -> list[Version]
                 check_files(folder, manifest)
             except (ReleaseError, VersionError) as error:
                 reason = str(error)
-        rows.append(
-            Version(
-                str(number),
-                "broken" if reason else "serving" if number in serving else "ready",
-                number in pins,
-                manifest and manifest.recall_at_1().get("fine"),
-                manifest and manifest.created,
-                manifest and manifest.git_commit,
-                repository.size(number),
-                reason,
+        status = "broken" if reason else "serving" if number in serving else "ready"
+        size = repository.size(number)
+        row = Version(str(number), status, number in pins, size=size, reason=reason)
+        if manifest:
+            row = replace(
+                row,
+                recall_at_1=manifest.recall_at_1().get("fine"),
+                created=manifest.created,
+                git_commit=manifest.git_commit,
             )
-        )
+        rows.append(row)
     return rows + [Version(name, "staged", False) for name in repository.unfinished()]
 
 
