@@ -223,7 +223,7 @@ def test_publishers_and_removers_side_by_side(repository: Path) -> None:
 def test_cleaning_spares_what_is_claimed_meanwhile(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another publisher claims the number between the cleaner's opening and locking of its folder."""
+    """Another publisher claims the number between a cleaner's opening and locking of its folder."""
     opened, locked = Folder(repository), repository_module._lock
     (repository / "staging-1").mkdir()
     with contextlib.ExitStack() as other:
