@@ -177,7 +177,7 @@ def test_what_did_not_arrive_is_no_version(location: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Store, "_ask", short)
     with pytest.raises(
-        RepositoryError, match=r"what arrived of version 1 in s3://.* is not what was sent"
+        RepositoryError, match=r"version 1 did not arrive in s3://.* as it was sent"
     ):
         publish(open_repository(location), {"network.bin": b"12", "manifest.json": b"{}"})
     assert objects(location) == {"config.pbtxt"}
