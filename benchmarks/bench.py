@@ -57,7 +57,7 @@ from wrk import CONNECTIONS, closed_loop, write_bodies
 
 from npair.data.sources import read_dataset
 from npair.releasing.config import with_release
-from npair.releasing.release import published_code
+from npair.releasing.verify import published_code
 from npair.serving.engine import cores
 
 SIZES = ((348, 348), (1024, 1024), (4000, 3000))

@@ -33,8 +33,8 @@ from npair.data.dataset import Dataset
 from npair.data.pixels import decode_dataset, default_cache
 from npair.data.sources import read_dataset
 from npair.networks.network import build_network, multiply_adds
-from npair.releasing.traffic import Load, closed, paced
-from npair.releasing.tune import CONNECTIONS, Server, serving
+from npair.releasing.traffic import Measurement, closed, paced
+from npair.releasing.tune import CONNECTIONS, LocalServer, markdown, serving
 from npair.scoring.evaluate import compare, embed_served
 from npair.serving.embedder import UNLIMITED, Embedder, read_manifest
 from npair.serving.engine import BATCH, cores, import_openvino
@@ -92,13 +92,11 @@ def recall(dataset: Dataset) -> str:
         [compared.embedded_by, *(f"{recall:.4f}" for recall in compared.recall_at_1().values())]
         for compared in (served, by_torch)
     ]
-    return table(["", "Recall@1 on val", "of coarse labels"], rows)
+    return markdown(["", "Recall@1 on val", "of coarse labels"], rows)
 
 
-def by_connections(
-    photos: Sequence[bytes], rounds: int, seconds: int, pictures: Path | None
-) -> str:
-    loads: dict[int, list[Load]] = {connections: [] for connections in CONNECTIONS}
+def by_connections(photos: Sequence[bytes], rounds: int, seconds: int, pictures: Path | None) -> str:
+    loads: dict[int, list[Measurement]] = {connections: [] for connections in CONNECTIONS}
     with warm(photos) as server:
         for connections in rounds * CONNECTIONS:
             loads[connections].append(closed(server.http, photos, connections, seconds))
@@ -108,7 +106,7 @@ def by_connections(
     }
     if pictures:
         draw(medians, pictures / "connections.svg")
-    return table(
+    return markdown(
         ["connections", "photos/s", "p50 ms", "p99 ms"],
         [[c, f"{r:.0f}", f"{p50:.1f}", f"{p99:.1f}"] for c, (r, p50, p99) in medians.items()],
     )
@@ -152,7 +150,7 @@ def by_cores(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
     """The server on its first cores alone; the load comes from all."""
     all_cpus = sorted(os.sched_getaffinity(0))
     numbers = [number for number in (1, 2, 4, 8, 16, 32) if number <= len(all_cpus)]
-    loads: dict[int, list[tuple[Load, Load]]] = {number: [] for number in numbers}
+    loads: dict[int, list[tuple[Measurement, Measurement]]] = {number: [] for number in numbers}
     for number in rounds * numbers:
         os.sched_setaffinity(0, all_cpus[:number])  # the server inherits it
         try:
@@ -174,7 +172,7 @@ def by_cores(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
         ]
         for number, of in loads.items()
     ]
-    return table(["CPUs", f"photos/s, {MANY} connections", "p50 ms alone"], rows)
+    return markdown(["CPUs", f"photos/s, {MANY} connections", "p50 ms alone"], rows)
 
 
 def outside_check(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
@@ -230,12 +228,9 @@ def outside_check(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
     rows = []
     for batch in (1, 8, 32):
         http, grpc = (median(rates[protocol, batch]) for protocol in ("http", "grpc"))
-        rows.append(
-            [batch, max(2, MANY // batch), f"{http:.0f}", f"{grpc:.0f}", f"{grpc / http:.2f}"]
-        )
-    return "perf_analyzer:\n\n" + table(
-        ["photos in a request", "requests at once", "HTTP, photos/s", "gRPC", "gRPC / HTTP"], rows
-    )
+        rows.append([batch, max(2, MANY // batch), f"{http:.0f}", f"{grpc:.0f}", f"{grpc / http:.2f}"])
+    head = ["photos in a request", "requests at once", "HTTP, photos/s", "gRPC", "gRPC / HTTP"]
+    return f"perf_analyzer:\n\n{markdown(head, rows)}"
 
 
 def perf_analyzer(scratch: Path) -> tuple[str, dict[str, str]]:
@@ -291,10 +286,7 @@ def profile(photos: Sequence[bytes], seconds: int) -> str:
         answered = load.rate * (time.monotonic() - began)
         after = cpu_seconds(server.pid)
     rows |= {f"served: {kind}": (after[kind] - before[kind]) / answered for kind in after}
-    return table(
-        ["", "CPU milliseconds a photo"],
-        [[name, f"{1e3 * spent:.2f}"] for name, spent in rows.items()],
-    )
+    return markdown(["", "CPU milliseconds a photo"], [[name, f"{1e3 * spent:.2f}"] for name, spent in rows.items()])
 
 
 def layers(photos: Sequence[bytes]) -> str:
@@ -329,7 +321,7 @@ def layers(photos: Sequence[bytes]) -> str:
         [kind, f"{cost:.2f}", f"{cost / total:.0%}"] for cost, kind in costs if cost > 0.01 * total
     ]
     rows.append(["all", f"{total:.2f}", f"{adds / total / 1e6:.0f} G multiply-adds a second"])
-    return table(["kind of layer, kernel", "milliseconds a photo", "share"], rows)
+    return markdown(["kind of layer, kernel", "milliseconds a photo", "share"], rows)
 
 
 def bulk(paths: Sequence[Path], rounds: int) -> str:
@@ -353,27 +345,16 @@ def bulk(paths: Sequence[Path], rounds: int) -> str:
                 )
                 rates[scheme].append(len(paths) / (time.monotonic() - began))
     load = median(rates.pop("the load"))
-    rows = [
-        [scheme, f"{median(of):.0f}", f"{median(of) / load:.2f}"] for scheme, of in rates.items()
-    ]
-    head = [
-        f"client.py embed, {len(paths):,} photos, start and end included",
-        "photos/s",
-        f"of the load's at {MANY} connections",
-    ]
-    return table(head, rows)
+    rows = [[scheme, f"{median(of):.0f}", f"{median(of) / load:.2f}"] for scheme, of in rates.items()]
+    head = [f"client.py embed, {len(paths):,} photos, start and end included", "photos/s", f"of the load's at {MANY} connections"]
+    return markdown(head, rows)
 
 
 @contextlib.contextmanager
-def warm(photos: Sequence[bytes]) -> Iterator[Server]:
+def warm(photos: Sequence[bytes]) -> Iterator[LocalServer]:
     with serving(MODELS) as server:
         closed(server.http, photos, MANY, 2)
         yield server
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def cpu_seconds(pid: int) -> dict[str, float]:

@@ -31,7 +31,7 @@ from npair.client import (
     UnavailableError,
 )
 from npair.releasing.config import parameters, parse
-from npair.releasing.tune import Server, read_setting, serving
+from npair.releasing.tune import LocalServer, read_setting, serving
 from npair.serving.engine import cores
 from npair.serving.preprocess import LARGE
 
@@ -139,7 +139,7 @@ def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def measured(server: Server, case: Case, protocol: str) -> tuple[float, str, str]:
+def measured(server: LocalServer, case: Case, protocol: str) -> tuple[float, str, str]:
     """Returns: MB at the peak above idle, the same some time after, and what was answered."""
     idle, done = proportional_memory(server.pid), threading.Event()
     peaks = [idle]

@@ -27,9 +27,11 @@ from machine import proportional_memory
 from npair.client import NpairClient
 from npair.publishing.drawings import write_dataset
 from npair.releasing.config import with_release
-from npair.releasing.release import Server, check_pins, check_server, promote, rollback, verify
+from npair.releasing.control import Server
+from npair.releasing.release import check_pins, check_server, promote, rollback
 from npair.releasing.repository import Repository, open_repository
 from npair.releasing.tune import serving
+from npair.releasing.verify import verify
 from npair.serving.embedder import read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,7 +26,7 @@ from PIL import Image, ImageFilter, ImageOps
 from npair.data.dataset import Dataset, Photos
 from npair.data.files import read_photo
 from npair.data.sources import read_dataset
-from npair.releasing.release import published_code
+from npair.releasing.verify import published_code
 from npair.scoring.evaluate import compare
 from npair.scoring.retrieval import Vectors, nearest
 from npair.serving.embedder import UNLIMITED

@@ -29,9 +29,10 @@ import numpy as np
 from machine import descendants, proportional_memory, pyplot
 from supervisor.procfs import shared_regions
 
-from npair.client import SUFFIXES, InvalidPhotoError, NpairClient, NpairError, Vectors
+from npair.client import InvalidPhotoError, NpairClient, NpairError, Vectors
+from npair.client_files import SUFFIXES
 from npair.publishing.drawings import draw, encode
-from npair.releasing.tune import Server, serving
+from npair.releasing.tune import LocalServer, serving
 
 ROOT = Path(__file__).resolve().parents[1]
 GROWTH = 0.02
@@ -194,7 +195,7 @@ class Load:
             return self.answered, latencies
 
 
-def read(server: Server, load: Load, minutes: float) -> Iterator[Reading]:
+def read(server: LocalServer, load: Load, minutes: float) -> Iterator[Reading]:
     began = last = time.monotonic()
     before, _ = load.take()
     while last - began < 60 * minutes:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import releases
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -30,6 +31,9 @@ from npair.data.pixels import default_cache
 from npair.publishing.drawings import draw, encode, write_dataset
 from npair.publishing.publish import publish
 from npair.publishing.version_folder import write_manifest
+from npair.releasing.config import with_release
+from npair.releasing.control import Server
+from npair.releasing.release import promote
 from npair.releasing.repository import open_repository
 from npair.serving.embedder import read_manifest
 from npair.serving.preprocess import Limits, Preprocessing
@@ -180,6 +184,49 @@ def published(dataset: Path, trained: Path, once: Once) -> Path:
     return once("published", build) / "npair"
 
 
+@pytest.fixture(scope="session")
+def pair(published: Path, trained: Path, once: Once) -> Path:
+    """A model's folder with versions 1 and 2, of which 1 was promoted; to be copied, not changed."""
+
+    def build(folder: Path) -> None:
+        shutil.copytree(published, folder)
+        releases.two_versions(folder, trained)
+        config = folder / "config.pbtxt"
+        config.write_text(with_release(config.read_text(), [1], {}))
+        promote(open_repository(folder), 1, [])
+
+    return once("pair", build)
+
+
+@pytest.fixture
+def models(pair: Path, tmp_path: Path) -> Path:
+    """A copy of ``pair``."""
+    return Path(shutil.copytree(pair, tmp_path / "models/npair"))
+
+
+@pytest.fixture(params=releases.DAMAGES)
+def broken(request: pytest.FixtureRequest, models: Path, trained: Path) -> Path:
+    """A copy of ``pair`` whose version 2 is broken in one way."""
+    releases.DAMAGES[request.param](models / "2", trained)
+    return models
+
+
+@pytest.fixture(scope="module")
+def shared(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[releases.Standing]:
+    models = Path(shutil.copytree(pair, tmp_path_factory.mktemp("shared") / "npair"))
+    with controlled(models) as (server, urls):
+        yield models, server, urls
+
+
+@pytest.fixture
+def standing(shared: releases.Standing) -> releases.Standing:
+    """A copy of ``pair``, and a server that serves version 1 of it; for tests that leave both versions sound."""
+    models, server, _ = shared
+    if server.serving() != [1] or not releases.pins(models, 1):
+        promote(open_repository(models), 1, [server])
+    return shared
+
+
 @pytest.fixture
 def version(published: Path, tmp_path: Path) -> Path:
     """A copy of version 1 for one test to spoil."""
@@ -266,6 +313,13 @@ def running(**environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[st
     finally:
         process.terminate()
         process.wait(timeout=30)
+
+
+@contextmanager
+def controlled(models: Path) -> Iterator[tuple[Server, dict[str, str]]]:
+    """A server of a model's folder, with its control API open, and its URLs by protocol."""
+    with running(MODEL_REPOSITORY=str(models.parent), NPAIR_CONTROL_SECRET=releases.SECRET) as (_, urls):
+        yield Server(urls["http"], "npair", secret=releases.SECRET, timeout=60), urls
 
 
 def certificate(folder: Path, *hosts: str) -> tuple[Path, Path]:

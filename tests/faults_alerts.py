@@ -88,7 +88,7 @@ class World(Service):
             with NpairClient(self.urls["http"], retries=0, batch_size=64) as connection:
                 while not done.wait(pause):
                     with contextlib.suppress(NpairError):
-                        connection._embed_batch(photos, None, 0)
+                        connection._infer(photos, None, 0)
 
         threads = [threading.Thread(target=client) for _ in range(clients)]
         for thread in threads:

@@ -33,7 +33,8 @@ from observing import prepared
 from npair.client import NpairClient, Vectors
 from npair.publishing.drawings import draw, encode
 from npair.publishing.version_folder import write_manifest
-from npair.releasing.release import Server, promote
+from npair.releasing.control import Server
+from npair.releasing.release import promote
 from npair.releasing.repository import open_repository
 from npair.serving.embedder import read_manifest
 

@@ -12,23 +12,27 @@ from conftest import ROOT
 from supervisor.api import CONTROL_HEADER
 from supervisor.watch import FALLBACK
 
-from npair.releasing import release, tune
+from npair.releasing import control, release, tune
 
 SOURCE = ROOT / "src/npair"
 
 # Which packages of npair each package may import, imports inside functions included.
 ARROWS = {
-    "cli": {"data", "networks", "training", "scoring", "publishing", "releasing", "gallery", "serving", "client"},
+    "cli": {"data", "networks", "training", "scoring", "publishing", "releasing", "gallery", "serving", "client", "client_cli"},
     "publishing": {"training", "networks", "scoring", "releasing", "serving", "data"},
     "releasing": {"serving", "client"},
-    "gallery": {"client", "data", "releasing"},
+    "gallery": {"client", "data"},
     "training": {"networks", "scoring", "data", "serving"},
-    "scoring": {"data", "networks", "client"},
+    "scoring": {"data", "networks", "client", "client_cli"},
     "networks": {"training"},
     "data": {"serving"},
     "serving": set(),
     "client": set(),
+    "client_cli": {"client", "client_files"},
+    "client_files": {"client"},
 }
+# Of releasing, publishing verifies a version before it appears in a repository: it asks no server.
+RELEASING_FOR_PUBLISHING = {"config", "repository", "verify"}
 
 # The libraries that a version's own code may import: they are what the image holds.
 LIBRARIES = {
@@ -38,7 +42,9 @@ LIBRARIES = {
     "serving/preprocess": {"numpy", "PIL"},
     "serving/jpeg": {"numpy", "PIL", "simplejpeg", "cykooz_resizer"},
     "serving/colour": {"numpy", "PIL"},
-    "client": {"numpy", "tritonclient", "tqdm"},
+    "client": {"numpy", "tritonclient"},
+    "client_cli": {"client", "client_files", "numpy"},
+    "client_files": {"client", "numpy", "tqdm"},
 }
 
 
@@ -48,7 +54,9 @@ def imports(path: Path) -> Iterator[tuple[str, ...]]:
         if isinstance(node, ast.Import):
             yield from (tuple(alias.name.split(".")) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level:
-            yield "npair", "serving"  # the code of a version, which imports itself relatively
+            # A version's code and the client import their neighbours relatively.
+            package = ("npair", "serving") if path.parent.name == "serving" else ("npair",)
+            yield from ((*package, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             module = tuple(str(node.module).split("."))
             yield from ((*module, alias.name) for alias in node.names) if module == ("npair",) else (module,)
@@ -76,6 +84,12 @@ def test_a_module_that_travels_imports_only_what_its_readers_have(module: str) -
     assert libraries(SOURCE / f"{module}.py") <= LIBRARIES[module]
 
 
+def test_publishing_asks_no_server() -> None:
+    files = (SOURCE / "publishing").rglob("*.py")
+    used = {parts[2] for path in files for parts in imports(path) if parts[:2] == ("npair", "releasing") and len(parts) > 2}
+    assert used <= RELEASING_FOR_PUBLISHING
+
+
 def test_every_package_is_listed() -> None:
     found = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in SOURCE.rglob("*.py")}
     assert found - {"__init__", "__main__"} == set(ARROWS)
@@ -94,11 +108,12 @@ def test_docker_context_stands_alone() -> None:
     assert not any(packages(path) for path in api.glob("*.py"))
     for path in (api / "serve.py", *api.glob("supervisor/*.py")):
         assert libraries(path) <= {"supervisor"}
-    assert (SOURCE / "client.py").resolve() == api / "client.py"
+    for name in ("client.py", "client_cli.py", "client_files.py"):
+        assert (SOURCE / name).resolve() == api / name
 
 
 def test_both_sides_agree_on_names() -> None:
     """Neither side may import the other."""
-    assert release.CONTROL_HEADER == CONTROL_HEADER
+    assert control.CONTROL_HEADER == CONTROL_HEADER
     assert release.FALLBACK == FALLBACK
     assert (ROOT / "model/api/serve.py").samefile(tune.SERVE)

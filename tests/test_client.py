@@ -880,7 +880,7 @@ class TestApiKey:
             client.embed([b"x"] * 9)
             client.thresholds()
             client.ready()
-            client._served()
+            client.versions()
         assert server.authorizations == ["Bearer abc"] * 12
 
     def test_none_is_sent_where_none_is_given(self) -> None:

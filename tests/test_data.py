@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, folders, photo, sizes, table
 
-from npair import client
+from npair import client_files
 from npair.data.dataset import SPLIT_NAMES, DataError, Dataset
 from npair.data.files import SUFFIXES
 from npair.data.sources import SYSTEM_FOLDERS, read_dataset, summary
@@ -417,7 +417,7 @@ def test_every_tuple_of_suffixes_is_the_same() -> None:
 
 
 def test_the_client_passes_over_the_same_folders() -> None:
-    assert client.SYSTEM_FOLDERS == SYSTEM_FOLDERS
+    assert client_files.SYSTEM_FOLDERS == SYSTEM_FOLDERS
 
 
 class TestSplit:

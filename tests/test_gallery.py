@@ -1,8 +1,7 @@
-"""Galleries on the real server: built, killed, changed, switched to another version, searched, and damaged."""
+"""Galleries on the real server: build, kill, change, switch versions, search and damage them."""
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ import lancedb
 import numpy as np
 import pytest
 from conftest import ROOT, SHIPPED, folders, photo, running, table
+from filelock import FileLock
 
 from npair import cli
 from npair.client import Embeddings, InvalidPhotoError, NpairClient, UnavailableError
@@ -44,7 +44,11 @@ def newer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpairClient]:
     model = Path(shutil.copytree(SHIPPED.parent, models / "npair"))
     shutil.copytree(model / OLD, model / NEW)
     config = (model / "config.pbtxt").read_text()
-    hashes = {"manifest_version": NEW, "manifest_sha256": "f" * 64, f"manifest_sha256_{OLD}": manifest_of(config)}
+    hashes = {
+        "manifest_version": NEW,
+        "manifest_sha256": "f" * 64,
+        f"manifest_sha256_{OLD}": manifest_of(config),
+    }
     (model / "config.pbtxt").write_text(with_release(config, [int(OLD), int(NEW)], hashes))
     with running(MODEL_REPOSITORY=str(models)) as (_, urls), NpairClient(urls["grpc"]) as client:
         yield client
@@ -69,7 +73,9 @@ def stored(folder: Path) -> dict[str, str]:
 
 
 class TestBuild:
-    def test_each_photo_is_found_by_itself(self, client: NpairClient, dataset: Path, tmp_path: Path) -> None:
+    def test_each_photo_is_found_by_itself(
+        self, client: NpairClient, dataset: Path, tmp_path: Path
+    ) -> None:
         built = build(dataset, tmp_path, client)
         assert built == Built(OLD, 36, 36, {})
         made = Gallery(tmp_path)
@@ -96,7 +102,11 @@ class TestBuild:
     def test_a_label_that_changed_is_stored(self, client: NpairClient, tmp_path: Path) -> None:
         photo(tmp_path / "a.png")
         for label in ("before", "after"):
-            build(table(tmp_path, f"path,label,split\na.png,{label},train\na.png,{label},val\n"), tmp_path / "index", client)
+            build(
+                table(tmp_path, f"path,label,split\na.png,{label},train\na.png,{label},val\n"),
+                tmp_path / "index",
+                client,
+            )
             assert stored(tmp_path / "index") == {str(tmp_path / "a.png"): label}
 
     def test_bad_photos_are_named_and_left_out(self, client: NpairClient, tmp_path: Path) -> None:
@@ -108,7 +118,11 @@ class TestBuild:
         assert "not a JPEG" in built.left_out[str(bad)]
         spoilt.write_bytes(b"")
         built = build(photos, index, client)
-        assert (built.photos, built.embedded, list(built.left_out)) == (3, 0, [str(bad), str(spoilt)])
+        assert (built.photos, built.embedded, list(built.left_out)) == (
+            3,
+            0,
+            [str(bad), str(spoilt)],
+        )
         assert str(spoilt) not in stored(index)
 
     def test_searches_find_what_was_there_until_the_new_is(
@@ -143,12 +157,16 @@ class TestBuild:
                 raise UnavailableError("gone")
 
             patch.setattr(NpairClient, "stream", ending)
-            patch.setattr(NpairClient, "embed", lambda *_: Embeddings(np.zeros((1, 128), np.float32), OLD))
+            patch.setattr(
+                NpairClient, "embed", lambda *_: Embeddings(np.zeros((1, 128), np.float32), OLD)
+            )
             with pytest.raises(UnavailableError):
                 build(photos, index, client)
         assert build(photos, index, client) == Built(OLD, 9, 4, {})
 
-    def test_what_is_passed_over_is_said(self, client: NpairClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_what_is_passed_over_is_said(
+        self, client: NpairClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         photos = tmp_path / "photos"
         for name in ("1.jfif", "2.JPE", "@eaDir/1.jfif/SYNOPHOTO_THUMB_M.jpg"):
             photo(photos / name)
@@ -157,7 +175,20 @@ class TestBuild:
         ignored = f"2 .heic such as {photos / '1.heic'}, {photos / '@eaDir'}"
         assert build(photos, tmp_path / "index", client) == Built(OLD, 2, 2, {}, ignored)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["npair", "index", "build", str(photos), "--index", str(tmp_path), "--url", client.url])
+            patch.setattr(
+                sys,
+                "argv",
+                [
+                    "npair",
+                    "index",
+                    "build",
+                    str(photos),
+                    "--index",
+                    str(tmp_path),
+                    "--url",
+                    client.url,
+                ],
+            )
             assert cli.main() == 0
         assert f"ignored, since they are no photos: {ignored}" in capsys.readouterr().err
         for name in ("1.jfif", "2.JPE"):
@@ -183,7 +214,9 @@ class TestBuild:
 
     def test_names_that_are_hard_to_write(self, client: NpairClient, tmp_path: Path) -> None:
         photos, index = tmp_path / "photos", tmp_path / "index"
-        for number, name in enumerate([b"it's.png", b"two\nlines.png", b"\xff.png", "naïve.png".encode()]):
+        for number, name in enumerate(
+            [b"it's.png", b"two\nlines.png", b"\xff.png", "naïve.png".encode()]
+        ):
             photo(photos / os.fsdecode(name), number)
         build(photos, index, client)
         assert any("two\\nlines.png" in name for name in stored(index))
@@ -195,25 +228,27 @@ class TestBuild:
 
     def test_one_at_a_time(self, client: NpairClient, tmp_path: Path) -> None:
         photo(tmp_path / "photos/a.png")
-        handle = os.open(tmp_path, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            with pytest.raises(GalleryError, match="another process builds"):
-                build(tmp_path / "photos", tmp_path, client)
-        finally:
-            os.close(handle)
+        with (
+            FileLock(tmp_path / "build.lock"),
+            pytest.raises(GalleryError, match="another process builds"),
+        ):
+            build(tmp_path / "photos", tmp_path, client)
         assert build(tmp_path / "photos", tmp_path, client).photos == 1
 
 
 def test_goes_on_where_it_was_killed(client: NpairClient, tmp_path: Path) -> None:
     photos, index, rows = folders(tmp_path / "photos", classes=10, photos=80), tmp_path / "index", 8
     code = (
-        f"from pathlib import Path; from npair.gallery import gallery; from npair.client import NpairClient; gallery.ROWS = {rows};"
-        f"client = NpairClient({client.url!r}, batch_size=8); gallery.build(Path({str(photos)!r}), Path({str(index)!r}), client)"
+        "from pathlib import Path; from npair.gallery import gallery;"
+        f"from npair.client import NpairClient; gallery.ROWS = {rows};"
+        f"client = NpairClient({client.url!r}, batch_size=8);"
+        f"gallery.build(Path({str(photos)!r}), Path({str(index)!r}), client)"
     )
     kept = 0
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT / "src")}
+        )
         while count(index) < kept + 4 * rows and process.poll() is None:
             time.sleep(0.002)
         process.kill()
@@ -238,7 +273,11 @@ def count(index: Path) -> int:
 
 class TestVersions:
     def test_switch_in_one_step_and_back(
-        self, client: NpairClient, newer: NpairClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        client: NpairClient,
+        newer: NpairClient,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         photos, index = folders(tmp_path / "photos", classes=2, photos=3), tmp_path / "index"
         build(photos, index, client)
@@ -246,7 +285,12 @@ class TestVersions:
 
         def look(_: object) -> None:
             """When the new table is complete, and before the switch."""
-            seen.append((Gallery(index).version, len(Gallery(index).search(photos / "class 0/0.png", newer))))
+            seen.append(
+                (
+                    Gallery(index).version,
+                    len(Gallery(index).search(photos / "class 0/0.png", newer)),
+                )
+            )
 
         with monkeypatch.context() as patch:
             patch.setattr(gallery, "index", look)
@@ -256,7 +300,9 @@ class TestVersions:
         assert build(photos, index, client) == Built(OLD, 6, 0, {}), "the one before is kept"
         assert Gallery(index).version == OLD
 
-    def test_a_gallery_that_is_open_follows(self, client: NpairClient, newer: NpairClient, tmp_path: Path) -> None:
+    def test_a_gallery_that_is_open_follows(
+        self, client: NpairClient, newer: NpairClient, tmp_path: Path
+    ) -> None:
         photos, index = folders(tmp_path / "photos", classes=1, photos=2), tmp_path / "index"
         build(photos, index, client)
         opened = Gallery(index)
@@ -267,21 +313,32 @@ class TestVersions:
     def test_unserved(self, client: NpairClient, newer: NpairClient, tmp_path: Path) -> None:
         path = photo(tmp_path / "photos/a.png")
         build(tmp_path / "photos", tmp_path / "index", newer)
-        message = f"version {NEW} of model npair is not served, but {OLD} is; build the gallery by that one: npair index"
+        message = (
+            f"version {NEW} of model npair is not served, but {OLD} is; build the gallery by that"
+            " one: npair index"
+        )
         with pytest.raises(GalleryError, match=message):
             Gallery(tmp_path / "index").search(path, client)
 
-    def test_another_version_of_that_number(self, client: NpairClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_another_version_of_that_number(
+        self, client: NpairClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         path, index = photo(tmp_path / "photos/a.png"), tmp_path / "index"
         with monkeypatch.context() as patch:
             patch.setattr(NpairClient, "manifest_sha256", lambda *_: "0" * 64)
             build(tmp_path / "photos", index, client)
-        with pytest.raises(GalleryError, match=f"is of another version {OLD} than is served; build it anew"):
+        with pytest.raises(
+            GalleryError, match=f"is of another version {OLD} than is served; build it anew"
+        ):
             Gallery(index).search(path, client)
-        assert build(tmp_path / "photos", index, client).embedded == 1, "their vectors are not mixed"
+        assert build(tmp_path / "photos", index, client).embedded == 1, (
+            "their vectors are not mixed"
+        )
         assert len(Gallery(index).search(path, client)) == 1
 
-    def test_half_built_ones_go(self, client: NpairClient, newer: NpairClient, tmp_path: Path) -> None:
+    def test_half_built_ones_go(
+        self, client: NpairClient, newer: NpairClient, tmp_path: Path
+    ) -> None:
         photos, index = folders(tmp_path / "photos", classes=1, photos=2), tmp_path / "index"
         gallery.create(index, ("npair", "0", ""), 128)
         build(photos, index, client)
@@ -291,18 +348,25 @@ class TestVersions:
     def test_another_model(self, client: NpairClient, tmp_path: Path) -> None:
         path = photo(tmp_path / "photos/a.png")
         build(tmp_path / "photos", tmp_path / "index", client)
-        with NpairClient(client.url, model="other") as other, pytest.raises(GalleryError, match="is of model npair, not other"):
+        with (
+            NpairClient(client.url, model="other") as other,
+            pytest.raises(GalleryError, match="is of model npair, not other"),
+        ):
             Gallery(tmp_path / "index").search(path, other)
 
 
 class TestSearch:
-    def test_is_exact_where_there_are_few(self, made: Gallery, client: NpairClient, dataset: Path) -> None:
+    def test_is_exact_where_there_are_few(
+        self, made: Gallery, client: NpairClient, dataset: Path
+    ) -> None:
         paths = [str(path) for path in labels_of(dataset)]
         vectors, _ = client.embed(paths)
         found = made.nearest(vectors[0], 10)
         expected = np.argsort(-(vectors @ vectors[0]))[:10]
         assert [hit.photo for hit in found] == [paths[number] for number in expected]
-        assert [hit.cosine for hit in found] == pytest.approx((vectors @ vectors[0])[expected].tolist(), abs=1e-5)
+        assert [hit.cosine for hit in found] == pytest.approx(
+            (vectors @ vectors[0])[expected].tolist(), abs=1e-5
+        )
 
     def test_more_than_there_are(self, made: Gallery, client: NpairClient, dataset: Path) -> None:
         found = made.search(next(iter(labels_of(dataset))), client, k=1000)
@@ -319,10 +383,15 @@ class TestSearch:
     def test_index_finds_what_comparing_with_all_finds(self, tmp_path: Path) -> None:
         rng = np.random.default_rng(0)
         centres = rng.standard_normal((200, 128), dtype=np.float32)
-        vectors = centres[np.arange(6000) % 200] + 1.5 * rng.standard_normal((6000, 128), dtype=np.float32)
+        vectors = centres[np.arange(6000) % 200] + 1.5 * rng.standard_normal(
+            (6000, 128), dtype=np.float32
+        )
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         made = gallery.create(tmp_path, ("npair", "1", "0"), 128)
-        rows = [{"photo": str(n), "label": str(n % 200), "sha256": "", "vector": vector} for n, vector in enumerate(vectors)]
+        rows = [
+            {"photo": str(n), "label": str(n % 200), "sha256": "", "vector": vector}
+            for n, vector in enumerate(vectors)
+        ]
         made.add(rows[:5990])
         gallery.index(made)
         assert next(iter(made.list_indices())).num_indexed_rows == 5990
@@ -357,14 +426,18 @@ def test_damaged(damage: Callable[[Path], None], client: NpairClient, tmp_path: 
     path, index = photo(tmp_path / "photos/a.png"), tmp_path / "index"
     build(tmp_path / "photos", index, client)
     damage(index)
-    with pytest.raises(GalleryError, match=r"is damaged; delete it, and build it anew: npair index build"):
+    with pytest.raises(
+        GalleryError, match=r"is damaged; delete it, and build it anew: npair index build"
+    ):
         Gallery(index).search(path, client)
     shutil.rmtree(index)
     build(tmp_path / "photos", index, client)
     assert len(Gallery(index).search(path, client)) == 1
 
 
-def test_what_may_not_be_read_is_not_called_damaged(made: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_may_not_be_read_is_not_called_damaged(
+    made: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A fake, since root may read all."""
 
     def refused(_: Path) -> dict[str, str]:
@@ -378,7 +451,9 @@ def test_what_may_not_be_read_is_not_called_damaged(made: Gallery, monkeypatch: 
 class TestLabels:
     def test_folders_and_what_lies_beside_them(self, tmp_path: Path) -> None:
         root = folders(tmp_path, classes=1, photos=1)
-        loose, deep, hidden = (photo(root / name) for name in ("loose.png", "kind/class/deep.png", ".hidden.png"))
+        loose, deep, hidden = (
+            photo(root / name) for name in ("loose.png", "kind/class/deep.png", ".hidden.png")
+        )
         assert labels_of(root) == {root / "class 0/0.png": "class 0", loose: "", deep: "kind/class"}
         assert hidden not in labels_of(root)
 
@@ -389,7 +464,10 @@ class TestLabels:
         assert labels_of(tmp_path) == {**dict.fromkeys(paths, "class"), toy: "toy"}
 
     def test_in_either_unicode_form_are_one(self, tmp_path: Path) -> None:
-        paths = [photo(tmp_path / unicodedata.normalize(form, "Crème") / "a.png") for form in ("NFC", "NFD")]
+        paths = [
+            photo(tmp_path / unicodedata.normalize(form, "Crème") / "a.png")
+            for form in ("NFC", "NFD")
+        ]
         assert labels_of(tmp_path) == dict.fromkeys(paths, unicodedata.normalize("NFC", "Crème"))
 
     def test_lists_and_tables(self, listed: Path, tmp_path: Path) -> None:

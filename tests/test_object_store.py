@@ -1,4 +1,4 @@
-"""The repository in an object store, a real S3 server: whoever else publishes, however a publisher ends; and Triton on it."""
+"""A repository in an object store, on an S3 server: publish, kill, release, and serve from it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from moto.server import ThreadedMotoServer
 from supervisor.launch import command, find_triton
 from supervisor.options import Options
 
+from npair.releasing import ReleaseError
 from npair.releasing.config import with_release
-from npair.releasing.release import ReleaseError, Server, check_server, client_parameters, promote, rollback
+from npair.releasing.control import Server
+from npair.releasing.release import check_server, client_parameters, promote, rollback
 from npair.releasing.repository import Repository, RepositoryError, Store, open_repository
 
 SECRET = "test"
@@ -43,14 +45,14 @@ with open_repository(sys.argv[1]).new_version() as (number, folder):
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    """The URL of an S3 server, which this process and those that it starts use as they would use AWS's."""
+    """The URL of an S3 server, which this process and its children use in place of AWS's."""
     server = ThreadedMotoServer("127.0.0.1", 0)
     server.start()
     host, port = server.get_host_and_port()
     put, lock = S3Response._key_response_put, threading.Lock()
 
     def one_at_a_time(*arguments: Any) -> Any:
-        """As in S3, whose conditional writes are atomic: moto looks whether there is the object, then writes it."""
+        """Make conditional writes atomic, as S3's are: moto's check and write are two steps."""
         with lock:
             return put(*arguments)
 
@@ -72,14 +74,20 @@ def location(endpoint: str, request: pytest.FixtureRequest) -> str:
     """A model's folder without a version, in a bucket of the test's own."""
     assert endpoint
     bucket = re.sub("[^a-z0-9]+", "-", request.node.name)[:60].strip("-")
-    store = s3fs.S3FileSystem(skip_instance_cache=True)  # what it knows is not known to the code under test
+    store = s3fs.S3FileSystem(
+        skip_instance_cache=True
+    )  # what it knows is not known to the code under test
     store.mkdir(bucket)
-    store.pipe_file(f"{bucket}/models/npair/config.pbtxt", (SHIPPED.parent / "config.pbtxt").read_bytes())
+    store.pipe_file(
+        f"{bucket}/models/npair/config.pbtxt", (SHIPPED.parent / "config.pbtxt").read_bytes()
+    )
     return f"s3://{bucket}/models/npair"
 
 
 def publisher(location: str, seconds: float = 0) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", PUBLISHER, location, str(seconds)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", PUBLISHER, location, str(seconds)], stdout=subprocess.PIPE, text=True
+    )
 
 
 def said(process: subprocess.Popen[str]) -> str:
@@ -97,7 +105,10 @@ def publish(repository: Repository, files: dict[str, bytes]) -> int:
 
 def objects(location: str) -> set[str]:
     root = location.removeprefix("s3://").removesuffix("/npair")
-    return {path.removeprefix(f"{root}/npair/") for path in s3fs.S3FileSystem(skip_instance_cache=True).find(root)}
+    return {
+        path.removeprefix(f"{root}/npair/")
+        for path in s3fs.S3FileSystem(skip_instance_cache=True).find(root)
+    }
 
 
 def test_a_version_appears_complete(location: str) -> None:
@@ -126,7 +137,12 @@ def test_the_manifest_comes_last(location: str, monkeypatch: pytest.MonkeyPatch)
 
     def watched(self: Store, operation: str, *arguments: object, **options: object) -> object:
         if operation in ("put_file", "pipe_file"):
-            seen.append((str(arguments[operation == "put_file"]).rpartition("/")[2], open_repository(location).versions()))
+            seen.append(
+                (
+                    str(arguments[operation == "put_file"]).rpartition("/")[2],
+                    open_repository(location).versions(),
+                )
+            )
         return ask(self, operation, *arguments, **options)
 
     repository = open_repository(location)
@@ -136,7 +152,9 @@ def test_the_manifest_comes_last(location: str, monkeypatch: pytest.MonkeyPatch)
     assert [versions for _, versions in seen] == [{}, {1: False}, {1: False}, {1: False}]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr
+)
 def test_nothing_is_left_of_a_failure(location: str, error: BaseException) -> None:
     def fail() -> None:
         with open_repository(location).new_version() as (_, folder):
@@ -158,7 +176,9 @@ def test_what_did_not_arrive_is_no_version(location: str, monkeypatch: pytest.Mo
         return ask(self, operation, *arguments, **options)
 
     monkeypatch.setattr(Store, "_ask", short)
-    with pytest.raises(RepositoryError, match=r"what arrived of version 1 in s3://.* is not what was sent"):
+    with pytest.raises(
+        RepositoryError, match=r"version 1 did not arrive in s3://.* as it was sent"
+    ):
         publish(open_repository(location), {"network.bin": b"12", "manifest.json": b"{}"})
     assert objects(location) == {"config.pbtxt"}
 
@@ -176,14 +196,22 @@ def test_one_of_many_creates(location: str) -> None:
     stores = [Store(location) for _ in range(8)]
     with ThreadPoolExecutor(len(stores)) as threads:
         for name in range(20):
-            created = list(threads.map(lambda store, path=f"{stores[0].root}/{name}": store._create(path, b""), stores))
+            created = list(
+                threads.map(
+                    lambda store, path=f"{stores[0].root}/{name}": store._create(path, b""), stores
+                )
+            )
             assert created.count(True) == 1
 
 
 def test_what_cannot_be_created(endpoint: str) -> None:
     assert endpoint
-    with pytest.raises(FileNotFoundError):  # and not taken for another's claim, or a publisher would try one number after another
-        Store("s3://no-such-bucket/models/npair")._create("no-such-bucket/models/npair/1/manifest.json", b"")
+    with pytest.raises(
+        FileNotFoundError
+    ):  # and not taken for another's claim, or a publisher would try one number after another
+        Store("s3://no-such-bucket/models/npair")._create(
+            "no-such-bucket/models/npair/1/manifest.json", b""
+        )
 
 
 def test_listings_are_never_stale(location: str) -> None:
@@ -202,7 +230,9 @@ def test_killed_publishers_leave_nothing_that_counts(location: str) -> None:
         process = publisher(location)
         assert said(process) == str(turn + 1), "what a killed one left is passed over"
         assert said(process) == "uploading"
-        while len([path for path in objects(location) if path.startswith(f"{turn + 1}/")]) <= 2 * turn:
+        while (
+            len([path for path in objects(location) if path.startswith(f"{turn + 1}/")]) <= 2 * turn
+        ):
             assert process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -214,7 +244,9 @@ def test_killed_publishers_leave_nothing_that_counts(location: str) -> None:
 
 
 def test_a_store_that_goes_away(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = ThreadedMotoServer("127.0.0.1", 0)  # of the same buckets: in one process, these are shared
+    server = ThreadedMotoServer(
+        "127.0.0.1", 0
+    )  # of the same buckets: in one process, these are shared
     server.start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
@@ -257,7 +289,9 @@ def test_removed_never_half(location: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == [{1: False}, {1: False}, {1: False}, {}]
 
 
-def test_a_lock_is_known_although_the_answer_was_lost(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_is_known_although_the_answer_was_lost(
+    location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The store has it, and refuses the library's second try."""
     create = Store._create
 
@@ -268,7 +302,10 @@ def test_a_lock_is_known_although_the_answer_was_lost(location: str, monkeypatch
     monkeypatch.setattr(Store, "_create", twice)
     with open_repository(location).exclusive():
         monkeypatch.undo()
-        with pytest.raises(RepositoryError, match=rf"user \d+ on .*, process {os.getpid()}, since"), Store(location).exclusive():
+        with (
+            pytest.raises(RepositoryError, match=rf"user \d+ on .*, process {os.getpid()}, since"),
+            Store(location).exclusive(),
+        ):
             pass
     with Store(location).exclusive():
         pass
@@ -276,11 +313,17 @@ def test_a_lock_is_known_although_the_answer_was_lost(location: str, monkeypatch
 
 def test_one_at_a_time(location: str) -> None:
     first, second = open_repository(location), open_repository(location)
-    holder = f"on .*, process {os.getpid()}, since 20.* releases or retires in {location}; .* delete {location}.releasing"
+    holder = (
+        f"on .*, process {os.getpid()}, since 20.* releases or retires in {location};"
+        f" .* delete {location}.releasing"
+    )
     with first.exclusive(), pytest.raises(RepositoryError, match=holder), second.exclusive():
         pass
     with second.exclusive():
-        assert objects(location) == {"config.pbtxt", f"{location.removeprefix('s3://')}.releasing"}, "not in the folder"
+        assert objects(location) == {
+            "config.pbtxt",
+            f"{location.removeprefix('s3://')}.releasing",
+        }, "not in the folder"
     assert objects(location) == {"config.pbtxt"}
 
 
@@ -305,7 +348,9 @@ try:
     open_repository("{scheme}://bucket/models/npair")
 except RepositoryError as error:
     print(error)"""
-    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
     assert f"pip install 'npair[{scheme}]'" in result.stdout
 
 
@@ -330,12 +375,17 @@ def served(location: str, endpoint: str, tmp_path: Path) -> Iterator[Server]:
 def release(repository: Repository, *, spoil: str = "") -> int:
     """The shipped version as the next one, pinned by config.pbtxt."""
     with repository.new_version() as (number, folder):
-        shutil.copytree(SHIPPED, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            SHIPPED, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
         rewrite_manifest(folder, version=number)
         if spoil:
             (folder / spoil).write_text("spoilt")
         values = client_parameters((folder / "manifest.json").read_bytes())
-    repository.write("config.pbtxt", with_release(repository.read("config.pbtxt").decode(), [number], values).encode())
+    repository.write(
+        "config.pbtxt",
+        with_release(repository.read("config.pbtxt").decode(), [number], values).encode(),
+    )
     return number
 
 
@@ -359,20 +409,30 @@ def test_served_from_the_store(location: str) -> None:
     repository = open_repository(location)
     release(repository)
     ports = free_ports()
-    environment = {**ports, "MODEL_REPOSITORY": location.removesuffix("/npair"), "NPAIR_CONTROL_SECRET": SECRET}
+    environment = {
+        **ports,
+        "MODEL_REPOSITORY": location.removesuffix("/npair"),
+        "NPAIR_CONTROL_SECRET": SECRET,
+    }
     process = start(**environment)
     try:
         assert "version 1" in lines_until_ready(process)[-1]
-        server = Server(f"http://127.0.0.1:{ports['HTTP_PORT']}", "npair", secret=SECRET, timeout=90)
+        server = Server(
+            f"http://127.0.0.1:{ports['HTTP_PORT']}", "npair", secret=SECRET, timeout=90
+        )
         health: list[str | Path] = [sys.executable, ROOT / "model/api/serve.py", "--health"]
         assert subprocess.run(health, env=os.environ | environment, check=False).returncode == 0
         with repository.new_version() as (number, folder):
-            shutil.copytree(SHIPPED, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                SHIPPED, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+            )
             rewrite_manifest(folder, version=number)
         promote(repository, number, [server])
         assert check_server(repository, server).keys() == {2}
         assert rollback(repository, [server]) == 1
-        assert subprocess.run(health, env=os.environ | environment, check=False).returncode == 0, "of what is served now"
+        assert subprocess.run(health, env=os.environ | environment, check=False).returncode == 0, (
+            "of what is served now"
+        )
     finally:
         process.terminate()
         process.wait(timeout=30)

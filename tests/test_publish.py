@@ -21,8 +21,8 @@ from npair.publishing.drawings import write_dataset
 from npair.publishing.graphs import ENGINES, REFERENCE, EnginesError
 from npair.publishing.publish import check_libraries, refusals
 from npair.publishing.version_folder import PublishError
+from npair.releasing import ReleaseError
 from npair.releasing.config import with_release
-from npair.releasing.release import ReleaseError
 from npair.releasing.repository import RepositoryError, open_repository
 from npair.serving.embedder import VersionError
 from npair.training.run import RunError

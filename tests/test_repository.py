@@ -1,4 +1,4 @@
-"""The repository on disk: what is there is whole, whoever else publishes, and however a publisher ends."""
+"""A repository on disk: versions are complete, however many publish, and however they end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ with open_repository(sys.argv[1]).new_version() as (number, folder):
 
 
 def publisher(folder: Path, seconds: float) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", PUBLISHER, folder, str(seconds)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", PUBLISHER, folder, str(seconds)], stdout=subprocess.PIPE, text=True
+    )
 
 
 def names(folder: Path) -> set[str]:
@@ -58,7 +60,9 @@ def test_a_version_appears_whole(repository: Path) -> None:
         assert (there / "golden/a.jpg").read_bytes() == b"123"
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr
+)
 def test_nothing_is_left_of_a_failure(repository: Path, error: BaseException) -> None:
     def publish() -> None:
         with open_repository(repository).new_version() as (_, folder):
@@ -75,7 +79,11 @@ def test_publishers_side_by_side_get_numbers_of_their_own(repository: Path) -> N
     numbers = [process.communicate()[0].strip() for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0, 0]
     assert len(set(numbers)) == 4
-    assert {str(number) for number, complete in open_repository(repository).versions().items() if complete} == set(numbers)
+    assert {
+        str(number)
+        for number, complete in open_repository(repository).versions().items()
+        if complete
+    } == set(numbers)
     assert names(repository) == {"config.pbtxt", *numbers}
 
 
@@ -94,7 +102,9 @@ def test_killed_publishers_leave_nothing_that_counts(repository: Path) -> None:
     alive.send_signal(signal.SIGSTOP)
     with open_repository(repository).new_version() as (_, folder):
         (folder / "manifest.json").write_text("{}")
-    assert len(open_repository(repository).unfinished()) == 1, "what the killed ones left is removed, and not what is being written"
+    assert len(open_repository(repository).unfinished()) == 1, (
+        "what the killed ones left is removed, and not what is being written"
+    )
     alive.send_signal(signal.SIGCONT)
     assert alive.wait() == 0
     assert not open_repository(repository).unfinished()
@@ -137,7 +147,11 @@ def test_full_disk(small_disk: Path) -> None:
 
 
 def test_readers_find_old_or_new(repository: Path) -> None:
-    opened, contents, stop = open_repository(repository), (b"a" * 100_000, b"b" * 100_000), threading.Event()
+    opened, contents, stop = (
+        open_repository(repository),
+        (b"a" * 100_000, b"b" * 100_000),
+        threading.Event(),
+    )
     opened.write("config.pbtxt", contents[0])
     seen: set[bytes] = set()
 
@@ -179,13 +193,16 @@ def test_servers_of_other_users_can_read_it(repository: Path) -> None:
         opened.write("config.pbtxt", b"")
     finally:
         os.umask(before)
-    modes = {path.relative_to(repository).as_posix(): path.stat().st_mode & 0o777 for path in repository.rglob("*")}
+    modes = {
+        path.relative_to(repository).as_posix(): path.stat().st_mode & 0o777
+        for path in repository.rglob("*")
+    }
     files = dict.fromkeys(("config.pbtxt", "1/manifest.json", "1/golden/a.jpg"), 0o644)
     assert modes == files | {"1": 0o755, "1/golden": 0o755}
 
 
 def test_publishers_and_removers_side_by_side(repository: Path) -> None:
-    """Each publisher cleans, and must not stumble over what others claim or remove at that moment, nor they over it."""
+    """Publishers remove abandoned folders without disturbing each other."""
 
     def publish_and_remove() -> int:
         turns, end = 0, time.monotonic() + 1
@@ -197,13 +214,17 @@ def test_publishers_and_removers_side_by_side(repository: Path) -> None:
         return turns
 
     with ThreadPoolExecutor(3) as threads:
-        assert all(future.result() for future in [threads.submit(publish_and_remove) for _ in range(3)])
+        assert all(
+            future.result() for future in [threads.submit(publish_and_remove) for _ in range(3)]
+        )
     assert names(repository) == {"config.pbtxt"}
 
 
-def test_cleaning_spares_what_is_claimed_meanwhile(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a killed publisher left was opened, to be locked next, when another removed it and claimed the same number."""
-    opened, locked = Folder(repository), repository_module._locked
+def test_cleaning_spares_what_is_claimed_meanwhile(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another publisher claims the number between a cleaner's opening and locking of its folder."""
+    opened, locked = Folder(repository), repository_module._lock
     (repository / "staging-1").mkdir()
     with contextlib.ExitStack() as other:
 
@@ -212,7 +233,7 @@ def test_cleaning_spares_what_is_claimed_meanwhile(repository: Path, monkeypatch
             other.enter_context(opened.new_version())[1].joinpath("manifest.json").write_text("{}")
             return locked(handle)
 
-        monkeypatch.setattr(repository_module, "_locked", late)
+        monkeypatch.setattr(repository_module, "_lock", late)
         opened._clean()
     assert opened.versions() == {1: True}
 
@@ -228,7 +249,11 @@ def test_a_number_that_was_published_meanwhile(repository: Path) -> None:
 
 def test_one_at_a_time(repository: Path) -> None:
     first, second = open_repository(repository), open_repository(repository)
-    with first.exclusive(), pytest.raises(RepositoryError, match="another process releases or retires"), second.exclusive():
+    with (
+        first.exclusive(),
+        pytest.raises(RepositoryError, match="another process releases or retires"),
+        second.exclusive(),
+    ):
         pass
     with second.exclusive():
         pass

@@ -27,6 +27,8 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from npair.client import NpairClient, UnavailableError
+from npair.releasing import ReleaseError
+from npair.releasing.control import control_secret
 
 PAGE = (ROOT / "docs/security.md").read_text()
 SECRET = "open sesame"
@@ -179,6 +181,9 @@ class TestSecret:
         with pytest.raises(ServeError, match="NPAIR_CONTROL_SECRET must be one line of printable ASCII") as caught:
             given_secret()
         assert secret not in str(caught.value)
+        with pytest.raises(ReleaseError, match="NPAIR_CONTROL_SECRET must hold one line of printable ASCII") as refused:
+            control_secret()
+        assert secret not in str(refused.value)
 
     def test_is_in_no_image(self) -> None:
         """What a Dockerfile does not name gets into no layer: it copies files by name."""

@@ -1,4 +1,4 @@
-"""Tuning: the search, on the real server, and the loads that it is made of, on servers whose times are known."""
+"""Tune the real server, and measure traffic on servers of known latency."""
 
 from __future__ import annotations
 
@@ -17,8 +17,16 @@ import pytest
 from conftest import ROOT
 
 from npair.releasing.config import ConfigError
-from npair.releasing.traffic import Load, LoadError, closed, paced
-from npair.releasing.tune import Point, Setting, TuneError, best_point, frontier, read_setting, with_setting
+from npair.releasing.traffic import TrafficError, closed, paced
+from npair.releasing.tune import (
+    Point,
+    Setting,
+    TuneError,
+    best_point,
+    frontier,
+    read_setting,
+    with_setting,
+)
 
 CONFIG = (ROOT / "model_repository/npair/config.pbtxt").read_text()
 
@@ -53,7 +61,7 @@ class TestLoad:
     def test_closed_loops(self) -> None:
         with answering(after=0.1) as url:
             load = closed(url, [b"photo"], 4, 1)
-        assert 10 < load.rate <= 40, "four clients that wait a tenth of a second for each answer, of which one alone would get 10"
+        assert 10 < load.rate <= 40, "four clients get 10 answers per second each at most"
         assert 100 <= load.p50 <= load.p99
 
     def test_paced_does_not_wait_for_answers(self) -> None:
@@ -62,9 +70,14 @@ class TestLoad:
         assert load.rate > 5, "one connection would have had two answers a second"
         assert load.p50 >= 500
 
-    @pytest.mark.parametrize("load", [lambda url: closed(url, [b"x"], 2, 1), lambda url: paced(url, [b"x"], 20, 1)])
+    @pytest.mark.parametrize(
+        "load", [lambda url: closed(url, [b"x"], 2, 1), lambda url: paced(url, [b"x"], 20, 1)]
+    )
     def test_refused_photos_end_it(self, load: object) -> None:
-        with answering(status=400) as url, pytest.raises(LoadError, match="400 Bad Request: full"):
+        with (
+            answering(status=400) as url,
+            pytest.raises(TrafficError, match="400 Bad Request: full"),
+        ):
             load(url)  # type: ignore[operator]
 
 
@@ -86,17 +99,20 @@ class TestConfig:
     def test_what_it_cannot_change_is_refused(self, before: str, after: str, reason: str) -> None:
         config = CONFIG.replace(before, after)
         with pytest.raises((ConfigError, TuneError), match=reason):
-            with_setting(config, Setting(1, 4, 0) if reason == "one line of its own" else read_setting(config))
+            with_setting(
+                config,
+                Setting(1, 4, 0) if reason == "one line of its own" else read_setting(config),
+            )
 
 
 def test_best_points() -> None:
     quick, most = Setting(1, 0, 0), Setting(2, 0, 0)
     points = [
-        Point(quick, 1, Load(100, 5, 10)),
-        Point(quick, 8, Load(150, 20, 50)),
-        Point(most, 1, Load(90, 6, 12)),
-        Point(most, 8, Load(200, 30, 60)),
-        Point(most, 32, Load(220, 60, 150)),
+        Point(quick, 1, 100, 5, 10),
+        Point(quick, 8, 150, 20, 50),
+        Point(most, 1, 90, 6, 12),
+        Point(most, 8, 200, 30, 60),
+        Point(most, 32, 220, 60, 150),
     ]
     assert best_point(points, 100) == points[3]
     assert best_point(points, 5) is None
@@ -105,22 +121,38 @@ def test_best_points() -> None:
 
 class TestCommand:
     def run(self, models: Path, data: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "npair", "tune", "--repository", str(models), "--data", str(data)]
+        command = [
+            sys.executable,
+            "-m",
+            "npair",
+            "tune",
+            "--repository",
+            str(models),
+            "--data",
+            str(data),
+        ]
         command += ["--seconds", "0.3", "--batch", "8", "--delay", "0", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     def test_finds_and_writes(self, published: Path, dataset: Path, tmp_path: Path) -> None:
-        """From a setting that is bad on every machine: a photo that comes alone waits a second for company."""
+        """Start from a setting that is bad on every machine: a lone photo waits for a second."""
         models = Path(shutil.copytree(published, tmp_path / "npair"))
         config = models / "config.pbtxt"
-        bad = with_setting(re.sub("versions: .*? ]", "versions: [ 1 ]", config.read_text()), Setting(1, 8, 1_000_000))
+        bad = with_setting(
+            re.sub("versions: .*? ]", "versions: [ 1 ]", config.read_text()),
+            Setting(1, 8, 1_000_000),
+        )
         config.write_text(re.sub(r"(?m)^parameters .*(thresh|sha256).*\n", "", bad))
         before = config.read_text()
         picture = tmp_path / "frontier.svg"
-        result = self.run(models, dataset, "--instances", "1", "--p99-ms", "900", "--picture", str(picture))
+        result = self.run(
+            models, dataset, "--instances", "1", "--p99-ms", "900", "--picture", str(picture)
+        )
         assert result.returncode == 0, result.stderr
         assert config.read_text() == with_setting(before, Setting(1, 8, 0))
-        assert re.search(r"\| 1 x \d+ \| 8 \| 0 \| \d+ \| \d+ \| \d+\.\d \| \d+\.\d \|", result.stdout)
+        assert re.search(
+            r"\| 1 x \d+ \| 8 \| 0 \| \d+ \| \d+ \| \d+\.\d \| \d+\.\d \|", result.stdout
+        )
         assert "</svg>" in picture.read_text()
 
     def test_impossible(self, published: Path, dataset: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from soak import shared
 from npair.client import InvalidPhotoError, NpairClient
 from npair.publishing.drawings import draw, encode
 from npair.releasing.config import with_release
-from npair.releasing.release import Server
+from npair.releasing.control import Server
 from npair.serving.embedder import UNLIMITED, Embedder
 from npair.serving.jpeg import MAX_SCANS
 from npair.serving.preprocess import decode

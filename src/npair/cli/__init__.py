@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npair.client import DEFAULT_URL, PATIENT_RETRIES, NpairClient, NpairError, from_environment
+from npair.client import DEFAULT_URL, NpairClient, NpairError
+from npair.client_cli import PATIENT_RETRIES, from_environment
 from npair.serving.preprocess import Preprocessing
 from npair.training.run import TrainConfig, read_run
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from npair.data.checks import Findings
     from npair.data.dataset import Dataset
     from npair.data.pixels import Pixels
-    from npair.releasing.release import Server
+    from npair.releasing.control import Server
     from npair.releasing.repository import Repository
 
 REPOSITORY = "model_repository/npair"
@@ -352,8 +353,10 @@ def _publish(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from npair.releasing.release import Server, check_pins, check_server, verify
+    from npair.releasing.control import Server
+    from npair.releasing.release import check_pins, check_server
     from npair.releasing.repository import open_repository
+    from npair.releasing.verify import verify
 
     checked: dict[str, dict[str, dict[str, float | str]]] = {}
     served: dict[str, dict[int, float]] = {}
@@ -402,10 +405,10 @@ def _rollback(arguments: argparse.Namespace) -> int:
 
 
 def _versions(arguments: argparse.Namespace) -> int:
-    from npair.releasing.release import as_dicts, table, versions
+    from npair.releasing.versions import listing, versions
 
     lines = versions(*_repository(arguments))
-    print(json.dumps(as_dicts(lines)) if arguments.json else table(lines))
+    print(json.dumps([dataclasses.asdict(line) for line in lines]) if arguments.json else listing(lines))
     return 0
 
 
@@ -419,24 +422,12 @@ def _retire(arguments: argparse.Namespace) -> int:
 
 
 def _repository(arguments: argparse.Namespace) -> tuple[Repository, list[Server]]:
-    from npair.releasing.release import Server
+    from npair.releasing.control import Server, control_secret
     from npair.releasing.repository import open_repository
 
-    repository, secret = open_repository(arguments.repository), _secret()
+    repository, secret = open_repository(arguments.repository), control_secret()
     urls = [Server.all_of(url, repository.name, secret=secret, timeout=arguments.timeout) for url in arguments.url]
     return repository, [server for servers in urls for server in servers]
-
-
-def _secret() -> str:
-    """For control APIs, as a server reads it; empty if none is set."""
-    file = os.environ.get("NPAIR_CONTROL_SECRET_FILE")
-    secret = os.environ.get("NPAIR_CONTROL_SECRET", "")
-    if file:
-        secret = Path(file).read_text(encoding="utf-8").strip()
-    if secret and not (secret.isascii() and secret.isprintable() and secret == secret.strip()):
-        name = "the secret in NPAIR_CONTROL_SECRET_FILE" if file else "NPAIR_CONTROL_SECRET"
-        raise ValueError(f"{name} must be one line of printable ASCII")
-    return secret
 
 
 def _where(servers: Sequence[Server]) -> str:
@@ -502,7 +493,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     present = read_setting(config.read_text(encoding="utf-8"))
     best = best_point([point for point in points if point.setting == chosen], arguments.p99_ms)
     assert best
-    print(f"\nbest: {chosen}: {best.load.rate:.0f} photos/s with a p99 of {best.load.p99:.0f} ms")
+    print(f"\nbest: {chosen}: {best.rate:.0f} photos/s with a p99 of {best.p99:.0f} ms")
     if chosen == present:
         print(f"{config} has this setting already")
     else:

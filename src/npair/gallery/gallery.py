@@ -1,10 +1,10 @@
-"""A gallery: photos' embeddings with their labels in a LanceDB database on disk, of which the nearest to a photo are found.
+"""A gallery of embedded photos with labels, in a LanceDB database on disk, to search by photo.
 
-    current.json                    names the table that is searched, and the one before
-    npair-5-8931af96574e.lance/     a table for each version of the model: photo, label, sha256 of the photo, vector
+    current.json                    names the table to search, and the one before
+    npair-5-8931af96574e.lance/     one version's table: photo, label, sha256 of the photo, vector
 
-Vectors of two versions must never be compared. So each version has a table of its own, which says by what it was made. The table of
-a new version is filled beside the one that is searched, and takes its place in one step.
+Vectors of two versions must never be compared, so each version of the model has its own table. A
+new version's table is filled beside the current one, and replaces it in one step.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from npair.client import PIXEL, NpairClient, Photo, Vectors, VersionGoneError
@@ -27,26 +28,28 @@ from npair.data.dataset import label_of
 from npair.data.files import digest_of, parallel_map, shown
 from npair.data.sources import find_photos, read_dataset, split_folders, summary
 from npair.data.tables import find_lists
-from npair.releasing.repository import alone
 
-os.environ.setdefault("LANCEDB_LOG", "error")  # it warns of every empty part of an index, which does no harm
-import lancedb  # it reads that once, here
+os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings of empty index parts are harmless
+import lancedb  # reads the variable when imported
 
 POINTER = "current.json"
 MADE_BY = ("model", "version", "manifest_sha256")
-ROWS = 1000  # stored in one step: the most that a crash makes the next build embed again
-EXACT = 5000  # rows, up to which comparing with each of them is quicker than an index
-PROBES = 64  # parts of the index that a search reads; benchmarks/gallery.py shows what it costs and finds
-READ = timedelta(hours=1)  # what a build replaced stays for as long, for searches that have begun
+ROWS = 1000  # per write: the most that are embedded again after a crash
+EXACT = 5000  # rows up to which a full scan is faster than an index
+PROBES = 64  # index parts read per search; benchmarks/gallery.py measures cost and recall
+READ = timedelta(hours=1)  # replaced data stay this long for searches that have started
 
 
 class GalleryError(RuntimeError):
-    """A gallery that cannot be built or searched; the message says what to do."""
+    """The gallery cannot be built or searched; the message says what to do."""
 
 
 class Built(NamedTuple):
-    """What a build made. photos: how many there are now, of which ``embedded`` are new or changed. left_out: why, by photo.
-    ignored: files and folders in the source that are no photos, in words."""
+    """The outcome of a build.
+
+    photos: how many the gallery holds, of which ``embedded`` were new or changed. left_out:
+    reasons by photo. ignored: other files and folders of the source, in words.
+    """
 
     version: str
     photos: int
@@ -56,7 +59,7 @@ class Built(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A photo of the gallery, and how similar it is."""
+    """A photo of the gallery and its cosine similarity to the query."""
 
     cosine: float
     label: str
@@ -64,10 +67,10 @@ class Found(NamedTuple):
 
 
 class Gallery:
-    """The table that is searched. model, version, manifest_sha256: of what made its vectors."""
+    """A gallery to search. model, version, manifest_sha256: the origin of its vectors."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises: GalleryError where there is no gallery, or a damaged one."""
+        """Raises: GalleryError if the gallery is missing or damaged."""
         self.folder = folder
         self._open(self._name())
 
@@ -81,50 +84,71 @@ class Gallery:
     def _open(self, name: str) -> None:
         with _readable(self.folder):
             self.table = _database(self.folder).open_table(name)
-            self.model, self.version, self.manifest_sha256 = (self.table.schema.metadata[key.encode()].decode() for key in MADE_BY)
+            metadata = self.table.schema.metadata
+            made_by = (metadata[key.encode()].decode() for key in MADE_BY)
+            self.model, self.version, self.manifest_sha256 = made_by
 
     def search(self, photo: Photo, client: NpairClient, k: int = 5) -> list[Found]:
-        """The k most similar photos, the nearest first; all of them where there are fewer. The client's server embeds the photo, by
-        the gallery's version, whichever the client is pinned to.
+        """Return the k most similar photos, nearest first, or all if there are fewer.
 
-        Raises: GalleryError where the server does not serve that version or the gallery is damaged, ValueError for a k below 1,
-        client.NpairError, OSError for a photo that cannot be read.
+        The client's server embeds the photo with the gallery's version, even if the client is
+        pinned to another.
+        Raises: GalleryError if the server does not serve that version or the gallery is damaged,
+        ValueError if k < 1, client.NpairError, OSError if the photo cannot be read.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        if (name := self._name()) != self.table.name:  # built by another version meanwhile
+        if (name := self._name()) != self.table.name:  # another version was built since
             self._open(name)
         if client.model != self.model:
-            raise GalleryError(f"the gallery in {self.folder} is of model {self.model}, not {client.model}; name another folder")
+            raise GalleryError(
+                f"the gallery in {self.folder} is of model {self.model}, not {client.model};"
+                " name another folder"
+            )
         with _pinned(client, self.version) as pinned:
             vector = pinned.embed(photo).vectors[0]
             served = pinned.manifest_sha256(self.version) or ""
         if served != self.manifest_sha256:
-            raise GalleryError(f"the gallery in {self.folder} is of another version {self.version} than is served; build it anew")
+            raise GalleryError(
+                f"the gallery in {self.folder} is of another version {self.version} than is served;"
+                " build it anew"
+            )
         return self.nearest(vector, k)
 
     def nearest(self, vector: Vectors, k: int) -> list[Found]:
-        """The k rows that are most similar to an embedding (float32 [128]) by the gallery's version. Raises: GalleryError."""
+        """Return the k rows most similar to a vector of the gallery's version, float32 [128].
+
+        Raises: GalleryError.
+        """
         with _readable(self.folder):
-            query: Any = self.table.search(vector)  # typed as if it might search for words
-            query = query.distance_type("cosine").nprobes(PROBES).select(["photo", "label", "_distance"]).limit(k)
-            return [Found(1 - row["_distance"], row["label"], row["photo"]) for row in query.to_list()]
+            query: Any = self.table.search(vector)  # typed as a search for text
+            query = query.distance_type("cosine").nprobes(PROBES).limit(k)
+            rows = query.select(["photo", "label", "_distance"]).to_list()
+            return [Found(1 - row["_distance"], row["label"], row["photo"]) for row in rows]
 
 
 def build(source: Path, folder: Path, client: NpairClient) -> Built:
-    """Make the gallery hold the photos of a source, see ``labels_of``, embedded by the version that the client's server serves.
+    """Embed a source's photos into a gallery, with the version that the client's server serves.
 
-    What is stored already, the same bytes under the same name and label, is not embedded again, be it of an earlier build or of one
-    that was killed; what is gone from the source goes. Until the table of a new version is complete, that of the old one is
-    searched; it is kept then, so that going back to that version costs nothing.
-
-    Raises: GalleryError, data.DataError for a source that cannot be read, client.NpairError.
+    Photos that an earlier build stored, even a killed one, are not embedded again unless their
+    bytes, path or label have changed. Photos that are gone from the source are removed. The old
+    version's table is searched until the new one's is complete, and then kept, so that going back
+    costs nothing.
+    source: see ``labels_of``. folder: the gallery's, made if need be.
+    Raises: GalleryError, data.DataError if the source cannot be read, client.NpairError.
     """
     labels, ignored = _labels(source.absolute())
     if not labels:
         raise GalleryError(f"no photos in {source}" + f", but {ignored}" * bool(ignored))
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder, GalleryError(f"another process builds the gallery in {folder}; wait for it, then try again")):
+    try:
+        # The kernel releases the lock if the process dies.
+        lock = FileLock(folder / "build.lock", fallback_to_soft=False).acquire(blocking=False)
+    except Timeout as error:
+        raise GalleryError(
+            f"another process builds the gallery in {folder}; wait for it, then try again"
+        ) from error
+    with lock:
         example, version = client.embed(PIXEL)
         with _pinned(client, version) as pinned:
             made_by = (client.model, version, pinned.manifest_sha256(version) or "")
@@ -134,15 +158,20 @@ def build(source: Path, folder: Path, client: NpairClient) -> Built:
                 stored = _stored(table)
             table.optimize(cleanup_older_than=READ)
             digests = parallel_map(_digest, list(labels), "read")
-            wanted = {shown(path): (shown(label), digest) for (path, label), digest in zip(labels.items(), digests, strict=True)}
+            wanted = {
+                shown(path): (shown(label), digest)
+                for (path, label), digest in zip(labels.items(), digests, strict=True)
+            }
             new = [path for path in labels if stored.get(shown(path)) != wanted[shown(path)]]
             left_out = _embed(table, new, wanted, pinned, stored)
-            # Not before: until then, searches find what was there.
-            _delete(table, [photo for photo in stored if photo not in wanted or photo in left_out])
+            # Last, so that searches find the old photos until the new ones are stored.
+            gone = [photo for photo in stored if photo not in wanted or photo in left_out]
+            _delete(table, gone)
         count = table.count_rows()
         if not count:
+            photo, reason = next(iter(left_out.items()))
             raise GalleryError(
-                f"none of the photos in {source} could be embedded, such as {': '.join(next(iter(left_out.items())))}"
+                f"none of the photos in {source} could be embedded, such as {photo}: {reason}"
             )
         index(table)
         _switch(folder, pointer, table.name)
@@ -150,52 +179,68 @@ def build(source: Path, folder: Path, client: NpairClient) -> Built:
 
 
 def labels_of(source: Path) -> dict[Path, str]:
-    """Every photo of a source, and its label.
+    """Return the label of every photo of a source.
 
-    source: what ``data.read_dataset`` takes, all of its splits; or any other folder, where a photo's label is the folder that it is
-    in, empty at the top. Raises: data.DataError.
+    source: anything that ``data.read_dataset`` accepts, with all its splits; or any other folder,
+    where the subfolder is the label, empty at the top.
+    Raises: data.DataError.
     """
     return _labels(source)[0]
 
 
 def _labels(source: Path) -> tuple[dict[Path, str], str]:
-    """See ``labels_of``; and what else is there and is no photo, in words."""
+    """Return ``labels_of`` the source, and in words, its files that are not photos."""
     if not source.is_dir() or find_lists(source) or find_lists(source / "dataset"):
         splits = read_dataset(source).splits.values()
-        labels = {path: photos.fine_names[fine] for photos in splits for path, fine in zip(photos.paths, photos.fine, strict=True)}
+        labels = {
+            path: photos.fine_names[fine]
+            for photos in splits
+            for path, fine in zip(photos.paths, photos.fine, strict=True)
+        }
         return labels, ""
     paths, ignored = find_photos(source)
     split_names = split_folders(source, paths)
     labels = {}
     for path in paths:
         folders = path.relative_to(source).parts[:-1]
-        labels[path] = "/".join(map(label_of, folders[1:] if folders and folders[0] in split_names else folders))
+        if folders and folders[0] in split_names:
+            folders = folders[1:]
+        labels[path] = "/".join(map(label_of, folders))
     return labels, summary(ignored)
 
 
 def create(folder: Path, made_by: Sequence[str], dimension: int) -> lancedb.table.Table:
-    """The table of one version, empty where it is new. made_by: model, version, manifest_sha256; a version of that number with
-    another manifest has another table."""
-    columns = {"photo": pa.string(), "label": pa.string(), "sha256": pa.string(), "vector": pa.list_(pa.float32(), dimension)}
+    """Open the table of a version, or create it.
+
+    made_by: model, version and manifest_sha256, which all are part of the table's name.
+    """
+    columns = {
+        **dict.fromkeys(("photo", "label", "sha256"), pa.string()),
+        "vector": pa.list_(pa.float32(), dimension),
+    }
     schema = pa.schema(columns.items(), dict(zip(MADE_BY, made_by, strict=True)))
     model, version, manifest = made_by
-    return _database(folder).create_table(f"{model}-{version}-{manifest[:12] or 'unknown'}", schema=schema, exist_ok=True)
+    name = f"{model}-{version}-{manifest[:12] or 'unknown'}"
+    return _database(folder).create_table(name, schema=schema, exist_ok=True)
 
 
 def index(table: lancedb.table.Table) -> None:
-    """Have a table searched without comparing with each row. Rows that come later are compared with, until it is indexed again."""
+    """Index a large table if it has rows without an index; searches scan these."""
     count = table.count_rows()
-    if count > EXACT and min((made.num_unindexed_rows or 0 for made in table.list_indices()), default=count):
-        table.create_index("vector", config=lancedb.index.IvfFlat(distance_type="cosine", num_partitions=math.isqrt(count)))
+    indices = table.list_indices()
+    if count > EXACT and min((index.num_unindexed_rows or 0 for index in indices), default=count):
+        parts = math.isqrt(count)
+        config = lancedb.index.IvfFlat(distance_type="cosine", num_partitions=parts)
+        table.create_index("vector", config=config)
 
 
 def _database(folder: Path) -> lancedb.DBConnection:
-    """Reads see what other processes have written meanwhile."""
+    """Open the database so that reads see the writes of other processes."""
     return lancedb.connect(folder, read_consistency_interval=timedelta(0))
 
 
 def _stored(table: lancedb.table.Table) -> dict[str, tuple[str, str]]:
-    """Label and digest by photo."""
+    """Return label and digest by photo."""
     columns = table.search().select(["photo", "label", "sha256"]).to_arrow()
     photos, *rows = (columns[name].to_pylist() for name in ("photo", "label", "sha256"))
     return dict(zip(photos, zip(*rows, strict=True), strict=True))
@@ -214,19 +259,23 @@ def _embed(
     client: NpairClient,
     stored: Collection[str],
 ) -> dict[str, str]:
-    """Store photos as their vectors come, each step whole or not at all, in place of what is stored of them. Returns: why photos
-    were left out."""
+    """Embed photos and store them in atomic steps, replacing their earlier rows.
+
+    Returns: reasons by photo that was left out.
+    """
     left_out: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
     results = client.stream(paths)
     try:
-        for result in tqdm(results, "embed", len(wanted), initial=len(wanted) - len(paths), unit="photo", disable=None):
+        done = len(wanted) - len(paths)
+        for result in tqdm(results, "embed", len(wanted), initial=done, unit="photo", disable=None):
             photo = shown(paths[result.index])
             if result.vector is None:
                 left_out[photo] = str(result.reason)
             else:
                 label, digest = wanted[photo]
-                rows.append({"photo": photo, "label": label, "sha256": digest, "vector": result.vector})
+                row = {"photo": photo, "label": label, "sha256": digest, "vector": result.vector}
+                rows.append(row)
             if len(rows) == ROWS:
                 _store(table, rows, stored)
                 rows = []
@@ -237,7 +286,8 @@ def _embed(
 
 def _store(table: lancedb.table.Table, rows: list[dict[str, Any]], stored: Collection[str]) -> None:
     if any(row["photo"] in stored for row in rows):
-        table.merge_insert("photo").when_matched_update_all().when_not_matched_insert_all().execute(rows)
+        merge = table.merge_insert("photo").when_matched_update_all().when_not_matched_insert_all()
+        merge.execute(rows)
     elif rows:
         table.add(rows)
 
@@ -245,7 +295,7 @@ def _store(table: lancedb.table.Table, rows: list[dict[str, Any]], stored: Colle
 def _digest(path: Path) -> str:
     try:
         return digest_of(path)
-    except OSError:  # the client finds that, too, and says why
+    except OSError:  # the client will fail on it and say why
         return ""
 
 
@@ -257,38 +307,40 @@ def _pointer(folder: Path) -> dict[str, str]:
 
 
 def _switch(folder: Path, pointer: dict[str, str], table: str) -> None:
-    """Have a table searched from now on, in one step. All but the one before are dropped, those that were never complete, too."""
+    """Make a table the one to search, and drop all others but the previous one."""
     if pointer.get("table") != table:
         pointer = {"table": table, "before": pointer.get("table", "")}
         unfinished = folder / f"{POINTER}.unfinished"
         unfinished.write_text(json.dumps(pointer), encoding="utf-8")
-        os.sync()  # the table, too, before anything names it
+        os.sync()  # with the table's data, before anything names it
         unfinished.replace(folder / POINTER)
     database = _database(folder)
     for other in set(database.list_tables().tables) - set(pointer.values()):
-        if re.fullmatch(r".+-\d+-([0-9a-f]{12}|unknown)", other):  # and is no table of somebody else's
+        if re.fullmatch(r".+-\d+-([0-9a-f]{12}|unknown)", other):  # spare tables that others made
             database.drop_table(other)
 
 
 @contextlib.contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """LanceDB raises all of these for files that are not as it wrote them."""
+    """Map the errors that LanceDB raises for damaged files to GalleryError."""
     try:
         yield
     except PermissionError:
         raise
     except (LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise GalleryError(
-            f"the gallery in {folder} is damaged; delete it, and build it anew: npair index build ({error})"
+            f"the gallery in {folder} is damaged; delete it, and build it anew: npair index build"
+            f" ({error})"
         ) from error
 
 
 @contextlib.contextmanager
 def _pinned(client: NpairClient, version: str) -> Iterator[NpairClient]:
-    """A connection that embeds by one version alone. Raises: GalleryError where another is served."""
+    """Provide a copy of the client pinned to a version. Raises: GalleryError if that is gone."""
     with client.copy() as pinned:
         pinned.version = version
         try:
             yield pinned
         except VersionGoneError as error:
-            raise GalleryError(f"{error}; build the gallery by that one: npair index build") from error
+            reason = f"{error}; build the gallery by that one: npair index build"
+            raise GalleryError(reason) from error

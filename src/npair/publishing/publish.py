@@ -20,8 +20,8 @@ from npair.data.files import read_photo
 from npair.publishing.graphs import milliseconds
 from npair.publishing.version_folder import LIBRARIES, PublishError, write_manifest, write_version
 from npair.releasing.config import pinned
-from npair.releasing.release import published_code, verify
 from npair.releasing.repository import Repository
+from npair.releasing.verify import published_code, verify
 from npair.scoring.evaluate import compare
 from npair.scoring.retrieval import Vectors
 from npair.serving.embedder import UNLIMITED, Embedder, read_manifest

@@ -1,4 +1,4 @@
-"""config.pbtxt, the contract with Triton: read by Triton's own schema, changed line by line, so that comments stay."""
+"""Read config.pbtxt by Triton's schema, and change it line by line, so that comments stay."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tritonclient.grpc import model_config_pb2
 
 
 class ConfigError(RuntimeError):
-    """A config.pbtxt that cannot be read or changed; the message says what to do."""
+    """A config.pbtxt cannot be read or changed; the message says what to do."""
 
 
 def parse(config: str) -> model_config_pb2.ModelConfig:
-    """Raises: ConfigError where it is not what Triton's schema says."""
+    """Raises: ConfigError if the text does not match Triton's schema."""
     try:
         return text_format.Parse(config, model_config_pb2.ModelConfig())
     except text_format.ParseError as error:
@@ -24,21 +24,25 @@ def parse(config: str) -> model_config_pb2.ModelConfig:
 
 
 def pinned(config: str) -> list[int]:
-    """The versions that are served, ascending. Raises: ConfigError where they are not named one by one."""
+    """Return the pinned versions, ascending. Raises: ConfigError if none is named."""
     versions = sorted(parse(config).version_policy.specific.versions)
     if not versions:
-        raise ConfigError("config.pbtxt must name the versions that are served: version_policy: { specific: { versions: [ 1 ] } }")
+        raise ConfigError(
+            "config.pbtxt must name the versions to serve:"
+            " version_policy: { specific: { versions: [ 1 ] } }"
+        )
     return versions
 
 
 def parameters(config: str) -> dict[str, str]:
+    """Return the parameters. Raises: ConfigError."""
     return {key: value.string_value for key, value in parse(config).parameters.items()}
 
 
 def with_lines(config: str, lines: Mapping[str, str]) -> str:
-    """The config.pbtxt with another line for each of these fields, else unchanged.
+    """Return a config.pbtxt with the lines of these fields replaced.
 
-    Raises: ConfigError where a field does not stand on one line of its own.
+    Raises: ConfigError if a field is not on one line of its own.
     """
     changed, expected = config, parse(config)
     for field, line in lines.items():
@@ -49,11 +53,12 @@ def with_lines(config: str, lines: Mapping[str, str]) -> str:
 
 
 def with_release(config: str, versions: Sequence[int], values: Mapping[str, str | None]) -> str:
-    """The config.pbtxt that serves these versions and has these parameters, else unchanged; None removes a parameter.
+    """Return a config.pbtxt with these pinned versions and parameters; None removes a parameter.
 
-    Raises: ConfigError where the version policy or one of the parameters does not stand on one line of its own.
+    Raises: ConfigError if the version policy or a parameter is not on one line of its own.
     """
-    policy = f"version_policy: {{ specific: {{ versions: [ {', '.join(map(str, sorted(versions)))} ] }} }}"
+    pins = ", ".join(map(str, sorted(versions)))
+    policy = f"version_policy: {{ specific: {{ versions: [ {pins} ] }} }}"
     changed = with_lines(config, {"version_policy": policy})
     expected = parse(changed)
     for key, value in values.items():
@@ -61,22 +66,33 @@ def with_release(config: str, versions: Sequence[int], values: Mapping[str, str 
         line = ""
         if value is not None:
             expected.parameters[key].string_value = value
-            line = f"parameters {{ key: {json.dumps(key)} value: {{ string_value: {json.dumps(value)} }} }}\n"
-        changed, found = re.subn(rf'^parameters\W+key: "{key}".*\n', line.replace("\\", r"\\"), changed, flags=re.MULTILINE)
+            entry = f"key: {json.dumps(key)} value: {{ string_value: {json.dumps(value)} }}"
+            line = f"parameters {{ {entry} }}\n"
+        changed, found = re.subn(
+            rf'^parameters\W+key: "{key}".*\n',
+            line.replace("\\", r"\\"),
+            changed,
+            flags=re.MULTILINE,
+        )
         if not found and line:
             changed = changed.removesuffix("\n") + "\n" + line
     return _checked(changed, expected, "version_policy and parameters")
 
 
 def on_one_line(message: Message) -> str:
-    """A part of the configuration as config.pbtxt has it."""
+    """Format a part of the configuration for config.pbtxt."""
     line: str = text_format.MessageToString(message, as_one_line=True)
     return line
 
 
 def as_json(config: str) -> str:
-    """For Triton's load call, which takes a configuration in place of the file's."""
-    return json.dumps(json_format.MessageToDict(parse(config), preserving_proto_field_name=True), indent=1) + "\n"
+    """Convert a config.pbtxt for Triton's load call, which can take a configuration."""
+    return (
+        json.dumps(
+            json_format.MessageToDict(parse(config), preserving_proto_field_name=True), indent=1
+        )
+        + "\n"
+    )
 
 
 def _checked(config: str, expected: model_config_pb2.ModelConfig, what: str) -> str:
@@ -85,4 +101,6 @@ def _checked(config: str, expected: model_config_pb2.ModelConfig, what: str) -> 
             return config
     except ConfigError:
         pass
-    raise ConfigError(f"config.pbtxt must have each of its fields on one line of its own, and each once: {what}")
+    raise ConfigError(
+        f"config.pbtxt must have each of its fields on one line of its own, and each once: {what}"
+    )

@@ -13,7 +13,8 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 from tqdm import tqdm
 
-from npair.client import PATIENT_RETRIES, NpairClient, from_environment
+from npair.client import NpairClient
+from npair.client_cli import PATIENT_RETRIES, from_environment
 from npair.data.dataset import DataError, Dataset, Photos
 from npair.data.pixels import Pixels
 from npair.scoring.intervals import Estimate, bootstrap

@@ -1,0 +1,250 @@
+"""The commands of client.py: embed, compare, rank and ready."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING or __package__:
+    from . import client as library
+    from . import client_files as files
+else:  # outside the package
+    import client as library
+    import client_files as files
+
+EXIT_OK, EXIT_PHOTOS, EXIT_USAGE, EXIT_SERVER, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+PATIENT_RETRIES = 8  # half a minute or more, in which a full or restarted server recovers
+
+Client = library.NpairClient
+Options = argparse.Namespace
+Command = Callable[[Client, Options], int]
+
+
+def main() -> int:
+    """Run the command that sys.argv names and return its exit code."""
+    parser = argparse.ArgumentParser(
+        description="Embed and compare photos with an npair server.",
+        epilog="For https:// and grpcs://, NPAIR_CA names certificates (PEM) to trust, NPAIR_CERT "
+        "and NPAIR_KEY a certificate to show and its key. NPAIR_API_KEY is sent as a bearer token. "
+        "Exit code: 0 done, 1 a photo could not be embedded, 2 wrong usage, 3 the server failed.",
+    )
+    add_commands(parser.add_subparsers(required=True, metavar="COMMAND"))
+    options = parser.parse_args()
+    code: int = options.command(options)
+    return code
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands to a parser. ``options.command(options)`` runs one; see ``run``."""
+    shared = argparse.ArgumentParser(add_help=False)
+    url = os.environ.get("NPAIR_URL", library.DEFAULT_URL)
+    shared.add_argument(
+        "--url", default=url, help="http(s):// or grpc(s):// (NPAIR_URL; %(default)s)"
+    )
+    shared.add_argument("--version", help="pin a version of the model")
+    seconds = "seconds for one request (%(default)s)"
+    shared.add_argument("--timeout", type=float, default=30.0, help=seconds)
+    shared.add_argument("--json", action="store_true", help="print JSON")
+
+    def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, parents=[shared], help=text, description=text)
+        added.set_defaults(command=partial(run, command))
+        return added
+
+    photos = f"photo files, or folders that are searched for {', '.join(files.SUFFIXES)}"
+    embedding = add("embed", embed, "embed photos: JSON lines on standard output, or a file")
+    embedding.add_argument("photos", nargs="+", type=Path, help=photos)
+    out = "write vectors.npz or vectors.jsonl; after an interruption, the same command goes on"
+    embedding.add_argument("--out", type=Path, help=out)
+    comparison = add("compare", compare, "tell whether two photos show the same product")
+    for name in "ab":
+        comparison.add_argument(
+            name, type=Path, help="a photo, or an .npz file that embed made of one"
+        )
+    far = "percentage of pairs of different products that may count as the same (%(default)s)"
+    comparison.add_argument("--far", type=float, choices=(1.0, 0.1), default=1.0, help=far)
+    ranking = add("rank", rank, "print the photos of a gallery that are most similar to a query")
+    ranking.add_argument("query", type=Path)
+    saved = f"{photos}, or .npz files that embed made"
+    ranking.add_argument("gallery", nargs="+", type=Path, help=saved)
+    ranking.add_argument("-k", type=int, default=5, help="how many to print (%(default)s)")
+    add("ready", ready, "tell whether the model embeds photos")
+
+
+def run(command: Command, options: Options) -> int:
+    """Run a command on a client. Returns: an exit code; errors become one line on stderr."""
+    arguments = {"version": options.version, "timeout": options.timeout} | from_environment()
+    try:
+        with Client(options.url, **arguments) as client:
+            return command(client, options)
+    except (library.InvalidPhotoError, OSError) as error:
+        return _fail(error, EXIT_PHOTOS)
+    except library.NpairError as error:
+        return _fail(f"{options.url}: {type(error).__name__}: {error}", EXIT_SERVER)
+    except ValueError as error:
+        return _fail(error, EXIT_USAGE)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def from_environment() -> dict[str, Any]:
+    """NpairClient's ca, cert and api_key, as far as the environment has them.
+
+    NPAIR_CERT may hold the key, too, in place of NPAIR_KEY. NPAIR_API_KEY is not an option, since
+    other users of the machine can read command lines.
+    """
+    certificate = os.environ.get("NPAIR_CERT")
+    cert = (certificate, os.environ.get("NPAIR_KEY") or certificate) if certificate else None
+    ca, api_key = os.environ.get("NPAIR_CA"), os.environ.get("NPAIR_API_KEY")
+    given = {"ca": ca, "cert": cert, "api_key": api_key}
+    return {name: value for name, value in given.items() if value}
+
+
+def embed(client: Client, options: Options) -> int:
+    """Print a line of JSON for each photo, or write a file."""
+    client.retries = PATIENT_RETRIES
+    if options.out is not None:
+        return _embed_to(options.out, client, options)
+    rows = files.Rows(client, options.photos)
+    for line in rows:
+        print(json.dumps(line))
+    return EXIT_PHOTOS if rows.left_out else EXIT_OK
+
+
+def _embed_to(out: Path, client: Client, options: Options) -> int:
+    """Collect rows in a file beside ``out``, from which an interrupted run goes on; then write
+    ``out``. Memory does not grow with the number of photos."""
+    if out.suffix not in (".npz", ".jsonl"):
+        raise ValueError(f"--out must end in .npz or .jsonl, got {out}")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out must be in an existing folder, got {out}")
+    unfinished = out.with_name(out.name + ".unfinished")
+    done = files.resume(unfinished, client)
+    if strange := done.difference(map(str, files.photos_in(options.photos))) if done else None:
+        other = f"is of another command: it has {min(strange)}; repeat that one"
+        raise ValueError(f"{unfinished} {other}, or delete the file")
+    rows, version, embedded = files.Rows(client, options.photos, done), client.version, len(done)
+    try:
+        with unfinished.open("a", encoding="utf-8") as lines:
+            for row in rows:
+                version = row["version"]
+                print(json.dumps(row), file=lines, flush=True)
+                embedded += 1
+        if embedded and out.suffix == ".npz":
+            files.write_npz(unfinished, out)
+    except library.VersionGoneError as error:
+        served = client.versions() if embedded and not options.version else None
+        if not served:
+            raise
+        files.say(f"{error}: all photos are embedded anew")
+        unfinished.unlink()
+        client.version = options.version = max(served, key=int)  # pinned, so this happens once
+        return _embed_to(out, client, options)
+    except (library.NpairError, OSError, KeyboardInterrupt):
+        if embedded:
+            files.say(
+                f"{embedded} photos are in {unfinished}, and the same command goes on after them"
+            )
+        raise
+    finally:
+        if not embedded:
+            unfinished.unlink(missing_ok=True)
+    if not embedded:
+        return EXIT_PHOTOS
+    if out.suffix == ".npz":
+        unfinished.unlink()
+    else:
+        unfinished.replace(out)
+    counts = {"embedded": embedded, "left_out": rows.left_out}
+    if options.json:
+        print(json.dumps({"out": str(out), **counts, "model": client.model, "version": version}))
+    else:
+        made_by = f"{client.model} version {version}"
+        print(f"{embedded} photos embedded by {made_by} in {out}, {rows.left_out} left out")
+    return EXIT_PHOTOS if rows.left_out else EXIT_OK
+
+
+def compare(client: Client, options: Options) -> int:
+    """Print the cosine of two photos, and a verdict if the version has thresholds."""
+    saved = [path for path in (options.a, options.b) if path.suffix == ".npz"]
+    photos = [path for path in (options.a, options.b) if path.suffix != ".npz"]
+    vectors: list[library.Vectors] = []
+    for path, (_, rows) in zip(saved, files.load(saved, client), strict=True):
+        if len(rows) != 1:
+            several = f"{path} holds the vectors of {len(rows)} photos"
+            raise ValueError(f"{several}, and compare takes one; rank takes more")
+        vectors += [*rows]
+    if photos:
+        embedded = client.embed(photos)
+        client.version = embedded.version
+        vectors += [*embedded.vectors]
+    cosine, version, threshold = float(vectors[0] @ vectors[1]), client.version, None
+    thresholds = client.thresholds()
+    if thresholds is not None and thresholds.version == version:
+        threshold = thresholds.far_1_percent if options.far == 1 else thresholds.far_01_percent
+    same = None if threshold is None else cosine >= threshold
+    if options.json:
+        known = {} if threshold is None else {"threshold": threshold, "far": options.far / 100}
+        print(json.dumps({"cosine": cosine, "version": version, "same_product": same, **known}))
+    elif threshold is None:
+        reason = f"the server's configuration has no such threshold for version {version}"
+        print(f"cosine {cosine:.4f}; no verdict: {reason}")
+    else:
+        verdict, sign = ("same product", ">=") if same else ("different products", "<")
+        share = f"{options.far:g} % of pairs of different products"
+        print(f"{verdict}: cosine {cosine:.4f} {sign} {threshold:.4f}, which {share} reach")
+    return EXIT_OK
+
+
+def rank(client: Client, options: Options) -> int:
+    """Print the photos of a gallery that are most similar to a query, the nearest first."""
+    if options.k < 1:
+        raise ValueError(f"-k must be at least 1, got {options.k}")
+    # Saved vectors first: they pin the version that must embed the rest.
+    saved = files.load([path for path in options.gallery if path.suffix == ".npz"], client)
+    names = [name for of_file, _ in saved for name in of_file]
+    blocks = [vectors for _, vectors in saved]
+    query = client.embed(options.query)
+    client.version = query.version
+    left_out = 0
+    if photos := [path for path in options.gallery if path.suffix != ".npz"]:
+        rows = files.Rows(client, photos)
+        for row in rows:
+            names.append(row["photo"])
+            blocks.append(np.array([row["embedding"]], np.float32))
+        left_out = rows.left_out
+    if not names:
+        return EXIT_PHOTOS
+    cosines = np.concatenate(blocks) @ query.vectors[0]
+    best = np.argsort(-cosines, kind="stable")[: options.k]
+    if options.json:
+        ranked = [{"photo": names[index], "cosine": float(cosines[index])} for index in best]
+        print(json.dumps({"version": query.version, "ranked": ranked, "left_out": left_out}))
+    else:
+        print(*(f"{cosines[index]:.4f}  {names[index]}" for index in best), sep="\n")
+    return EXIT_PHOTOS if left_out else EXIT_OK
+
+
+def ready(client: Client, options: Options) -> int:
+    """Print whether the model embeds photos."""
+    answer = client.ready()
+    text = f"{client.model} at {options.url} is {'ready' if answer else 'not ready'}"
+    print(json.dumps({"ready": answer}) if options.json else text)
+    return EXIT_OK if answer else EXIT_SERVER
+
+
+def _fail(reason: object, code: int) -> int:
+    files.say(f"{Path(sys.argv[0]).name}: {reason}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Files of the commands: photos in folders, vectors in .npz and .jsonl."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING or __package__:
+    from . import client as library
+else:  # outside the package
+    import client as library
+
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
+# Thumbnails, deleted files and snapshots of Synology, QNAP, macOS and Windows; case does not count.
+SYSTEM_FOLDERS = {
+    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
+    *("__macosx", "lost+found", "$recycle.bin", "system volume information"),
+}
+Saved = tuple[list[str], library.Vectors]  # names and vectors of a file
+UNANSWERED = (library.UnavailableError, library.RequestTimeoutError, library.ServerFaultError)
+DAMAGED = (LookupError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+class Rows:
+    """Embed files and iterate over rows, in order, as embed prints them.
+
+    Files without a vector are named on stderr and counted in ``left_out``. done: photos to skip.
+    """
+
+    def __init__(
+        self, client: library.NpairClient, paths: Sequence[Path], done: Collection[str] = ()
+    ) -> None:
+        self._client, self._paths, self._done = client, paths, done
+        self.left_out = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        passed_over = Counter[str]()
+        found = map(str, photos_in(self._paths, passed_over))
+        names, photos = itertools.tee(name for name in found if name not in self._done)
+        stream, total, made_by = self._client.stream(photos), len(self._done), None
+        try:
+            for result, name in zip(self._progress(stream), names, strict=True):
+                total += 1
+                if result.vector is None:
+                    self.left_out += 1
+                    say(f"{name}: {result.reason}")
+                    continue
+                if made_by is None:
+                    manifest = self._client.manifest_sha256(stream.version)
+                    made_by = {"version": stream.version, "manifest_sha256": manifest}
+                vector = result.vector.tolist()
+                yield {"photo": name, "model": self._client.model, **made_by, "embedding": vector}
+        except library.VersionGoneError:
+            raise
+        except UNANSWERED:
+            waiting = _unanswered(stream, total - len(self._done), names)
+            say(f"no answer for these photos: {', '.join(waiting)}")
+            raise
+        if passed_over:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in passed_over.most_common(10))
+            say(f"{passed_over.total()} other files in folders passed over: {kinds}")
+        if not total:
+            raise ValueError(f"no photos in {', '.join(map(str, self._paths))}")
+        if self.left_out:
+            say(f"{self.left_out} of {total} photos left out")
+
+    def _progress(self, results: Iterable[library.Embedded]) -> Iterable[library.Embedded]:
+        """Show a progress bar if tqdm is installed and stderr is a terminal."""
+        if not sys.stderr.isatty():
+            return results
+        try:
+            from tqdm import tqdm  # noqa: PLC0415
+        except ImportError:
+            return results
+        total, done = sum(1 for _ in photos_in(self._paths)), len(self._done)
+        return tqdm(results, total=total, initial=done, unit="photo")
+
+
+def photos_in(paths: Iterable[Path], passed_over: Counter[str] | None = None) -> Iterator[Path]:
+    """Yield the paths, and for a folder the photos in it and below, sorted by name.
+
+    passed_over: counts the other files of folders, except hidden ones, by suffix.
+    """
+    passed_over = Counter() if passed_over is None else passed_over
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        names = []
+        with os.scandir(path) as entries:
+            for entry in entries:
+                suffix = Path(entry.name).suffix.lower()
+                if entry.name.startswith(".") or entry.name.casefold() in SYSTEM_FOLDERS:
+                    continue
+                if entry.is_dir(follow_symlinks=False) or (suffix in SUFFIXES and entry.is_file()):
+                    names.append(entry.name)
+                elif entry.is_file():
+                    passed_over[suffix or "without a suffix"] += 1
+        yield from photos_in((path / name for name in sorted(names)), passed_over)
+
+
+def _unanswered(stream: library.EmbeddingStream, first: int, names: Iterator[str]) -> list[str]:
+    """Name the photos without an answer. first: the index of the first of the names."""
+    batches = list(stream.unanswered.items())
+    indices = {index for start, count in batches for index in range(start, start + count)}
+    end = max(indices, default=-1) + 1
+    return [name for index, name in zip(range(first, end), names, strict=False) if index in indices]
+
+
+def load(paths: Sequence[Path], client: library.NpairClient) -> list[Saved]:
+    """Load names and vectors of files that embed has written, and pin the client to their version.
+
+    Raises: OSError, or ValueError for another file, and for vectors that must not be compared with
+    each other or with those of this server.
+    """
+    loaded: list[Saved] = []
+    manifests: set[str] = set()
+    remedy = "embed its photos again"
+    for path in paths:
+        try:
+            with np.load(path, allow_pickle=False) as saved:
+                model, version, manifest = map(str, _made_by(saved))
+                loaded.append((saved["names"].tolist(), saved["vectors"]))
+        except DAMAGED as error:
+            raise ValueError(f"{path} holds no vectors: {error}") from error
+        if model != client.model:
+            raise ValueError(f"{path} holds vectors of model {model}, not {client.model}")
+        if client.version not in (None, version):
+            mismatch = f"version {version}, not {client.version}"
+            raise ValueError(f"{path} holds vectors of {mismatch}; {remedy}")
+        client.version = version
+        if not manifests and version in client.versions():
+            manifests.add(client.manifest_sha256(version) or "")
+        manifests.add(manifest)
+        if len(manifests) > 1:
+            mismatch = f"another version {version} than is served or saved beside it"
+            raise ValueError(f"{path} holds vectors of {mismatch}; {remedy}")
+    return loaded
+
+
+def resume(unfinished: Path, client: library.NpairClient) -> set[str]:
+    """Read which photos an interrupted run has embedded, and pin the client to its version.
+
+    Remove a last line that was cut off. Raises: ValueError if the file is damaged, or of another
+    model or version.
+    """
+    done: set[str] = set()
+    if not unfinished.exists():
+        return done
+    remedy = "delete it to begin again"
+    with unfinished.open("r+b") as lines:
+        for line in iter(lines.readline, b""):
+            if not line.endswith(b"\n"):
+                lines.truncate(lines.tell() - len(line))
+                break
+            try:
+                row = json.loads(line)
+                made_by = model, version, manifest = _made_by(row)
+                name = row["photo"]
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(f"{unfinished} is damaged; {remedy}") from error
+            if not done:
+                expected = (client.model, client.version or version, manifest)
+                client.version = version
+            if made_by != expected:
+                raise ValueError(f"{unfinished} has vectors of {model} version {version}; {remedy}")
+            done.add(name)
+    if done and version in client.versions() and manifest != client.manifest_sha256(version):
+        other = f"another version {version} than is served"
+        raise ValueError(f"{unfinished} has vectors of {other}; {remedy}")
+    return done
+
+
+def _made_by(row: dict[str, Any]) -> tuple[str, str, str | None]:
+    return row["model"], row["version"], row["manifest_sha256"]
+
+
+def write_npz(lines: Path, out: Path) -> None:
+    """Write what np.savez would, without holding the rows in memory.
+
+    Arrays: names [n], vectors float32 [n, D], model, version, manifest_sha256.
+    """
+
+    def rows() -> Iterator[dict[str, Any]]:
+        with lines.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+    count, longest = 0, 1
+    for row in rows():
+        count, longest = count + 1, max(longest, len(row["photo"]))
+    columns = {
+        "names": ("photo", np.dtype((np.str_, longest)), (count,)),
+        "vectors": ("embedding", np.dtype("<f4"), (count, len(row["embedding"]))),
+    }
+    unfinished = out.with_name(out.name + ".partial")
+    try:
+        with zipfile.ZipFile(unfinished, "w") as archive:
+            for name, (key, dtype, shape) in columns.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+                    for row in rows():
+                        file.write(np.array(row[key], dtype).tobytes())
+            for name, value in zip(
+                ("model", "version", "manifest_sha256"), _made_by(row), strict=True
+            ):
+                with archive.open(f"{name}.npy", "w") as file:
+                    array = np.array(value or "")
+                    np.lib.format.write_array(file, array, allow_pickle=False)  # type: ignore[no-untyped-call]
+        unfinished.replace(out)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+../../model/api/client_files.py
