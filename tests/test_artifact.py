@@ -16,12 +16,13 @@ from conftest import ROOT, SHIPPED, TINY, publish_into, without_int8
 from test_network import ARCHITECTURES, checkpoint
 
 from npair.networks.efficientnet_lite import VARIANTS
-from npair.networks.network import embed, load_network
+from npair.networks.network import embed
 from npair.publishing import version_folder as artifact
 from npair.publishing.graphs import ENGINES
 from npair.releasing.release import check_pins
 from npair.releasing.repository import open_repository
 from npair.serving.embedder import Embedder
+from npair.training.checkpoint import load_network
 from npair.training.train import train
 
 

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, publish_into
 
 import npair.serving
-from npair.networks.network import EmbeddingNetwork, load_network
+from npair.networks.network import EmbeddingNetwork
 from npair.publishing import graphs as engines
 from npair.publishing import publish
 from npair.publishing import version_folder as artifact
@@ -25,6 +25,7 @@ from npair.releasing.config import with_release
 from npair.releasing.release import ReleaseError
 from npair.releasing.repository import RepositoryError, open_repository
 from npair.serving.embedder import VersionError
+from npair.training.checkpoint import load_network
 from npair.training.run import RunError
 
 

@@ -29,7 +29,7 @@ import torch
 from conftest import PREPROCESSING, ROOT, certificate, eventually, free_ports, lines_until_ready, rewrite_manifest, running, start
 
 from npair.client import NpairClient, Vectors, VersionGoneError
-from npair.networks.network import EmbeddingNetwork, load_network
+from npair.networks.network import EmbeddingNetwork
 from npair.publishing import graphs as engines
 from npair.publishing.version_folder import export, write_golden, write_manifest
 from npair.releasing.config import ConfigError, parameters, pinned, with_release
@@ -47,6 +47,7 @@ from npair.releasing.release import (
     versions,
 )
 from npair.releasing.repository import RepositoryError, open_repository
+from npair.training.checkpoint import load_network
 
 CONFIG = (ROOT / "model_repository/npair/config.pbtxt").read_text()
 SECRET = "a-secret"

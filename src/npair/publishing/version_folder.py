@@ -22,12 +22,13 @@ from torch.export import Dim
 import npair.serving
 from npair.data.dataset import Dataset, read_dataset
 from npair.data.pixels import load, load_pixels
-from npair.networks.network import EMBEDDING_DIM, EmbeddingNetwork, build_network, embed, load_network
+from npair.networks.network import EMBEDDING_DIM, EmbeddingNetwork, build_network, embed
 from npair.publishing.drawings import draw, encode
 from npair.publishing.graphs import ENGINES, REFERENCE, UNMEASURED, Manifest, choose, write_graphs
 from npair.serving.embedder import read_manifest, verify_files
 from npair.serving.engine import EngineError, refuse_pickles
 from npair.serving.preprocess import Preprocessing
+from npair.training.checkpoint import load_network
 from npair.training.run import TrainConfig, git_commit, read_run
 
 SCHEMA = 3
