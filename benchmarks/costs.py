@@ -29,12 +29,13 @@ from typing import Any
 import numpy as np
 import serve
 
+from npair.cli.evaluate import embed_served
 from npair.data.dataset import Dataset, read_dataset
 from npair.data.pixels import default_cache, load
 from npair.networks.network import build_network, multiply_adds
 from npair.releasing.traffic import Load, closed, paced
 from npair.releasing.tune import CONNECTIONS, Server, serving
-from npair.scoring.evaluate import compare, embed_served
+from npair.scoring.evaluate import compare
 from npair.serving.embedder import UNLIMITED, Embedder, read_manifest
 from npair.serving.engine import BATCH, cores, import_openvino
 from npair.serving.preprocess import Preprocessing, decode
