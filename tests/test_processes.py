@@ -43,7 +43,7 @@ with process_group():
 
 
 def in_processes(count: int, *arguments: str | Path) -> None:
-    # After -- torchrun takes nothing for an option of its own, as it would --run.
+    # After --, torchrun takes no option for its own, as it would take --run.
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--"]
         if count > 1

@@ -98,7 +98,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_resuming_ends_where_the_whole_run_does(
 
 
 def test_what_is_ignored_does_not_interrupt() -> None:
-    """As Ctrl-C in a script's background."""
+    """A shell ignores SIGINT in what a script starts in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with interruption() as interrupted:

@@ -53,7 +53,7 @@ class Batches:
     def draw(self, step: int, network: EmbeddingNetwork) -> Indices:
         """Draw [N, columns]: anchor, positive and, for tuplets, negatives; same in all processes.
 
-        network: what classes are mined by.
+        network: embeds the classes to mine from, if classes are mined.
         """
         if self.config.loss == "tuplet":
             return self.sampler.tuplets(step)
