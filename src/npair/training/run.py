@@ -39,7 +39,9 @@ class TrainConfig:
     ``defaults.choose_defaults``.
     """
 
-    seed: int = _knob(0, "seed of the weights, the batches and the split, if the data has none")
+    seed: int = _knob(
+        0, "seed of the weights, the batches and, if the data has no splits, of the split"
+    )
     split_by: str = _knob(
         "photo",
         "if the data has no splits: hold out photos of every class, or whole classes, as val",

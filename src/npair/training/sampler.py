@@ -44,7 +44,7 @@ class NPairSampler:
     def pairs(self, step: int) -> Indices:
         """Draw [N, 2]: each row holds two photos of one class, and all classes differ."""
         rng = self._rng(step)
-        return self._two_of_each(self._classes(self.classes_per_batch, rng), rng)
+        return self._two_of_each(self._draw_classes(self.classes_per_batch, rng), rng)
 
     def tuplets(self, step: int) -> Indices:
         """Draw [N, 1 + N]: anchor, positive, and one negative of each of the other N - 1 classes.
@@ -52,7 +52,7 @@ class NPairSampler:
         Negatives are drawn anew for each row.
         """
         rng = self._rng(step)
-        drawn = self._classes(self.classes_per_batch, rng)
+        drawn = self._draw_classes(self.classes_per_batch, rng)
         pairs = self._two_of_each(drawn, rng)
         negatives = [
             [rng.choice(self.members[other]) for other in drawn if other != own] for own in drawn
@@ -69,7 +69,7 @@ class NPairSampler:
         """
         rng = self._rng(step)
         count = min(max(candidates, self.classes_per_batch), len(self.members))
-        drawn = self._classes(count, rng)
+        drawn = self._draw_classes(count, rng)
         embeddings = embed(self._two_of_each(drawn, rng).ravel()).reshape(count, 2, -1)
         hardest = hardest_classes(embeddings, self.classes_per_batch, rng)
         return self._two_of_each(drawn[hardest], rng)
@@ -77,7 +77,7 @@ class NPairSampler:
     def _rng(self, step: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, step))
 
-    def _classes(self, count: int, rng: np.random.Generator) -> Indices:
+    def _draw_classes(self, count: int, rng: np.random.Generator) -> Indices:
         return rng.choice(len(self.members), count, replace=False)
 
     def _two_of_each(self, classes: Indices, rng: np.random.Generator) -> Indices:
