@@ -29,13 +29,14 @@ import numpy as np
 from machine import MODELS, ROOT, VERSION, descendants, pyplot
 from supervisor import procfs
 
+from npair.cli.evaluate import embed_served
 from npair.data.dataset import Dataset
 from npair.data.pixels import decode_dataset, default_cache
 from npair.data.sources import read_dataset
 from npair.networks.network import build_network, multiply_adds
 from npair.releasing.traffic import Measurement, closed, paced
 from npair.releasing.tune import CONNECTIONS, LocalServer, markdown, serving
-from npair.scoring.evaluate import compare, embed_served
+from npair.scoring.evaluate import compare
 from npair.serving.embedder import UNLIMITED, Embedder, read_manifest
 from npair.serving.engine import BATCH, cores, import_openvino
 from npair.serving.preprocess import Preprocessing, decode
@@ -95,7 +96,9 @@ def recall(dataset: Dataset) -> str:
     return markdown(["", "Recall@1 on val", "of coarse labels"], rows)
 
 
-def by_connections(photos: Sequence[bytes], rounds: int, seconds: int, pictures: Path | None) -> str:
+def by_connections(
+    photos: Sequence[bytes], rounds: int, seconds: int, pictures: Path | None
+) -> str:
     loads: dict[int, list[Measurement]] = {connections: [] for connections in CONNECTIONS}
     with warm(photos) as server:
         for connections in rounds * CONNECTIONS:
@@ -228,7 +231,9 @@ def outside_check(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
     rows = []
     for batch in (1, 8, 32):
         http, grpc = (median(rates[protocol, batch]) for protocol in ("http", "grpc"))
-        rows.append([batch, max(2, MANY // batch), f"{http:.0f}", f"{grpc:.0f}", f"{grpc / http:.2f}"])
+        rows.append(
+            [batch, max(2, MANY // batch), f"{http:.0f}", f"{grpc:.0f}", f"{grpc / http:.2f}"]
+        )
     head = ["photos in a request", "requests at once", "HTTP, photos/s", "gRPC", "gRPC / HTTP"]
     return f"perf_analyzer:\n\n{markdown(head, rows)}"
 
@@ -286,7 +291,10 @@ def profile(photos: Sequence[bytes], seconds: int) -> str:
         answered = load.rate * (time.monotonic() - began)
         after = cpu_seconds(server.pid)
     rows |= {f"served: {kind}": (after[kind] - before[kind]) / answered for kind in after}
-    return markdown(["", "CPU milliseconds a photo"], [[name, f"{1e3 * spent:.2f}"] for name, spent in rows.items()])
+    return markdown(
+        ["", "CPU milliseconds a photo"],
+        [[name, f"{1e3 * spent:.2f}"] for name, spent in rows.items()],
+    )
 
 
 def layers(photos: Sequence[bytes]) -> str:
@@ -345,8 +353,14 @@ def bulk(paths: Sequence[Path], rounds: int) -> str:
                 )
                 rates[scheme].append(len(paths) / (time.monotonic() - began))
     load = median(rates.pop("the load"))
-    rows = [[scheme, f"{median(of):.0f}", f"{median(of) / load:.2f}"] for scheme, of in rates.items()]
-    head = [f"client.py embed, {len(paths):,} photos, start and end included", "photos/s", f"of the load's at {MANY} connections"]
+    rows = [
+        [scheme, f"{median(of):.0f}", f"{median(of) / load:.2f}"] for scheme, of in rates.items()
+    ]
+    head = [
+        f"client.py embed, {len(paths):,} photos, start and end included",
+        "photos/s",
+        f"of the load's at {MANY} connections",
+    ]
     return markdown(head, rows)
 
 

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
+from npair.cli.evaluate import embed_run
 from npair.data.folds import write_folds
 from npair.data.pixels import PREVIEW, decode_dataset, default_cache
 from npair.data.sources import read_dataset
-from npair.scoring.evaluate import Comparison, embed_run
+from npair.scoring.evaluate import Comparison
 from npair.scoring.intervals import over_seeds
 from npair.training.run import TrainConfig, git_commit, read_run
 from npair.training.train import train

@@ -33,19 +33,34 @@ REPOSITORY = f"ghcr.io/{OWNER}/npair_model_api"
 REGISTRY_ADDRESS = "127.0.0.88"  # of this machine alone, and nobody's
 # Packages of Debian trixie, unpacked and not installed, since servers that are installed are started. They run on bookworm too;
 # its own engine knows no named build contexts.
-ENGINE = ("docker.io", "docker-cli", "docker-buildx", "docker-compose", "containerd", "docker-registry", "tini")
+ENGINE = (
+    "docker.io",
+    "docker-cli",
+    "docker-buildx",
+    "docker-compose",
+    "containerd",
+    "docker-registry",
+    "tini",
+)
 TOOLS = ("runc", "skopeo", "debootstrap", "docker-compose", "iproute2", "apache2-utils")
 WHEEL_RELEASE = "24.10"  # of NVIDIA's images, with the same server, 2.51, as the wheel
 LIMITS = {"torch": (1300, 420), "no torch": (800, 260)}  # MB unpacked and pushed
 
 
 def main() -> None:
-    if "NPAIR_NAMESPACE" not in os.environ:  # /etc/hosts is changed for this process and its children alone
+    if (
+        "NPAIR_NAMESPACE" not in os.environ
+    ):  # /etc/hosts is changed for this process and its children alone
         os.environ["NPAIR_NAMESPACE"] = "1"
-        os.execvp("unshare", ["unshare", "--mount", "--propagation", "private", sys.executable, *sys.argv])
+        os.execvp(
+            "unshare", ["unshare", "--mount", "--propagation", "private", sys.executable, *sys.argv]
+        )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit("interrupted"))  # through every finally
-    with tempfile.TemporaryDirectory(prefix="npair-image-", ignore_cleanup_errors=True) as scratch, contextlib.ExitStack() as stack:
+    with (
+        tempfile.TemporaryDirectory(prefix="npair-image-", ignore_cleanup_errors=True) as scratch,
+        contextlib.ExitStack() as stack,
+    ):
         test(Path(scratch), stack)
 
 
@@ -120,7 +135,10 @@ def installed(package: str) -> bool:
     return (
         "install ok installed"
         in subprocess.run(
-            ["dpkg-query", "--show", "--showformat", "${Status}", package], capture_output=True, text=True, check=False
+            ["dpkg-query", "--show", "--showformat", "${Status}", package],
+            capture_output=True,
+            text=True,
+            check=False,
         ).stdout
     )
 
@@ -138,7 +156,11 @@ def engine(scratch: Path) -> Iterator[None]:
         "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
     )
     apt = {"Dir::Etc::SourceList": sources, "Dir::Etc::SourceParts": "/dev/null"}
-    apt |= {"Dir::State::Lists": lists / "lists", "Dir::Cache": lists / "cache", "APT::Sandbox::User": "root"}
+    apt |= {
+        "Dir::State::Lists": lists / "lists",
+        "Dir::Cache": lists / "cache",
+        "APT::Sandbox::User": "root",
+    }
     flags = [f"-o={name}={value}" for name, value in apt.items()]
     run("apt-get", *flags, "update", "-qq")
     run("apt-get", *flags, "-qq", "download", *ENGINE, cwd=packages)
@@ -164,7 +186,12 @@ def engine(scratch: Path) -> Iterator[None]:
     bridge = Path("/sys/class/net/docker0")
     had_bridge = bridge.exists()
     with background(command, scratch / "dockerd.log"):
-        wait_for("the engine", lambda: subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0)
+        wait_for(
+            "the engine",
+            lambda: (
+                subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0
+            ),
+        )
         try:
             yield
         finally:
@@ -191,7 +218,9 @@ def registry_at_ghcr(scratch: Path) -> Iterator[subprocess.Popen[bytes]]:
         "auth": {"htpasswd": {"realm": "npair", "path": str(scratch / "htpasswd")}},
     }
     (scratch / "registry.json").write_text(json.dumps(config))  # JSON is YAML
-    with background(["docker-registry", "serve", scratch / "registry.json"], scratch / "registry.log") as process:
+    with background(
+        ["docker-registry", "serve", scratch / "registry.json"], scratch / "registry.log"
+    ) as process:
         wait_for("the registry", lambda: status(REGISTRY_ADDRESS, 80, "GET", "/v2/") == 401)
         yield process
 
@@ -211,10 +240,21 @@ def stand_in(scratch: Path) -> tuple[str, str]:
     server = context / "opt/tritonserver"
     shutil.copytree(wheel / "tritonserver/bin", server / "bin")
     shutil.copytree(wheel / "tritonserver/caches", server / "caches")
-    shutil.copytree(wheel / "tritonserver/backends", server / "backends", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(wheel / "tritonserver/python_backend_stubs/3.11/triton_python_backend_stub", server / "backends/python")
+    shutil.copytree(
+        wheel / "tritonserver/backends",
+        server / "backends",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    shutil.copy(
+        wheel / "tritonserver/python_backend_stubs/3.11/triton_python_backend_stub",
+        server / "backends/python",
+    )
     shutil.copy(next(wheel.parent.glob("nvidia_pytriton-*.dist-info/licenses/LICENSE")), server)
-    shutil.copytree(wheel.parent / "nvidia_pytriton.libs", server / "lib", ignore=shutil.ignore_patterns("libpython3*"))
+    shutil.copytree(
+        wheel.parent / "nvidia_pytriton.libs",
+        server / "lib",
+        ignore=shutil.ignore_patterns("libpython3*"),
+    )
     (context / "Dockerfile").write_text(
         f"FROM {base}\n"
         "RUN apt-get update && apt-get install -y --no-install-recommends libpython3.11 libgomp1\n"
@@ -222,7 +262,18 @@ def stand_in(scratch: Path) -> tuple[str, str]:
         "COPY opt /opt\n"
         "RUN echo /opt/tritonserver/lib > /etc/ld.so.conf.d/tritonserver.conf && ldconfig\n"
     )
-    run("docker", "buildx", "build", "--quiet", "--network", "host", "--tag", triton, context, stdout=subprocess.DEVNULL)
+    run(
+        "docker",
+        "buildx",
+        "build",
+        "--quiet",
+        "--network",
+        "host",
+        "--tag",
+        triton,
+        context,
+        stdout=subprocess.DEVNULL,
+    )
     return triton, base
 
 
@@ -231,12 +282,24 @@ def wheelhouse(scratch: Path) -> Iterator[list[str]]:
     """Build options that make pip, inside the build, take its packages from this process: the network may be closed to it."""
     wheels = scratch / "wheels"
     for pins in ("requirements.txt", "requirements-torch.txt"):
-        run(sys.executable, "-m", "pip", "--quiet", "download", "--dest", wheels, "--requirement", ROOT / "model/api" / pins)
+        run(
+            sys.executable,
+            "-m",
+            "pip",
+            "--quiet",
+            "download",
+            "--dest",
+            wheels,
+            "--requirement",
+            ROOT / "model/api" / pins,
+        )
     handler = partial(QuietHandler, directory=str(wheels))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         pip_conf = scratch / "pip.conf"
-        pip_conf.write_text(f"[global]\nno-index = true\nfind-links = http://127.0.0.1:{server.server_port}/\n")
+        pip_conf.write_text(
+            f"[global]\nno-index = true\nfind-links = http://127.0.0.1:{server.server_port}/\n"
+        )
         yield ["--secret", f"id=pip_conf,src={pip_conf}"]
         server.shutdown()
 
@@ -248,11 +311,27 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 def build(tag: str, *options: str, context: Path = ROOT / "model/api", fails: bool = False) -> str:
     """Build one tag from the Dockerfile in ``context``, with the models baked in; returns what was said. fails: as it should."""
-    command = ["docker", "buildx", "build", "--progress", "plain", "--build-context", "model_repository=model_repository"]
+    command = [
+        "docker",
+        "buildx",
+        "build",
+        "--progress",
+        "plain",
+        "--build-context",
+        "model_repository=model_repository",
+    ]
     command += ["--file", str(context / "Dockerfile.cpu"), "--tag", tag, *options, str(context)]
-    environment = os.environ | {"SOURCE_DATE_EPOCH": output("git", "log", "-1", "--pretty=%ct").strip()}
+    environment = os.environ | {
+        "SOURCE_DATE_EPOCH": output("git", "log", "-1", "--pretty=%ct").strip()
+    }
     result = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if (result.returncode != 0) != fails:
         print(result.stdout[-5000:])
@@ -267,12 +346,26 @@ def push(tag: str) -> str:
 
 
 def digest_of(tag: str) -> str:
-    return output("skopeo", "inspect", "--tls-verify=false", "--format", "{{.Digest}}", f"docker://{REPOSITORY}:{tag}").strip()
+    return output(
+        "skopeo",
+        "inspect",
+        "--tls-verify=false",
+        "--format",
+        "{{.Digest}}",
+        f"docker://{REPOSITORY}:{tag}",
+    ).strip()
 
 
 def check_size(kind: str, tag: str, digest: str) -> None:
-    unpacked = int(output("docker", "image", "inspect", "--format", "{{.Size}}", f"{REPOSITORY}:{tag}")) / 1e6
-    manifest = json.loads(output("skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{REPOSITORY}@{digest}"))
+    unpacked = (
+        int(output("docker", "image", "inspect", "--format", "{{.Size}}", f"{REPOSITORY}:{tag}"))
+        / 1e6
+    )
+    manifest = json.loads(
+        output(
+            "skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{REPOSITORY}@{digest}"
+        )
+    )
     pushed = sum(layer["size"] for layer in manifest["layers"]) / 1e6
     print(f"{kind}: {unpacked:.0f} MB unpacked, {pushed:.0f} MB pushed")
     most_unpacked, most_pushed = LIMITS[kind]
@@ -293,7 +386,16 @@ def compose_test(tag: str) -> None:
     for program in ("docker-compose", "/usr/bin/docker-compose"):
         print("Compose", output(program, "version", "--short").strip(), flush=True)
         try:
-            compose(tag, "run", "--rm", "model_api", "pytest", "-q", "test_model_api.py", program=program)
+            compose(
+                tag,
+                "run",
+                "--rm",
+                "model_api",
+                "pytest",
+                "-q",
+                "test_model_api.py",
+                program=program,
+            )
         finally:
             compose(tag, "down", program=program)
 
@@ -317,7 +419,9 @@ def status(host: str, port: int, method: str, path: str, body: bytes | None = No
     """The HTTP status of an answer, 0 where there is none. A body is sent as one raw photo."""
     connection = http.client.HTTPConnection(host, port, timeout=30)
     try:
-        connection.request(method, path, body, {} if body is None else {"Inference-Header-Content-Length": "0"})
+        connection.request(
+            method, path, body, {} if body is None else {"Inference-Header-Content-Length": "0"}
+        )
         return connection.getresponse().status
     except (OSError, http.client.HTTPException):
         return 0
@@ -342,7 +446,9 @@ def check_drain(image: str) -> None:
 
     def send() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", 18410, timeout=30)
-        connection.request("POST", "/v2/models/npair/infer", photo(), {"Inference-Header-Content-Length": "0"})
+        connection.request(
+            "POST", "/v2/models/npair/infer", photo(), {"Inference-Header-Content-Length": "0"}
+        )
         accepted.wait()
         statuses.append(connection.getresponse().status)
 
@@ -352,12 +458,16 @@ def check_drain(image: str) -> None:
     accepted.wait()
     time.sleep(0.1)  # what was sent has arrived
     began = time.monotonic()
-    run("docker", "stop", "--time", "15", name, stdout=subprocess.DEVNULL)  # the grace period of docker-compose.prod.yml
+    run(
+        "docker", "stop", "--time", "15", name, stdout=subprocess.DEVNULL
+    )  # the grace period of docker-compose.prod.yml
     took = time.monotonic() - began
     for thread in threads:
         thread.join()
     code = output("docker", "inspect", "--format", "{{.State.ExitCode}}", name).strip()
-    print(f"exit code {code} after {took:.1f} s; {statuses.count(200)} of {len(threads)} requests answered")
+    print(
+        f"exit code {code} after {took:.1f} s; {statuses.count(200)} of {len(threads)} requests answered"
+    )
     assert (code, statuses) == ("0", [200] * len(threads))
     assert took < 10, "longer than Docker waits by default"
     run("docker", "rm", name, stdout=subprocess.DEVNULL)
@@ -368,14 +478,18 @@ def check_recovery(tag: str) -> None:
     port = int(PORTS["HTTP_PORT"])
 
     def works() -> bool:
-        return all(embed(port) == 200 for _ in range(20))  # while one instance is dead, the other answers its share
+        return all(
+            embed(port) == 200 for _ in range(20)
+        )  # while one instance is dead, the other answers its share
 
     compose(tag, "up", "--detach", "model_api")
     try:
         wait_for("the service", lambda: embed(port) == 200)
         container = output("docker", "ps", "--quiet", "--filter", "name=model_api").strip()
         stub = re.search(
-            r"^ *(\d+) .*triton_python_backend_stub", output("docker", "top", container, "-eo", "pid,args"), re.MULTILINE
+            r"^ *(\d+) .*triton_python_backend_stub",
+            output("docker", "top", container, "-eo", "pid,args"),
+            re.MULTILINE,
         )
         assert stub, "no stub runs"
         began = time.monotonic()
@@ -392,7 +506,9 @@ def check_recovery(tag: str) -> None:
 def package_folder(name: str) -> Path:
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:
-        raise SystemExit(f"{name} is not installed; run this with the Python of .venv, as make test-image does")
+        raise SystemExit(
+            f"{name} is not installed; run this with the Python of .venv, as make test-image does"
+        )
     return Path(found.origin).parent
 
 
@@ -407,7 +523,10 @@ def wait_for(what: str, condition: Callable[[], bool], seconds: float = 60) -> N
 @contextlib.contextmanager
 def background(command: Sequence[object], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process while the block runs; what it logged is shown where the block fails."""
-    with log.open("wb") as file, subprocess.Popen([str(part) for part in command], stdout=file, stderr=file) as process:
+    with (
+        log.open("wb") as file,
+        subprocess.Popen([str(part) for part in command], stdout=file, stderr=file) as process,
+    ):
         try:
             yield process
         except BaseException:
@@ -428,12 +547,21 @@ def run(
     """env: beside this process's own."""
     words = [str(word) for word in command]
     subprocess.run(
-        words, cwd=cwd, env={**os.environ, **(env or {})}, input=stdin, text=True, stdout=stdout, stderr=stderr, check=True
+        words,
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        input=stdin,
+        text=True,
+        stdout=stdout,
+        stderr=stderr,
+        check=True,
     )
 
 
 def output(*command: object) -> str:
-    return subprocess.run([str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return subprocess.run(
+        [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
 
 
 BEGAN = time.monotonic()

@@ -41,11 +41,15 @@ from npair.training.run import TrainConfig
 from npair.training.train import train
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = next((ROOT / "model_repository/npair").glob("[0-9]*"))  # the version that this repository serves
+SHIPPED = next(
+    (ROOT / "model_repository/npair").glob("[0-9]*")
+)  # the version that this repository serves
 PORTS = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
 PREPROCESSING = Preprocessing(size=64, resample="BILINEAR", background=255)
 LIMITS = Limits(max_bytes=1_000_000, max_pixels=1_000_000)
-TINY = TrainConfig(network="compact", epochs=2, classes_per_batch=4, size=64, crop_size=48, evaluations=2)
+TINY = TrainConfig(
+    network="compact", epochs=2, classes_per_batch=4, size=64, crop_size=48, evaluations=2
+)
 PNG = encode(draw(0, 0, 8), "PNG")
 
 # nohup ignores SIGHUP, and a script's background SIGINT, and processes that tests start would inherit that; not so a handler.
@@ -149,7 +153,9 @@ def without_int8() -> Iterator[None]:
         yield
 
 
-def publish_into(repository: Path, run: Path, data: Path, *, accept_recall_drop: str = "", accept_cost: str = "") -> Path:
+def publish_into(
+    repository: Path, run: Path, data: Path, *, accept_recall_drop: str = "", accept_cost: str = ""
+) -> Path:
     """The folder of the next version."""
     number = publish(
         run,
@@ -286,7 +292,10 @@ def free_ports() -> dict[str, str]:
 
 def start(*options: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, ROOT / "model/api/serve.py", *options], env=os.environ | environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, ROOT / "model/api/serve.py", *options],
+        env=os.environ | environment,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -309,7 +318,13 @@ def running(**environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[st
     try:
         lines = [line for line in lines_until_ready(process) if "this CPU has none of" not in line]
         assert len(lines) == 1, f"one line says that it is ready, and nothing else is said: {lines}"
-        yield process, {"http": f"http://127.0.0.1:{ports['HTTP_PORT']}", "grpc": f"grpc://127.0.0.1:{ports['GRPC_PORT']}"}
+        yield (
+            process,
+            {
+                "http": f"http://127.0.0.1:{ports['HTTP_PORT']}",
+                "grpc": f"grpc://127.0.0.1:{ports['GRPC_PORT']}",
+            },
+        )
     finally:
         process.terminate()
         process.wait(timeout=30)
@@ -318,17 +333,28 @@ def running(**environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[st
 @contextmanager
 def controlled(models: Path) -> Iterator[tuple[Server, dict[str, str]]]:
     """A server of a model's folder, with its control API open, and its URLs by protocol."""
-    with running(MODEL_REPOSITORY=str(models.parent), NPAIR_CONTROL_SECRET=releases.SECRET) as (_, urls):
+    with running(MODEL_REPOSITORY=str(models.parent), NPAIR_CONTROL_SECRET=releases.SECRET) as (
+        _,
+        urls,
+    ):
         yield Server(urls["http"], "npair", secret=releases.SECRET, timeout=60), urls
 
 
 def certificate(folder: Path, *hosts: str) -> tuple[Path, Path]:
     """A certificate for 127.0.0.1 or these host names that is its own authority, and its key, both PEM, valid for an hour."""
-    key, now, hour = ec.generate_private_key(ec.SECP256R1()), datetime.now(timezone.utc), timedelta(hours=1)
+    key, now, hour = (
+        ec.generate_private_key(ec.SECP256R1()),
+        datetime.now(timezone.utc),
+        timedelta(hours=1),
+    )
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "npair")])
-    names: list[x509.GeneralName] = [*map(x509.DNSName, hosts)] or [x509.IPAddress(IPv4Address("127.0.0.1"))]
+    names: list[x509.GeneralName] = [*map(x509.DNSName, hosts)] or [
+        x509.IPAddress(IPv4Address("127.0.0.1"))
+    ]
     made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - hour, now + hour)
+        x509.CertificateBuilder(
+            name, name, key.public_key(), x509.random_serial_number(), now - hour, now + hour
+        )
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
@@ -336,5 +362,9 @@ def certificate(folder: Path, *hosts: str) -> tuple[Path, Path]:
     paths = folder / "npair.crt", folder / "npair.key"
     paths[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
     unencrypted = serialization.NoEncryption()
-    paths[1].write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, unencrypted))
+    paths[1].write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, unencrypted
+        )
+    )
     return paths

@@ -30,12 +30,20 @@ from machine import descendants
 from observing import prepared
 from supervisor import procfs
 
-from npair.client import NpairClient, NpairError, RequestTimeoutError, ServerFaultError, UnavailableError
+from npair.client import (
+    NpairClient,
+    NpairError,
+    RequestTimeoutError,
+    ServerFaultError,
+    UnavailableError,
+)
 from npair.publishing.drawings import draw, encode
 
 SECONDS = float(os.environ.get("FAULTS_SECONDS", "3"))
 RECOVERY = 60.0  # seconds within which all must be well again; what it took is in the table
-TIMEOUT = 20.0  # seconds after which a client takes silence for an answer; no request may come to that
+TIMEOUT = (
+    20.0  # seconds after which a client takes silence for an answer; no request may come to that
+)
 REFUSED = "has no available versions"  # what Triton says to whom it did not accept
 PHOTOS = [encode(draw(product, 0, 200), "JPEG") for product in range(16)]
 LARGE = encode(draw(0, 0, 6000), "PNG")  # 36 megapixels, which take 108 MB decoded
@@ -99,7 +107,12 @@ class Service:
 
     def healthy(self) -> bool:
         command: list[str | Path] = [sys.executable, ROOT / "model/api/serve.py", "--health"]
-        return subprocess.run(command, env=os.environ | self.ports, check=False, capture_output=True).returncode == 0
+        return (
+            subprocess.run(
+                command, env=os.environ | self.ports, check=False, capture_output=True
+            ).returncode
+            == 0
+        )
 
     @property
     def server(self) -> int:
@@ -147,7 +160,9 @@ class Traffic:
             self.expected = np.stack([client.embed(photo).vectors[0] for photo in PHOTOS])
         self.threads = [
             threading.Thread(target=self._ask, args=(url, size, seed))
-            for seed, (url, size) in enumerate((url, size) for url in urls.values() for size in (1, 1, 8))
+            for seed, (url, size) in enumerate(
+                (url, size) for url in urls.values() for size in (1, 1, 8)
+            )
         ]
 
     def __enter__(self) -> Traffic:
@@ -198,7 +213,11 @@ class Outcome:
 
     def row(self, fault: str, seen: str) -> str:
         back = f"{self.back:.1f} s" if self.errors else "never away"
-        health = "true" if self.unhealthy is None else f"false after {self.unhealthy:.1f} s, true after {self.healthy:.1f} s"
+        health = (
+            "true"
+            if self.unhealthy is None
+            else f"false after {self.unhealthy:.1f} s, true after {self.healthy:.1f} s"
+        )
         return f"| {fault} | {seen} | {back} | {health} | {self.asked:,} | {self.lost} | {self.refused:,} | {self.silent} |"
 
 
@@ -243,11 +262,18 @@ def cause(service: Service, fault: Callable[[], object], *, code: int | None = N
         try:
             fault()
             if code is not None:
-                until(lambda: service.codes[ended:] == [code], "serve.py goes on", service.log.read_text)
+                until(
+                    lambda: service.codes[ended:] == [code],
+                    "serve.py goes on",
+                    service.log.read_text,
+                )
             time.sleep(SECONDS)
             until(traffic.well, "all was not well again", service.log.read_text)
             settled = time.monotonic() - at
-            until(lambda: bool(told) and told[-1][0] > settled and told[-1][1], "the probe does not see that all is well again")
+            until(
+                lambda: bool(told) and told[-1][0] > settled and told[-1][1],
+                "the probe does not see that all is well again",
+            )
         finally:
             watching.set()
             probes.join()
@@ -264,10 +290,16 @@ def cause(service: Service, fault: Callable[[], object], *, code: int | None = N
 def outcome(answers: Sequence[Answer], at: float) -> Outcome:
     after = [answer for answer in answers if answer.ended >= at]
     failed = [answer for answer in after if answer.error]
-    assert not [answer for answer in answers if answer.error and answer.ended < at], "nothing failed before"
+    assert not [answer for answer in answers if answer.error and answer.ended < at], (
+        "nothing failed before"
+    )
     assert not [answer for answer in answers if answer.error == "wrong vectors"]
     silent = [answer for answer in failed if answer.error.startswith(RequestTimeoutError.__name__)]
-    lost = [answer for answer in failed if answer.sent < at and answer not in silent and REFUSED not in answer.error]
+    lost = [
+        answer
+        for answer in failed
+        if answer.sent < at and answer not in silent and REFUSED not in answer.error
+    ]
     return Outcome(
         len(after),
         len(lost),
@@ -292,7 +324,12 @@ class TestKilled:
 
     def test_stub(self, service: Service, table: list[str]) -> None:
         result = cause(service, lambda: kill(service.stubs[0]), code=1)
-        table.append(result.row("a Python stub is killed (-9)", "errors of requests inside it; then the server is begun anew"))
+        table.append(
+            result.row(
+                "a Python stub is killed (-9)",
+                "errors of requests inside it; then the server is begun anew",
+            )
+        )
         assert result.errors
         assert not result.silent
 
@@ -312,7 +349,11 @@ class TestKilled:
 
 def test_all_stubs_hang(service: Service, table: list[str]) -> None:
     result = cause(service, lambda: stop(service.stubs), code=1)
-    table.append(result.row("all stubs hang (SIGSTOP)", "no answer for 10 to 15 s, then connections break off"))
+    table.append(
+        result.row(
+            "all stubs hang (SIGSTOP)", "no answer for 10 to 15 s, then connections break off"
+        )
+    )
     assert "the golden photo has failed" in service.log.read_text()
     assert result.errors
     assert not result.silent
@@ -323,12 +364,20 @@ def test_one_stub_hangs(tmp_path: Path, table: list[str]) -> None:
     with Service(tmp_path, environment={"MODEL_REPOSITORY": str(models)}) as service:
 
         def fault() -> None:
-            with NpairClient(service.urls["http"], retries=0, timeout=TIMEOUT) as client, pytest.raises(ServerFaultError):
+            with (
+                NpairClient(service.urls["http"], retries=0, timeout=TIMEOUT) as client,
+                pytest.raises(ServerFaultError),
+            ):
                 client.embed(HANGS)
 
         result = cause(service, fault, code=1)
         assert "a batch has made no progress for 10 s" in service.log.read_text()
-    table.append(result.row("one stub hangs", "no answer to requests inside it for 10 s, then errors; the server is begun anew"))
+    table.append(
+        result.row(
+            "one stub hangs",
+            "no answer to requests inside it for 10 s, then errors; the server is begun anew",
+        )
+    )
     assert result.errors
     assert not result.silent
 
@@ -344,14 +393,19 @@ def memory_group(pid: int, room: int) -> Iterator[None]:
     try:
         for process in [pid, *descendants(pid)]:
             (group / "cgroup.procs").write_text(str(process))
-        limit.write_text(str(room))  # what they have already stays with the group in which it was touched first
+        limit.write_text(
+            str(room)
+        )  # what they have already stays with the group in which it was touched first
         yield
         limit.write_text("-1" if version_1 else "max")
         for member in (group / "cgroup.procs").read_text().split():
             with suppress(ProcessLookupError):
                 (group.parent / "cgroup.procs").write_text(member)
     finally:
-        until(lambda: not (group / "cgroup.procs").read_text(), "processes are left in the memory group")
+        until(
+            lambda: not (group / "cgroup.procs").read_text(),
+            "processes are left in the memory group",
+        )
         group.rmdir()
 
 
@@ -363,7 +417,10 @@ class TestMemory:
 
             def fault() -> None:
                 group.enter_context(memory_group(service.process.pid, 64 << 20))
-                with NpairClient(service.urls["http"], retries=0, timeout=TIMEOUT) as client, pytest.raises(NpairError):
+                with (
+                    NpairClient(service.urls["http"], retries=0, timeout=TIMEOUT) as client,
+                    pytest.raises(NpairError),
+                ):
                     client.embed([LARGE] * 8)
 
             with group:
@@ -375,12 +432,23 @@ class TestMemory:
 
 def with_mounts(mounts: str) -> list[str]:
     """A command that runs another after these, which others do not see."""
-    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", f'{mounts} && exec "$@"', "sh"]
+    return [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-c",
+        f'{mounts} && exec "$@"',
+        "sh",
+    ]
 
 
 class TestDisk:
     @pytest.mark.parametrize("folder", ["/dev/shm", "/tmp"])
-    def test_full(self, tmp_path_factory: pytest.TempPathFactory, table: list[str], folder: str) -> None:
+    def test_full(
+        self, tmp_path_factory: pytest.TempPathFactory, table: list[str], folder: str
+    ) -> None:
         # A checkout that lies below the folder stays where it is.
         small = with_mounts(
             f"mount --bind {ROOT} /mnt && mount -t tmpfs -o size=64m,mode=1777 tmpfs {folder} "
@@ -434,8 +502,12 @@ class TestClients:
         held = []
 
         def fault() -> None:
-            held.extend(self.connections(service, b"POST /v2/models/npair/infer HTTP/1.1\r\nHost:", 200))
-            held.extend(self.connections(service, self.request(len(photo)) + photo[: len(photo) // 2], 200))
+            held.extend(
+                self.connections(service, b"POST /v2/models/npair/infer HTTP/1.1\r\nHost:", 200)
+            )
+            held.extend(
+                self.connections(service, self.request(len(photo)) + photo[: len(photo) // 2], 200)
+            )
 
         result = cause(service, fault)
         slow = held[-1]
@@ -451,13 +523,18 @@ class TestClients:
 
         def fault() -> None:
             for length in (0, len(photo) // 2, len(photo)):
-                for connection in self.connections(service, self.request(len(photo)) + photo[:length], 100):
+                for connection in self.connections(
+                    service, self.request(len(photo)) + photo[:length], 100
+                ):
                     connection.close()
 
         result = cause(service, fault)
         table.append(result.row("300 clients that vanish within a request", "nothing"))
         assert not result.errors
-        until(lambda: sockets(service.server) < 50, "the server keeps the connections of clients that are gone")
+        until(
+            lambda: sockets(service.server) < 50,
+            "the server keeps the connections of clients that are gone",
+        )
 
 
 def sockets(pid: int) -> int:
@@ -490,11 +567,18 @@ def test_flood(service: Service, table: list[str]) -> None:
     for thread in threads:
         thread.join()
     refused = [answer for answer in answers if answer.error]
-    waited = [median(answer.ended - answer.sent for answer in some) for some in (refused, [a for a in answers if not a.error])]
+    waited = [
+        median(answer.ended - answer.sent for answer in some)
+        for some in (refused, [a for a in answers if not a.error])
+    ]
     seen = f"{waited[0] * 1e3:.0f} ms until a refusal and {waited[1] * 1e3:.0f} ms until an answer, medians"
-    table.append(Outcome(len(answers), 0, len(refused), 0, 0, Counter()).row("400 clients at once", seen))
+    table.append(
+        Outcome(len(answers), 0, len(refused), 0, 0, Counter()).row("400 clients at once", seen)
+    )
     assert any("Exceeds maximum queue size" in answer.error for answer in refused)
-    assert all("queue size" in answer.error or "timeout expired" in answer.error for answer in refused)
+    assert all(
+        "queue size" in answer.error or "timeout expired" in answer.error for answer in refused
+    )
     assert healthy
     assert service.process.pid == process
 
@@ -528,7 +612,9 @@ def test_clock_jumps(tmp_path: Path, table: list[str], jump: str) -> None:
         "FAKETIME_NO_CACHE": "1",
         "DONT_FAKE_MONOTONIC": "1",
     }
-    with Service(tmp_path, ["env", *(f"{key}={value}" for key, value in environment.items())]) as service:
+    with Service(
+        tmp_path, ["env", *(f"{key}={value}" for key, value in environment.items())]
+    ) as service:
         result = cause(service, lambda: clock.write_text(jump))
         port = int(service.ports["HTTP_PORT"])
     # serve.py does not come to that: faketime takes an absolute time that has passed for a bad one.

@@ -29,7 +29,9 @@ from npair.publishing.drawings import encode
 SHORTENED = {"15s": "1s", "1m": "3s", "5m": "10s", "30m": "90s", "1h": "10s", "1d": "20s"}
 RULES = (ROOT / "monitoring/alerts.yml").read_text()
 ALERTS = re.findall(r"alert: (\w+)", RULES)
-PHOTOS = [path.read_bytes() for path in sorted((SHIPPED / "golden").iterdir()) if path.suffix != ".npy"]
+PHOTOS = [
+    path.read_bytes() for path in sorted((SHIPPED / "golden").iterdir()) if path.suffix != ".npy"
+]
 
 
 def shortened(text: str) -> str:
@@ -44,7 +46,9 @@ class World(Service):
         self.prometheus = f"http://127.0.0.1:{free_ports()['HTTP_PORT']}"
         (self.folder / "alerts.yml").write_text(shortened(RULES))
         settings = shortened((ROOT / "monitoring/prometheus.yml").read_text())
-        (self.folder / "prometheus.yml").write_text(settings.replace("model_api:8002", f"127.0.0.1:{self.ports['METRICS_PORT']}"))
+        (self.folder / "prometheus.yml").write_text(
+            settings.replace("model_api:8002", f"127.0.0.1:{self.ports['METRICS_PORT']}")
+        )
         self.monitor = subprocess.Popen(
             [
                 "prometheus",
@@ -67,11 +71,17 @@ class World(Service):
 
     def scraped(self) -> bool:
         with contextlib.suppress(OSError):
-            return any(series["value"][1] == "1" for series in self.asked("query?query=up")["result"])
+            return any(
+                series["value"][1] == "1" for series in self.asked("query?query=up")["result"]
+            )
         return False
 
     def firing(self) -> set[str]:
-        return {alert["labels"]["alertname"] for alert in self.asked("alerts")["alerts"] if alert["state"] == "firing"}
+        return {
+            alert["labels"]["alertname"]
+            for alert in self.asked("alerts")["alerts"]
+            if alert["state"] == "firing"
+        }
 
     def fires(self, name: str, within: float) -> None:
         deadline = time.monotonic() + within
@@ -145,7 +155,11 @@ def killed(world: World) -> None:
     def kill() -> None:
         ended = len(world.codes)
         os.kill(world.stubs[0], 9)
-        until(lambda: world.codes[ended:] == [1], "the server goes on without its stub", world.log.read_text)
+        until(
+            lambda: world.codes[ended:] == [1],
+            "the server goes on without its stub",
+            world.log.read_text,
+        )
         until(world.ready, "the server did not start", world.log.read_text)
         time.sleep(2)
 

@@ -79,7 +79,9 @@ class Replica:
         self.url = f"http://127.0.0.1:{self.ports['HTTP_PORT']}"
 
     def start(self) -> None:
-        self.process = start(**self.ports, MODEL_REPOSITORY=str(self.models), NPAIR_CONTROL_SECRET=SECRET)
+        self.process = start(
+            **self.ports, MODEL_REPOSITORY=str(self.models), NPAIR_CONTROL_SECRET=SECRET
+        )
         lines_until_ready(self.process)
 
     def stop(self) -> int:
@@ -102,7 +104,9 @@ class Fleet:
         with socket.create_connection(("127.0.0.1", int(self.stats))) as connection:
             connection.sendall(b"GET /haproxy?stats;csv HTTP/1.0\r\n\r\n")
             page = b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
-        return len(re.findall(r"^\w+_PORT,\d,.*,UP,", page, re.MULTILINE)) == len(self.urls) * len(self.replicas)
+        return len(re.findall(r"^\w+_PORT,\d,.*,UP,", page, re.MULTILINE)) == len(self.urls) * len(
+            self.replicas
+        )
 
     def restart(self) -> None:
         """Restart one replica after the other, each once the one before gets connections again."""
@@ -145,7 +149,10 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         for number, replica in enumerate(replicas):
             configuration += f"  server {number} 127.0.0.1:{replica.ports[name]} port {replica.ports['HTTP_PORT']}\n"
     (folder / "haproxy.cfg").write_text(configuration)
-    urls = {"http": f"http://127.0.0.1:{ports['HTTP_PORT']}", "grpc": f"grpc://127.0.0.1:{ports['GRPC_PORT']}"}
+    urls = {
+        "http": f"http://127.0.0.1:{ports['HTTP_PORT']}",
+        "grpc": f"grpc://127.0.0.1:{ports['GRPC_PORT']}",
+    }
     fleet = Fleet(repository, replicas, urls, ports["METRICS_PORT"])
     with ExitStack() as running:
         for replica in replicas:
@@ -206,7 +213,9 @@ class Traffic:
                 except Exception as error:
                     problem = repr(error)
                 self.failed[kind] += 1
-                self.problems.append(f"{kind}, {sent:.2f} to {time.monotonic() - self.began:.2f} s: {problem}")
+                self.problems.append(
+                    f"{kind}, {sent:.2f} to {time.monotonic() - self.began:.2f} s: {problem}"
+                )
 
 
 @pytest.fixture(scope="module")
@@ -220,21 +229,33 @@ def expected(fleet: Fleet) -> dict[str, Vectors]:
 @pytest.fixture(scope="module")
 def rows() -> Iterator[list[str]]:
     """Of the table."""
-    rows = ["| change | times | call | answered | failed or mixed |", "| --- | ---: | --- | ---: | ---: |"]
+    rows = [
+        "| change | times | call | answered | failed or mixed |",
+        "| --- | ---: | --- | ---: | ---: |",
+    ]
     yield rows
     if path := os.environ.get("CHANGES_TABLE"):
         Path(path).write_text("\n".join(rows) + "\n")
 
 
-@pytest.mark.parametrize(("name", "change"), [("rolling restart", Fleet.restart), ("promotion", Fleet.promote)])
+@pytest.mark.parametrize(
+    ("name", "change"), [("rolling restart", Fleet.restart), ("promotion", Fleet.promote)]
+)
 def test_no_call_fails(
-    fleet: Fleet, expected: dict[str, Vectors], rows: list[str], name: str, change: Callable[[Fleet], None]
+    fleet: Fleet,
+    expected: dict[str, Vectors],
+    rows: list[str],
+    name: str,
+    change: Callable[[Fleet], None],
 ) -> None:
     with Traffic(fleet.urls, expected) as traffic:
         for number in range(CHANGES):
             began = time.monotonic() - traffic.began
             change(fleet)
-            print(f"{name} {number + 1}: {began:.2f} to {time.monotonic() - traffic.began:.2f} s", file=sys.stderr)
+            print(
+                f"{name} {number + 1}: {began:.2f} to {time.monotonic() - traffic.began:.2f} s",
+                file=sys.stderr,
+            )
         time.sleep(1)
     rows += [
         f"| {name} | {CHANGES} | {kind} | {traffic.answered[kind]:,} | {traffic.failed[kind]:,} |"

@@ -28,7 +28,13 @@ from supervisor.launch import MAX_REQUEST_BYTES
 from supervisor.procfs import children, server_at
 from tritonclient.utils import InferenceServerException
 
-from npair.client import AccessDeniedError, InvalidRequestError, NpairClient, NpairError, UnavailableError
+from npair.client import (
+    AccessDeniedError,
+    InvalidRequestError,
+    NpairClient,
+    NpairError,
+    UnavailableError,
+)
 
 KEY, OTHER_KEY, SECRET = 64 * "a", 64 * "b", "open sesame"
 CONFIGURATION = (ROOT / "docs/proxy/npair.conf").read_text()
@@ -57,18 +63,27 @@ class Proxy(NamedTuple):
 
     def connect(self) -> ssl.SSLSocket:
         context = ssl.create_default_context(cafile=str(self.ca))
-        return context.wrap_socket(socket.create_connection(("127.0.0.1", self.port), timeout=60), server_hostname="127.0.0.1")
+        return context.wrap_socket(
+            socket.create_connection(("127.0.0.1", self.port), timeout=60),
+            server_hostname="127.0.0.1",
+        )
 
-    def ask(self, method: str, path: str, key: str | None = KEY, **headers: str) -> tuple[int, bytes]:
+    def ask(
+        self, method: str, path: str, key: str | None = KEY, **headers: str
+    ) -> tuple[int, bytes]:
         """The path goes out as it is given. Returns: status and body."""
         return self.send(method, path, b"{}" if method == "POST" else None, key, **headers)
 
     def post(self, path: str, body: bytes, **headers: str) -> tuple[int, bytes]:
         return self.send("POST", path, body, KEY, **headers)
 
-    def send(self, method: str, path: str, body: bytes | None, key: str | None, **headers: str) -> tuple[int, bytes]:
+    def send(
+        self, method: str, path: str, body: bytes | None, key: str | None, **headers: str
+    ) -> tuple[int, bytes]:
         context = ssl.create_default_context(cafile=str(self.ca))
-        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=30, context=context)
+        connection = http.client.HTTPSConnection(
+            "127.0.0.1", self.port, timeout=30, context=context
+        )
         headers |= {} if key is None else {"Authorization": f"Bearer {key}"}
         connection.request(method, path, body, headers)
         response = connection.getresponse()
@@ -103,7 +118,9 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
             f"daemon off; user {getpass.getuser()}; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
             f"http {{ {' '.join(f'{kind}_temp_path {folder}/{kind};' for kind in kinds)}\n{configuration}}}\n"
         )
-        process = subprocess.Popen([nginx, "-p", folder, "-c", folder / "nginx.conf"], stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [nginx, "-p", folder, "-c", folder / "nginx.conf"], stderr=subprocess.PIPE, text=True
+        )
         try:
             urls = {"http": f"https://127.0.0.1:{port}", "grpc": f"grpcs://127.0.0.1:{port}"}
             proxy = Proxy(int(port), urls, direct, cert, folder / "npair.log")
@@ -145,7 +162,9 @@ both = pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_embeddings_are_the_servers_own(proxy: Proxy, protocol: str) -> None:
     with proxy.client(protocol) as through, NpairClient(proxy.direct[protocol]) as direct:
         assert through.ready()
-        np.testing.assert_allclose(through.embed(PHOTOS).vectors, direct.embed(PHOTOS).vectors, atol=1e-6)
+        np.testing.assert_allclose(
+            through.embed(PHOTOS).vectors, direct.embed(PHOTOS).vectors, atol=1e-6
+        )
         assert through.thresholds() == direct.thresholds()
         assert through.manifest_sha256(SHIPPED.name)
         through.version = SHIPPED.name
@@ -190,7 +209,10 @@ def test_old_tls_is_refused(proxy: Proxy) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1
     context.maximum_version = ssl.TLSVersion.TLSv1_1
     context.set_ciphers("ALL:@SECLEVEL=0")
-    with socket.create_connection(("127.0.0.1", proxy.port)) as plain, pytest.raises(ssl.SSLError, match=r"(?i)alert"):
+    with (
+        socket.create_connection(("127.0.0.1", proxy.port)) as plain,
+        pytest.raises(ssl.SSLError, match=r"(?i)alert"),
+    ):
         context.wrap_socket(plain, server_hostname="127.0.0.1")
 
 
@@ -225,13 +247,18 @@ def test_control_and_unknown_paths_are_not_there(proxy: Proxy, path: str) -> Non
 def test_control_over_grpc_is_not_there(proxy: Proxy) -> None:
     with proxy.triton() as client, pytest.raises(Exception, match="UNIMPLEMENTED"):
         client.get_model_repository_index(
-            headers={"authorization": f"Bearer {KEY}", f"triton-grpc-protocol-{CONTROL_HEADER}": SECRET}
+            headers={
+                "authorization": f"Bearer {KEY}",
+                f"triton-grpc-protocol-{CONTROL_HEADER}": SECRET,
+            }
         )
 
 
 @pytest.mark.parametrize(("method", "path", "through"), ROUTES)
 def test_what_the_page_says_is_there(proxy: Proxy, method: str, path: str, through: str) -> None:
-    assert proxy.ask(method, path)[0] in {"with a key": (200, 500), "not there": (404,)}[through]  # 500: infer, without a photo
+    assert (
+        proxy.ask(method, path)[0] in {"with a key": (200, 500), "not there": (404,)}[through]
+    )  # 500: infer, without a photo
 
 
 def test_methods_that_nobody_needs(proxy: Proxy) -> None:
@@ -241,7 +268,10 @@ def test_methods_that_nobody_needs(proxy: Proxy) -> None:
 @both
 def test_too_large_a_body(proxy: Proxy, protocol: str) -> None:
     large = [bytes(17_000_000)] * 4
-    with proxy.client(protocol, batch_bytes=1 << 30) as client, pytest.raises(InvalidRequestError, match=r"413|64 MiB"):
+    with (
+        proxy.client(protocol, batch_bytes=1 << 30) as client,
+        pytest.raises(InvalidRequestError, match=r"413|64 MiB"),
+    ):
         client.embed(large)
     assert f"client_max_body_size {MAX_REQUEST_BYTES >> 20}m;" in CONFIGURATION
 
@@ -260,7 +290,10 @@ def test_too_large_a_body_in_chunks(proxy: Proxy) -> None:
 def test_compressed_bodies_and_many_chunks(proxy: Proxy) -> None:
     """What ends Triton 2.51, or takes its memory for good, does not get that far: chunks arrive as one body."""
     headers = {"Content-Encoding": "gzip"}
-    assert proxy.ask("POST", f"{METADATA}/infer", **headers) == (415, b'{"error": "send the request without Content-Encoding"}')
+    assert proxy.ask("POST", f"{METADATA}/infer", **headers) == (
+        415,
+        b'{"error": "send the request without Content-Encoding"}',
+    )
     with proxy.connect() as connection:
         head = f"POST {METADATA}/infer HTTP/1.1\r\nHost: npair\r\nAuthorization: Bearer {KEY}\r\nTransfer-Encoding: chunked\r\n\r\n"
         connection.sendall(head.encode() + b"1\r\n[\r\n" * 100_000 + b"0\r\n\r\n")
@@ -281,14 +314,20 @@ def test_forms_are_not_parsed(proxy: Proxy, size: int) -> None:
     peak.write_text("5")  # the peak is now what is resident
     before = megabytes("VmRSS")
     body = (b"a=b&" * (size // 4 + 1))[:size]
-    headers = {"Content-Type": "application/x-www-form-urlencoded", "Inference-Header-Content-Length": "0"}
+    headers = {
+        "Content-Type": "application/x-www-form-urlencoded",
+        "Inference-Header-Content-Length": "0",
+    }
     assert proxy.post(f"{METADATA}/infer", body, **headers)[0] == 400
     assert megabytes("VmHWM") - before < 5 * size / 1e6 + 20
     with proxy.client("http") as client:
         assert client.embed(PHOTOS).vectors.shape == (2, 128)
 
 
-@pytest.mark.parametrize("content_type", ["multipart", "application/x-www-form-urlencoded", "application/json", "image/jpeg", ""])
+@pytest.mark.parametrize(
+    "content_type",
+    ["multipart", "application/x-www-form-urlencoded", "application/json", "image/jpeg", ""],
+)
 def test_a_photo_of_any_content_type(proxy: Proxy, content_type: str) -> None:
     """Triton answers "multipart" with a length of 0 and a body, which the next answer on that connection would begin with."""
     photo = PHOTOS[0].read_bytes()
@@ -302,7 +341,9 @@ def test_a_photo_of_any_content_type(proxy: Proxy, content_type: str) -> None:
 def test_json_is_read_whatever_its_content_type(proxy: Proxy) -> None:
     tensor = {"name": "IMAGE", "shape": [1, 1], "datatype": "BYTES", "data": ["no photo"]}
     status, answer = proxy.post(
-        f"{METADATA}/infer", json.dumps({"inputs": [tensor]}).encode(), **{"Content-Type": "application/json"}
+        f"{METADATA}/infer",
+        json.dumps({"inputs": [tensor]}).encode(),
+        **{"Content-Type": "application/json"},
     )
     assert status == 400
     assert "not a JPEG" in json.loads(answer)["error"]
@@ -314,7 +355,9 @@ def test_compressed_grpc(proxy: Proxy) -> None:
     key = {"authorization": f"Bearer {KEY}"}
     with proxy.triton() as client:
         for algorithm in ("gzip", "deflate"):
-            with pytest.raises(InferenceServerException, match=r"UNIMPLEMENTED.*without compression"):
+            with pytest.raises(
+                InferenceServerException, match=r"UNIMPLEMENTED.*without compression"
+            ):
                 client.infer("npair", [photo], headers=key, compression_algorithm=algorithm)
         assert client.infer("npair", [photo], headers=key).as_numpy("EMBEDDING").shape == (1, 128)
 
@@ -323,19 +366,38 @@ def test_compression_behind_another_header(proxy: Proxy, tmp_path: Path) -> None
     """nginx 1.22 knows the first of two headers, and gRPC the last one."""
     message, content = tmp_path / "message", gzip.compress(b"")
     message.write_bytes(struct.pack(">BI", 1, len(content)) + content)
-    headers = [f"Authorization: Bearer {KEY}", "Content-Type: application/grpc", "TE: trailers", "grpc-encoding: identity"]
-    command = ["curl", "--silent", "--include", "--http2", "--cacert", str(proxy.ca), "--data-binary", f"@{message}"]
+    headers = [
+        f"Authorization: Bearer {KEY}",
+        "Content-Type: application/grpc",
+        "TE: trailers",
+        "grpc-encoding: identity",
+    ]
+    command = [
+        "curl",
+        "--silent",
+        "--include",
+        "--http2",
+        "--cacert",
+        str(proxy.ca),
+        "--data-binary",
+        f"@{message}",
+    ]
     for header in [*headers, "grpc-encoding: gzip"]:
         command += ["--header", header]
     url = f"{proxy.urls['http']}/inference.GRPCInferenceService/ServerLive"
-    assert b"grpc-status: 13" in subprocess.run([*command, url], capture_output=True, check=True).stdout, "it cannot be parsed"
+    assert (
+        b"grpc-status: 13"
+        in subprocess.run([*command, url], capture_output=True, check=True).stdout
+    ), "it cannot be parsed"
 
 
 def flood(proxy: Proxy, requests: int) -> list[int]:
     """Sends requests of one caller in one piece; the statuses of the answers."""
     last = f"GET {METADATA} HTTP/1.1\r\nHost: npair\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n\r\n"
     with proxy.connect() as connection:
-        connection.sendall((last.replace("Connection: close\r\n", "") * (requests - 1) + last).encode())
+        connection.sendall(
+            (last.replace("Connection: close\r\n", "") * (requests - 1) + last).encode()
+        )
         answers = b"".join(iter(lambda: connection.recv(1 << 16), b""))
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", answers)]
 
@@ -362,7 +424,10 @@ def test_a_client_that_may_not_wait_is_told(proxy: Proxy, protocol: str) -> None
     thread = threading.Thread(target=keep_flooding)
     thread.start()
     try:
-        with proxy.client(protocol, retries=0) as client, pytest.raises(UnavailableError, match=r"429|too many requests"):
+        with (
+            proxy.client(protocol, retries=0) as client,
+            pytest.raises(UnavailableError, match=r"429|too many requests"),
+        ):
             list(map(client.embed, 100 * [PHOTOS[0]]))
     finally:
         done.set()

@@ -51,7 +51,10 @@ SECONDS = 10.0  # for the answer to any request
 MEGABYTES = 1000.0  # that the server's processes may take together at their peak, of which each has a share as soon as it starts
 MEGABYTES_HTTP = 3000.0  # likewise: each of eight threads' stacks keeps twice the largest form
 
-LARGE = {5 << 20: 0.005, 64 << 20: 0.0005}  # a body's size in bytes, and the share of requests that have it
+LARGE = {
+    5 << 20: 0.005,
+    64 << 20: 0.0005,
+}  # a body's size in bytes, and the share of requests that have it
 
 # What Triton 2.51 does not stand, see docs/hostile-input.md; requests stay below it.
 DEEPEST = 100_000  # nested arrays in JSON: millions crash it, and what they take of a thread's stack is kept
@@ -61,29 +64,122 @@ BOMB = 300_000  # bytes that such a request unpacks to
 
 FORM = "application/x-www-form-urlencoded"  # the one type that Triton's HTTP library parses, up to the first 33 letters
 CONTENT_TYPES = (
-    *(FORM, FORM, FORM.upper(), f"{FORM}; charset=utf-8", f"{FORM}x", f" {FORM}", FORM[:-1], f"text/plain, {FORM}"),
-    *("application/json", "application/octet-stream", "image/jpeg", "text/html", "text/plain; charset=x", "", ";", "x" * 9_999),
-    *("multipart", "multipart/form-data", "multipart/form-data; boundary=x", "multipart/x-mixed-replace", "\0", "ü"),
+    *(
+        FORM,
+        FORM,
+        FORM.upper(),
+        f"{FORM}; charset=utf-8",
+        f"{FORM}x",
+        f" {FORM}",
+        FORM[:-1],
+        f"text/plain, {FORM}",
+    ),
+    *(
+        "application/json",
+        "application/octet-stream",
+        "image/jpeg",
+        "text/html",
+        "text/plain; charset=x",
+        "",
+        ";",
+        "x" * 9_999,
+    ),
+    *(
+        "multipart",
+        "multipart/form-data",
+        "multipart/form-data; boundary=x",
+        "multipart/x-mixed-replace",
+        "\0",
+        "ü",
+    ),
 )
 ODD_FIELDS: tuple[Any, ...] = (
-    *({"Expect": "100-continue"}, {"Expect": "x"}, {"Range": "bytes=0-1,-9999999999999999999"}, {"TE": "trailers"}),
-    *({"Upgrade": "h2c", "HTTP2-Settings": "AAMAAABk"}, {"Upgrade": "websocket", "Sec-WebSocket-Version": 13}),
-    *({"X": "y" * 8_000}, {"X": "y" * 1_000_000}, {"x" * 9_999: "y"}, {"X": "y\r\n\tz"}, {"X": "y\r\nno colon"}, {"Host": "*"}),
-    *({"content-length": 10**9}, {"content-length": 2**62}, {"content-type": FORM}, {"transfer-encoding": "chunked"}),
+    *(
+        {"Expect": "100-continue"},
+        {"Expect": "x"},
+        {"Range": "bytes=0-1,-9999999999999999999"},
+        {"TE": "trailers"},
+    ),
+    *(
+        {"Upgrade": "h2c", "HTTP2-Settings": "AAMAAABk"},
+        {"Upgrade": "websocket", "Sec-WebSocket-Version": 13},
+    ),
+    *(
+        {"X": "y" * 8_000},
+        {"X": "y" * 1_000_000},
+        {"x" * 9_999: "y"},
+        {"X": "y\r\n\tz"},
+        {"X": "y\r\nno colon"},
+        {"Host": "*"},
+    ),
+    *(
+        {"content-length": 10**9},
+        {"content-length": 2**62},
+        {"content-type": FORM},
+        {"transfer-encoding": "chunked"},
+    ),
 )
 INFER = "/v2/models/npair/infer"
 CONTROL = (
-    *("/v2/repository/index", "/v2/repository/models/npair/load", "/v2/repository/models/npair/unload", "/v2/logging"),
-    *("/v2/systemsharedmemory/status", "/v2/systemsharedmemory/region/x/register", "/v2/cudasharedmemory/status"),
+    *(
+        "/v2/repository/index",
+        "/v2/repository/models/npair/load",
+        "/v2/repository/models/npair/unload",
+        "/v2/logging",
+    ),
+    *(
+        "/v2/systemsharedmemory/status",
+        "/v2/systemsharedmemory/region/x/register",
+        "/v2/cudasharedmemory/status",
+    ),
     *("/v2/trace/setting", "/v2/models/npair/trace/setting"),
 )
-OPEN = ("/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/stats", "/v2/models/npair", "/v2/models/npair/config")
-CONTROL_RPCS = (
-    *("RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting", "LogSettings"),
-    *("SystemSharedMemoryStatus", "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister", "CudaSharedMemoryStatus"),
+OPEN = (
+    "/v2",
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/v2/models/stats",
+    "/v2/models/npair",
+    "/v2/models/npair/config",
 )
-OPEN_RPCS = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelStatistics", "ModelConfig")
-TYPES = ("BYTES", "UINT8", "INT32", "INT64", "FP16", "FP32", "FP64", "BOOL", "BF16", "STRING", "bytes", "")
+CONTROL_RPCS = (
+    *(
+        "RepositoryIndex",
+        "RepositoryModelLoad",
+        "RepositoryModelUnload",
+        "TraceSetting",
+        "LogSettings",
+    ),
+    *(
+        "SystemSharedMemoryStatus",
+        "SystemSharedMemoryRegister",
+        "SystemSharedMemoryUnregister",
+        "CudaSharedMemoryStatus",
+    ),
+)
+OPEN_RPCS = (
+    "ServerLive",
+    "ServerReady",
+    "ModelReady",
+    "ServerMetadata",
+    "ModelMetadata",
+    "ModelStatistics",
+    "ModelConfig",
+)
+TYPES = (
+    "BYTES",
+    "UINT8",
+    "INT32",
+    "INT64",
+    "FP16",
+    "FP32",
+    "FP64",
+    "BOOL",
+    "BF16",
+    "STRING",
+    "bytes",
+    "",
+)
 JUNK: tuple[Any, ...] = (
     *(
         None,
@@ -106,8 +202,34 @@ JUNK: tuple[Any, ...] = (
         1e308,
         float("nan"),
     ),
-    *("", "x", "IMAGE", "EMBEDDING", "npair", "5", "\0", "\ud800", "ü" * 999, "x" * 70_000, "../../5", "%s%n", "1" * 400),
-    *((), {}, ((),), ({},), (None,), (1, 1), (-1, -1), (2**62, 2**62), (1,) * 9_999, {"x": 1}, {"name": "IMAGE"}),
+    *(
+        "",
+        "x",
+        "IMAGE",
+        "EMBEDDING",
+        "npair",
+        "5",
+        "\0",
+        "\ud800",
+        "ü" * 999,
+        "x" * 70_000,
+        "../../5",
+        "%s%n",
+        "1" * 400,
+    ),
+    *(
+        (),
+        {},
+        ((),),
+        ({},),
+        (None,),
+        (1, 1),
+        (-1, -1),
+        (2**62, 2**62),
+        (1,) * 9_999,
+        {"x": 1},
+        {"name": "IMAGE"},
+    ),
 )
 
 
@@ -124,7 +246,10 @@ def seeds() -> dict[str, bytes]:
         **{f"{mode}.jpg": encode(rgb.convert(mode), "JPEG") for mode in ("RGB", "L", "CMYK")},
         "progressive.jpg": encode(rgb, "JPEG", progressive=True),
         "turned.jpg": encode(rgb, "JPEG", exif=exif),
-        **{f"{mode}.png": encode(rgb.convert(mode), "PNG") for mode in ("RGB", "L", "1", "P", "RGBA", "LA")},
+        **{
+            f"{mode}.png": encode(rgb.convert(mode), "PNG")
+            for mode in ("RGB", "L", "1", "P", "RGBA", "LA")
+        },
         "I;16.png": encode(deep, "PNG"),
         "transparent.png": encode(rgb.quantize(8), "PNG", transparency=0),
         "turned.png": encode(rgb, "PNG", exif=exif),
@@ -177,11 +302,18 @@ class Hostile:
         """Photos as Triton packs strings: each behind its length."""
         lengths = [len(photo) for photo in photos]
         if self.often(0.1):
-            lengths[self.dice.randrange(len(lengths))] = self.dice.choice((0, 1, 2**31, 2**32 - 1, self.dice.randrange(1 << 32)))
-        return b"".join(struct.pack("<I", length) + photo for length, photo in zip(lengths, photos, strict=True))
+            lengths[self.dice.randrange(len(lengths))] = self.dice.choice(
+                (0, 1, 2**31, 2**32 - 1, self.dice.randrange(1 << 32))
+            )
+        return b"".join(
+            struct.pack("<I", length) + photo for length, photo in zip(lengths, photos, strict=True)
+        )
 
     def photos(self) -> list[bytes]:
-        return [self.photo() for _ in range(self.dice.choice((1, 1, 1, 2, 3) if self.often(0.98) else (64, 65)))]
+        return [
+            self.photo()
+            for _ in range(self.dice.choice((1, 1, 1, 2, 3) if self.often(0.98) else (64, 65)))
+        ]
 
     def changed(self, tree: Any) -> Any:
         """JSON, or what becomes of it: some node removed, doubled, or replaced by junk."""
@@ -200,17 +332,34 @@ class Hostile:
         return self.junk()
 
     def parameters(self) -> dict[str, Any]:
-        region = {"shared_memory_region": "x", "shared_memory_byte_size": 2**40, "shared_memory_offset": -1}
-        sequence = {"sequence_id": self.junk(), "sequence_start": True, "priority": 2**64 - 1, "timeout": -1}
-        return self.dice.choice([{}, {}, region, sequence, {"binary_data": True}, {"classification": 2**31}, {"x": "y"}])
+        region = {
+            "shared_memory_region": "x",
+            "shared_memory_byte_size": 2**40,
+            "shared_memory_offset": -1,
+        }
+        sequence = {
+            "sequence_id": self.junk(),
+            "sequence_start": True,
+            "priority": 2**64 - 1,
+            "timeout": -1,
+        }
+        return self.dice.choice(
+            [{}, {}, region, sequence, {"binary_data": True}, {"classification": 2**31}, {"x": "y"}]
+        )
 
     def header(self, photos: list[bytes], size: int | None) -> Any:
         """Of a V2 request: binary where ``size`` is given, else all of it."""
         tensor: dict[str, Any] = {"name": "IMAGE", "shape": [len(photos), 1], "datatype": "BYTES"}
         if size is None:
             tensor["data"] = [photo.decode("latin-1") for photo in photos]
-        tensor["parameters"] = self.parameters() | ({} if size is None else {"binary_data_size": size})
-        request: Any = {"id": "7", "inputs": [tensor], "outputs": [{"name": "EMBEDDING", "parameters": self.parameters()}]}
+        tensor["parameters"] = self.parameters() | (
+            {} if size is None else {"binary_data_size": size}
+        )
+        request: Any = {
+            "id": "7",
+            "inputs": [tensor],
+            "outputs": [{"name": "EMBEDDING", "parameters": self.parameters()}],
+        }
         if self.often(0.3):
             tensor["datatype"] = self.dice.choice(TYPES)
         if self.often(0.3):
@@ -232,7 +381,12 @@ class Hostile:
         if self.often(0.1):
             depth = self.dice.randrange(DEEPEST)
             text = self.dice.choice(
-                (b"[" * depth, b'{"inputs":' * depth, text.replace(b"[", b"[" * depth, 1), b"[" * depth + b"]" * depth)
+                (
+                    b"[" * depth,
+                    b'{"inputs":' * depth,
+                    text.replace(b"[", b"[" * depth, 1),
+                    b"[" * depth + b"]" * depth,
+                )
             )
         if self.often(0.1):
             text = self.spoiled(text)
@@ -262,19 +416,43 @@ class Hostile:
             step = -(-len(body) // self.dice.randrange(1, MOST_CHUNKS)) or 1
             parts = [body[i : i + step] for i in range(0, len(body), step)]
             body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
-            body += self.dice.choice((b"", b"1;x=y\r\nx\r\n", b"7fffffffffffffff\r\n", b"-1\r\n")) if self.often(0.1) else b""
+            body += (
+                self.dice.choice((b"", b"1;x=y\r\nx\r\n", b"7fffffffffffffff\r\n", b"-1\r\n"))
+                if self.often(0.1)
+                else b""
+            )
             body += b"0\r\n" + (b"X: y\r\n" * 99 if self.often(0.1) else b"") + b"\r\n"
             fields["Transfer-Encoding"] = "chunked"
         else:
             lengths = (0, 1, len(body) // 2, len(body) + 9, 2**31, 2**63, 2**64, -1, "x")
             fields["Content-Length"] = self.dice.choice(lengths) if self.often(0.1) else len(body)
         if self.often(0.05):
-            fields |= {f"X-{n}": "y" * self.dice.choice((1, 99)) for n in range(self.dice.choice((1, 100, 1000)))}
+            fields |= {
+                f"X-{n}": "y" * self.dice.choice((1, 99))
+                for n in range(self.dice.choice((1, 100, 1000)))
+            }
         if self.often(0.05):
             fields |= self.dice.choice(ODD_FIELDS)
-        methods = ("GET", "PUT", "DELETE", "HEAD", "OPTIONS", "CONNECT", "TRACE", "PATCH", "PRI", "X", "get", "")
+        methods = (
+            "GET",
+            "PUT",
+            "DELETE",
+            "HEAD",
+            "OPTIONS",
+            "CONNECT",
+            "TRACE",
+            "PATCH",
+            "PRI",
+            "X",
+            "get",
+            "",
+        )
         method = self.dice.choice(methods) if self.often(0.1) else "POST"
-        version = self.dice.choice(("0.9", "1.", "1.999", "2.0", "x")) if self.often(0.02) else f"1.{self.dice.choice('111110')}"
+        version = (
+            self.dice.choice(("0.9", "1.", "1.999", "2.0", "x"))
+            if self.often(0.02)
+            else f"1.{self.dice.choice('111110')}"
+        )
         head = f"{method} {path or self.path()} HTTP/{version}\r\nConnection: close\r\n"
         head += "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n"
         start = head.encode("utf-8", "replace")
@@ -284,14 +462,39 @@ class Hostile:
         if self.often(0.7):
             return INFER
         path = self.dice.choice(
-            (*CONTROL, *CONTROL, *OPEN, "/v2/models/npair/versions/5/infer", "/v2/models/npair/generate", "/metrics", "/")
+            (
+                *CONTROL,
+                *CONTROL,
+                *OPEN,
+                "/v2/models/npair/versions/5/infer",
+                "/v2/models/npair/generate",
+                "/metrics",
+                "/",
+            )
         )
         if self.often(0.5):
             return path
         parts = path.split("/")
-        junk = ("", "..", "%2e%2e", "%00", "-1", "9" * 20, "x" * 9_999, "*", "[(a+)+]", "versions", "npair?" + "x=y&" * 1_900)
+        junk = (
+            "",
+            "..",
+            "%2e%2e",
+            "%00",
+            "-1",
+            "9" * 20,
+            "x" * 9_999,
+            "*",
+            "[(a+)+]",
+            "versions",
+            "npair?" + "x=y&" * 1_900,
+        )
         if self.often(0.1):
-            return self.dice.choice(("http://x:1", "http://[::1]", "x:1", "http://x:99999", "#", "?", "//", " ")) + path
+            return (
+                self.dice.choice(
+                    ("http://x:1", "http://[::1]", "x:1", "http://x:99999", "#", "?", "//", " ")
+                )
+                + path
+            )
         parts[self.dice.randrange(len(parts))] = self.dice.choice(junk)
         return "/".join(parts)
 
@@ -299,7 +502,9 @@ class Hostile:
         """An RPC's name, a line break, and a message as it goes over the wire."""
         if self.often(0.15):
             name = self.dice.choice((*CONTROL_RPCS, *OPEN_RPCS))
-            content = service_pb2.ModelReadyRequest(name="npair", version=self.dice.choice(("", "5", "-1"))).SerializeToString()
+            content = service_pb2.ModelReadyRequest(
+                name="npair", version=self.dice.choice(("", "5", "-1"))
+            ).SerializeToString()
             return name.encode() + b"\n" + (self.spoiled(content) if self.often(0.5) else content)
         photos, message = self.photos(), service_pb2.ModelInferRequest(model_name="npair", id="7")
         tensor = message.inputs.add(name="IMAGE", datatype="BYTES", shape=[len(photos), 1])
@@ -318,12 +523,18 @@ class Hostile:
         return (b"ModelStreamInfer\n" if self.often(0.2) else b"ModelInfer\n") + sent
 
     def change(self, message: Any, tensor: Any, content: bytes) -> None:
-        number = self.dice.choice([value for value in JUNK if type(value) is int and -(2**63) <= value < 2**63])
-        word = self.dice.choice([value for value in JUNK if isinstance(value, str) and "\ud800" not in value])
+        number = self.dice.choice(
+            [value for value in JUNK if type(value) is int and -(2**63) <= value < 2**63]
+        )
+        word = self.dice.choice(
+            [value for value in JUNK if isinstance(value, str) and "\ud800" not in value]
+        )
         values = tensor.contents
         match self.dice.randrange(12):
             case 0:
-                tensor.shape[:] = self.dice.choice(([], [number], [1, number], [number, 1], [2**62, 2**62], [-1, -1], [1] * 9_999))
+                tensor.shape[:] = self.dice.choice(
+                    ([], [number], [1, number], [number, 1], [2**62, 2**62], [-1, -1], [1] * 9_999)
+                )
             case 1:
                 tensor.datatype = self.dice.choice((*TYPES, word))
             case 2:
@@ -333,7 +544,9 @@ class Hostile:
             case 4:
                 message.model_version = self.dice.choice(("5", "-1", str(number), word))
             case 5:
-                message.raw_input_contents.append(self.dice.choice((b"", content, content[:-1], bytes(1 << 20))))
+                message.raw_input_contents.append(
+                    self.dice.choice((b"", content, content[:-1], bytes(1 << 20)))
+                )
             case 6:
                 values.int_contents.extend([number % 2**31] * self.dice.choice((1, 999)))
             case 7:
@@ -347,7 +560,15 @@ class Hostile:
             case 10:
                 holder = self.dice.choice((message, tensor, *message.outputs))
                 key = self.dice.choice(
-                    ("sequence_id", "priority", "timeout", "binary_data_size", "classification", "x", "triton_x")
+                    (
+                        "sequence_id",
+                        "priority",
+                        "timeout",
+                        "binary_data_size",
+                        "classification",
+                        "x",
+                        "triton_x",
+                    )
                 )
                 holder.parameters[key].int64_param = number
                 holder.parameters["shared_memory_region"].string_param = word
@@ -363,7 +584,9 @@ PHOTOS = seeds()
 class Server:
     """A real one, and what must stay as it is."""
 
-    def __init__(self, process: subprocess.Popen[str], ports: dict[str, str], protocol: str) -> None:
+    def __init__(
+        self, process: subprocess.Popen[str], ports: dict[str, str], protocol: str
+    ) -> None:
         self.process, self.ports = process, ports
         self.triton, *_ = procfs.children(process.pid)
         self.stubs = sorted(procfs.children(self.triton))
@@ -371,11 +594,17 @@ class Server:
         self.photos = [SHIPPED / photo for photo in golden["photos"]]
         self.expected, self.tolerance = np.load(SHIPPED / golden["embeddings"]), golden["tolerance"]
         self.limit = MEGABYTES if protocol == "grpc" else MEGABYTES_HTTP
-        url = f"grpc://127.0.0.1:{ports['GRPC_PORT']}" if protocol == "grpc" else f"http://127.0.0.1:{ports['HTTP_PORT']}"
+        url = (
+            f"grpc://127.0.0.1:{ports['GRPC_PORT']}"
+            if protocol == "grpc"
+            else f"http://127.0.0.1:{ports['HTTP_PORT']}"
+        )
         self.client = NpairClient(url, retries=0, timeout=SECONDS)
         self.channel = grpc.insecure_channel(f"127.0.0.1:{ports['GRPC_PORT']}")
         self.megabytes = 0.0
-        self.largest = threading.Lock()  # of the largest bodies, one at a time is in flight, else the peak is a matter of luck
+        self.largest = (
+            threading.Lock()
+        )  # of the largest bodies, one at a time is in flight, else the peak is a matter of luck
 
     def close(self) -> None:
         self.client.close()
@@ -386,9 +615,14 @@ class Server:
         assert self.process.poll() is None, "serve.py ended"
         assert procfs.children(self.process.pid) == [self.triton], "another server"
         assert sorted(procfs.children(self.triton)) == self.stubs, "other Python stubs"
-        distance = np.linalg.norm(self.client.embed(self.photos).vectors - self.expected, axis=1).max()
+        distance = np.linalg.norm(
+            self.client.embed(self.photos).vectors - self.expected, axis=1
+        ).max()
         assert distance <= self.tolerance, f"golden photos are {distance} off"
-        peaks = [Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0] for pid in (self.triton, *self.stubs)]
+        peaks = [
+            Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0]
+            for pid in (self.triton, *self.stubs)
+        ]
         self.megabytes = sum(map(float, peaks)) / 1000
         assert self.megabytes < self.limit, f"the server took {self.megabytes:.0f} MB"
 
@@ -399,7 +633,9 @@ class Server:
         """Sends a request. Returns: its outcome. Raises: AssertionError."""
         with (
             self.largest if len(content) >= max(LARGE) else nullcontext(),
-            socket.create_connection(("127.0.0.1", int(self.ports[port])), timeout=SECONDS) as connection,
+            socket.create_connection(
+                ("127.0.0.1", int(self.ports[port])), timeout=SECONDS
+            ) as connection,
         ):
             try:
                 connection.sendall(content)
@@ -428,7 +664,9 @@ class Server:
         compression = grpc.Compression.Gzip if len(message) % 10 == 0 else None
         try:
             if name == b"ModelStreamInfer":
-                calls = self.channel.stream_stream(path)(iter([message] * 2), timeout=SECONDS, compression=compression)
+                calls = self.channel.stream_stream(path)(
+                    iter([message] * 2), timeout=SECONDS, compression=compression
+                )
                 return f"stream of {len(list(calls))}"
             self.channel.unary_unary(path)(message, timeout=SECONDS, compression=compression)
         except grpc.RpcError as error:
@@ -446,7 +684,9 @@ def running(protocol: str) -> Iterator[Server]:
     try:
         lines_until_ready(process)
         assert process.stderr is not None
-        threading.Thread(target=deque, args=(process.stderr, 10), daemon=True).start()  # a full pipe would stop the server
+        threading.Thread(
+            target=deque, args=(process.stderr, 10), daemon=True
+        ).start()  # a full pipe would stop the server
         with closing(Server(process, ports, protocol)) as server:
             server.check()
             yield server
@@ -460,7 +700,9 @@ def request(protocol: str, seed: int, number: int) -> bytes:
     return content
 
 
-def problem(server: Server, protocol: str, contents: Iterable[bytes], outcomes: Counter[str]) -> str:
+def problem(
+    server: Server, protocol: str, contents: Iterable[bytes], outcomes: Counter[str]
+) -> str:
     """Sends requests, several at once, and checks the server after them. Returns: what is wrong, empty where nothing is."""
     try:
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -477,13 +719,22 @@ def fuzz_server(protocol: str, seed: int, first: int, runs: int) -> int:
     with running(protocol) as server:
         for start in range(first, first + runs, BLOCK):
             block = range(start, min(start + BLOCK, first + runs))
-            wrong = problem(server, protocol, (request(protocol, seed, number) for number in block), outcomes)
+            wrong = problem(
+                server, protocol, (request(protocol, seed, number) for number in block), outcomes
+            )
             if wrong:
                 break
             if (start - first) % (50 * BLOCK) == 0:
-                say(f"{protocol}: request {start:,}, {time.monotonic() - began:.0f} s, peak of {server.megabytes:.0f} MB")
-        say(f"{protocol}: {outcomes.total():,} requests, {time.monotonic() - began:.0f} s, peak of {server.megabytes:.0f} MB")
-    say(f"{protocol}: " + ", ".join(f"{outcome} {count:,}" for outcome, count in outcomes.most_common()))
+                say(
+                    f"{protocol}: request {start:,}, {time.monotonic() - began:.0f} s, peak of {server.megabytes:.0f} MB"
+                )
+        say(
+            f"{protocol}: {outcomes.total():,} requests, {time.monotonic() - began:.0f} s, peak of {server.megabytes:.0f} MB"
+        )
+    say(
+        f"{protocol}: "
+        + ", ".join(f"{outcome} {count:,}" for outcome, count in outcomes.most_common())
+    )
     if not wrong:
         return 0
     say(f"{protocol}: {wrong}")
@@ -496,20 +747,33 @@ def fuzz_server(protocol: str, seed: int, first: int, runs: int) -> int:
                 say(f"{protocol}: request {number}: {wrong}; its bytes are in {file}")
                 block = range(number, number + 1)
                 break
-    say(f"again: python tests/fuzz.py {protocol} --seed {seed} --first {block.start} --runs {len(block)}")
+    say(
+        f"again: python tests/fuzz.py {protocol} --seed {seed} --first {block.start} --runs {len(block)}"
+    )
     return 1
 
 
 def fuzz_decode(seed: int, runs: int) -> int:
     """Returns: libFuzzer's exit code; it leaves a failing photo in this folder, as crash-, timeout- or oom- and a hash."""
     others = {"grey.lossless": lossless(1), "rgb.lossless": lossless(3), "scans": many_scans(3)}
-    texts = {f"{name}.txt": base64.b64encode(PHOTOS[name]) for name in ("RGB.jpg", "RGB.png", "lossy.webp")}
+    texts = {
+        f"{name}.txt": base64.b64encode(PHOTOS[name])
+        for name in ("RGB.jpg", "RGB.png", "lossy.webp")
+    }
     uri = b"data:image/jpeg;base64," + texts["RGB.jpg.txt"]
     with tempfile.TemporaryDirectory() as corpus:
         for name, photo in {**PHOTOS, **others, **texts, "uri": uri}.items():
             Path(corpus, name).write_bytes(photo)
-        options = [f"-runs={runs}", f"-seed={seed}", f"-timeout={SECONDS:.0f}", f"-rss_limit_mb={MEGABYTES:.0f}", "-max_len=8192"]
-        return subprocess.run([sys.executable, ROOT / "tests/fuzz_decode.py", *options, corpus], check=False).returncode
+        options = [
+            f"-runs={runs}",
+            f"-seed={seed}",
+            f"-timeout={SECONDS:.0f}",
+            f"-rss_limit_mb={MEGABYTES:.0f}",
+            "-max_len=8192",
+        ]
+        return subprocess.run(
+            [sys.executable, ROOT / "tests/fuzz_decode.py", *options, corpus], check=False
+        ).returncode
 
 
 def say(sentence: str) -> None:
@@ -517,13 +781,23 @@ def say(sentence: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "target", nargs="?", choices=["decode", "http", "metrics", "grpc", "all"], default="all", help="(%(default)s)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=5_000, help="inputs of each target (%(default)s)")
+    parser.add_argument(
+        "target",
+        nargs="?",
+        choices=["decode", "http", "metrics", "grpc", "all"],
+        default="all",
+        help="(%(default)s)",
+    )
+    parser.add_argument(
+        "--runs", type=int, default=5_000, help="inputs of each target (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
-    parser.add_argument("--first", type=int, default=0, help="number of the first request (%(default)s)")
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first request (%(default)s)"
+    )
     options = parser.parse_args()
     codes = [
         fuzz_decode(options.seed, options.runs)

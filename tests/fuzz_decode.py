@@ -16,7 +16,13 @@ import atheris
 import numpy as np
 
 with atheris.instrument_imports(include=["PIL", "npair.serving"]):
-    for plugin in ("Jpeg", "Mpo", "Png", "Tiff", "WebP"):  # which Pillow would import only later; EXIF data is TIFF
+    for plugin in (
+        "Jpeg",
+        "Mpo",
+        "Png",
+        "Tiff",
+        "WebP",
+    ):  # which Pillow would import only later; EXIF data is TIFF
         import_module(f"PIL.{plugin}ImagePlugin")
     from npair.serving.preprocess import Limits, Preprocessing, decode
     from npair.serving.refusal import PhotoError
@@ -47,7 +53,14 @@ def one_input(photo: bytes) -> None:
 
 def resident(key: str) -> float:
     """MB."""
-    return next(float(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(key)) / 1000
+    return (
+        next(
+            float(line.split()[1])
+            for line in STATUS.read_text().splitlines()
+            if line.startswith(key)
+        )
+        / 1000
+    )
 
 
 def mutate(photo: bytes, largest: int, seed: int) -> bytes:

@@ -28,7 +28,9 @@ def segment(marker: int, content: bytes) -> bytes:
 
 def lossless(components: int, width: int = 420, height: int = 420, marker: int = 0xC3) -> bytes:
     """Of one colour: every difference is 0, which is one bit."""
-    frame = struct.pack(">BHHB", 8, height, width, components) + b"".join(bytes([c, 0x11, 0]) for c in range(components))
+    frame = struct.pack(">BHHB", 8, height, width, components) + b"".join(
+        bytes([c, 0x11, 0]) for c in range(components)
+    )
     scan = bytes([components, *itertools.chain(*((c, 0) for c in range(components))), 1, 0, 0])
     adobe = segment(0xEE, b"Adobe" + struct.pack(">HHHB", 100, 0, 0, 0))
     tables = segment(0xC4, bytes([0, 1, *[0] * 15, 0]))
@@ -48,8 +50,20 @@ def many_scans(count: int) -> bytes:
 
     tables = [
         segment(0xDB, b"\0" + b"\1" * 64),
-        *(segment(0xC4, bytes([table, 1, *[0] * 15, value])) for table, value in ((0, 0), (16, 0xE0))),
+        *(
+            segment(0xC4, bytes([table, 1, *[0] * 15, value]))
+            for table, value in ((0, 0), (16, 0xE0))
+        ),
     ]
-    head = b"\xff\xd8" + segment(0xC2, struct.pack(">BHHB3B", 8, 800, 800, 1, 1, 0x11, 0)) + b"".join(tables)
+    head = (
+        b"\xff\xd8"
+        + segment(0xC2, struct.pack(">BHHB3B", 8, 800, 800, 1, 1, 0x11, 0))
+        + b"".join(tables)
+    )
     first = segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + bytes(10_000 // 8)
-    return head + first + (segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + bytes(2)) * (count - 1) + b"\xff\xd9"
+    return (
+        head
+        + first
+        + (segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + bytes(2)) * (count - 1)
+        + b"\xff\xd9"
+    )

@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 D50, D65 = (0.9642, 1.0, 0.8249), (0.3127, 0.3290)
-BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+BRADFORD = np.array(
+    [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
+)
 
 
 def fixed(*numbers: float) -> bytes:
@@ -23,10 +25,16 @@ def gamma(exponent: float) -> bytes:
     return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(exponent * 256))
 
 
-SRGB_CURVE = b"para\0\0\0\0" + struct.pack(">HH", 3, 0) + fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+SRGB_CURVE = (
+    b"para\0\0\0\0"
+    + struct.pack(">HH", 3, 0)
+    + fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+)
 
 
-def profile(space: bytes, tags: dict[bytes, bytes], connection: bytes = b"XYZ ", kind: bytes = b"mntr") -> bytes:
+def profile(
+    space: bytes, tags: dict[bytes, bytes], connection: bytes = b"XYZ ", kind: bytes = b"mntr"
+) -> bytes:
     table, data, start = b"", b"", 132 + 12 * len(tags)
     for name, content in tags.items():
         table += struct.pack(">4sII", name, start + len(data), len(content))
@@ -42,8 +50,13 @@ def rgb(primaries: list[tuple[float, float]], white: tuple[float, float], curve:
     light = np.array([white[0] / white[1], 1, (1 - white[0] - white[1]) / white[1]])
     adapted = np.linalg.inv(BRADFORD) @ np.diag((BRADFORD @ D50) / (BRADFORD @ light)) @ BRADFORD
     matrix = adapted @ (columns * np.linalg.solve(columns, light))
-    colours = {name: xyz(column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), matrix.T, strict=True)}
-    return profile(b"RGB ", {b"wtpt": xyz(D50), **colours, b"rTRC": curve, b"gTRC": curve, b"bTRC": curve})
+    colours = {
+        name: xyz(column)
+        for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), matrix.T, strict=True)
+    }
+    return profile(
+        b"RGB ", {b"wtpt": xyz(D50), **colours, b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}
+    )
 
 
 SRGB = rgb([(0.64, 0.33), (0.30, 0.60), (0.15, 0.06)], D65, SRGB_CURVE)
@@ -55,7 +68,10 @@ GREY = profile(b"GRAY", {b"wtpt": xyz(D50), b"kTRC": gamma(1.0)})
 LUT = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
 PRINTER = profile(
     b"CMYK",
-    {b"wtpt": xyz(D50), b"A2B0": LUT + bytes(range(256)) * 4 + bytes([128, 128, 128]) * 16 + bytes(range(256)) * 3},
+    {
+        b"wtpt": xyz(D50),
+        b"A2B0": LUT + bytes(range(256)) * 4 + bytes([128, 128, 128]) * 16 + bytes(range(256)) * 3,
+    },
     connection=b"Lab ",
     kind=b"prtr",
 )

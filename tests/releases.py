@@ -13,13 +13,14 @@ import torch
 
 from npair.client import Vectors
 from npair.data.pixels import decode_photos
-from npair.networks.network import EmbeddingNetwork, embed, load_network
+from npair.networks.network import EmbeddingNetwork, embed
 from npair.publishing.graphs import write_graphs
 from npair.publishing.version_folder import export
 from npair.releasing.config import pinned
 from npair.releasing.control import Server
 from npair.serving.manifest import Engine, Manifest
 from npair.serving.preprocess import Preprocessing
+from npair.training.checkpoint import load_network
 
 SECRET = "a-secret"
 Standing = tuple[Path, Server, dict[str, str]]

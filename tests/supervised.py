@@ -33,7 +33,9 @@ def health(address: str, **environment: str) -> subprocess.CompletedProcess[str]
     """What ``serve.py --health`` makes of the server with this HTTP port or URL."""
     port = address.rpartition(":")[2]
     command = [sys.executable, str(SERVE), "--health", f"--http-port={port}"]
-    return subprocess.run(command, env=os.environ | environment, check=False, capture_output=True, text=True)
+    return subprocess.run(
+        command, env=os.environ | environment, check=False, capture_output=True, text=True
+    )
 
 
 def child_of(process: subprocess.Popen[str]) -> int:

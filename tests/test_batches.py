@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from npair.training.sampler import NPairSampler, Vectors, hardest_classes
+from npair.training.sampler import NPairSampler, hardest_classes
 
 LABELS = np.repeat(np.arange(10), 5)
 
@@ -41,7 +42,9 @@ def test_draws_depend_on_seed_and_step_alone() -> None:
 def test_leaves_out_classes_with_one_photo_and_takes_no_more_classes_than_there_are() -> None:
     sampler = NPairSampler(np.array([0, 0, 1, 2, 2, 2]), classes_per_batch=60, seed=0)
     assert sampler.classes_per_batch == 2
-    assert all(2 not in sampler.pairs(step) for step in range(20)), "photo 2 is the only one of its class"
+    assert all(2 not in sampler.pairs(step) for step in range(20)), (
+        "photo 2 is the only one of its class"
+    )
 
 
 @pytest.mark.parametrize("labels", [[], [0, 0], [0, 1, 2], [0, 0, 0, 1]])
@@ -58,12 +61,17 @@ def test_batches_can_be_shared_by_processes() -> None:
         NPairSampler(LABELS, classes_per_batch=1, seed=0)
 
 
-def naive_hardest(embeddings: Vectors, first: int, n: int) -> list[int]:
+def naive_hardest(embeddings: npt.NDArray[np.float32], first: int, n: int) -> list[int]:
     """Section 3.2.1 by loops, for embeddings without ties."""
     chosen = [first]
     while len(chosen) < n:
         violations = {
-            c: max(float(f @ e) - float(embeddings[i][0] @ embeddings[i][1]) for i in chosen for f in embeddings[i] for e in rows)
+            c: max(
+                float(f @ e) - float(embeddings[i][0] @ embeddings[i][1])
+                for i in chosen
+                for f in embeddings[i]
+                for e in rows
+            )
             for c, rows in enumerate(embeddings)
             if c not in chosen
         }
@@ -80,15 +88,18 @@ def test_mining_equals_a_loop() -> None:
 
 def test_mining_breaks_ties_at_random() -> None:
     embeddings = np.ones((6, 2, 3), dtype=np.float32)
-    orders = {tuple(hardest_classes(embeddings, 6, np.random.default_rng(seed)).tolist()) for seed in range(30)}
+    orders = {
+        tuple(hardest_classes(embeddings, 6, np.random.default_rng(seed)).tolist())
+        for seed in range(30)
+    }
     assert len(orders) > 20
     assert all(sorted(order) == list(range(6)) for order in orders)
 
 
 def test_mined_batches_bring_confused_classes_together() -> None:
-    """Classes 2k and 2k + 1 look the same to this network: whoever is drawn, its twin comes next."""
+    """Classes 2k and 2k + 1 look the same to this network, so each brings its twin."""
 
-    looks: Vectors = 3 * np.eye(5, dtype=np.float32)
+    looks: npt.NDArray[np.float32] = 3 * np.eye(5, dtype=np.float32)
 
     sampler = NPairSampler(LABELS, classes_per_batch=2, seed=0)
     for step in range(30):

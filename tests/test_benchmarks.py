@@ -41,7 +41,9 @@ def test_ablation_compares_runs_of_the_same_fold_and_seed() -> None:
         row("N = 15", 1, 0.6),
         row("N = 15", 0, 0.4),
     ]
-    header, _, baseline, smaller = table([*rows, row("N = 60", 0, 0.9), row("N = 15", 2, 0.9)]).splitlines()
+    header, _, baseline, smaller = table(
+        [*rows, row("N = 60", 0, 0.9), row("N = 15", 2, 0.9)]
+    ).splitlines()
     assert "difference" in header
     assert baseline == "| baseline | 2 | 0.400 |  | 0.500 | 0.250 | 0.100 |"
     assert smaller == "| N = 15 | 2 | 0.500 | +0.100 ± 0.000 | 0.500 | 0.250 | 0.100 |"
@@ -52,7 +54,9 @@ def test_report_compares_with_the_best_peer_another_version_and_other_networks(
 ) -> None:
     peers = {peer.name: peer for peer in ALL}
 
-    def contestant(server: str, mode: str, rate: float, p50: float, version: Path = VERSION) -> Contestant:
+    def contestant(
+        server: str, mode: str, rate: float, p50: float, version: Path = VERSION
+    ) -> Contestant:
         loads = [Load(1, 1000 / p50, p50, p50), Load(32, rate, 1.0, 1.0)]
         return Contestant(
             peers[server],
@@ -76,9 +80,18 @@ def test_report_compares_with_the_best_peer_another_version_and_other_networks(
         [625.0],
     )
     assert "npair reaches 0.96" in lines
-    assert "Best peer as documented: LitServe, of which npair has 6.00 times the photos/s, and 0.10 of the p50 at one" in lines
-    assert "npair, version 9: npair has 1.50 times the photos/s, and 0.50 of the p50 at one connection." in lines
-    assert "infinity, CLIP ViT-B/32: npair has 30.00 times the photos/s, and 0.05 of the p50 at one connection." in lines
+    assert (
+        "Best peer as documented: LitServe, of which npair has 6.00 times the photos/s, and 0.10 of the p50 at one"
+        in lines
+    )
+    assert (
+        "npair, version 9: npair has 1.50 times the photos/s, and 0.50 of the p50 at one connection."
+        in lines
+    )
+    assert (
+        "infinity, CLIP ViT-B/32: npair has 30.00 times the photos/s, and 0.05 of the p50 at one connection."
+        in lines
+    )
     assert "decoder inside" not in lines  # the other version is no peer
 
 
@@ -111,8 +124,12 @@ def test_photos_are_changed_as_said() -> None:
     assert 0 < np.abs(after["jpeg"] - before).mean() < 16
     assert after["rotated"].shape == before.shape
     assert after["rotated"].any(axis=2).all()  # no black corners
-    assert after["cropped"].shape[0] * after["cropped"].shape[1] == pytest.approx(96 * 96 * 2 / 3, rel=0.02)
-    assert np.array_equal(after["cropped"], before[: len(after["cropped"]), : after["cropped"].shape[1]])
+    assert after["cropped"].shape[0] * after["cropped"].shape[1] == pytest.approx(
+        96 * 96 * 2 / 3, rel=0.02
+    )
+    assert np.array_equal(
+        after["cropped"], before[: len(after["cropped"]), : after["cropped"].shape[1]]
+    )
 
 
 def test_exposure_is_of_linear_light() -> None:
@@ -156,7 +173,9 @@ def test_versions_stand_side_by_side() -> None:
     ]
     head, _, unchanged, grey, blurred = robustness.table(rows).splitlines()
     assert head.startswith("| val photos | cosine, version 1 | cosine, version 2 |")
-    assert unchanged == "| unchanged | 1.000 | 1.000 | 0.500 | 0.500 | 0.250 / 0.750 | 0.250 / 0.750 |"
+    assert (
+        unchanged == "| unchanged | 1.000 | 1.000 | 0.500 | 0.500 | 0.250 / 0.750 | 0.250 / 0.750 |"
+    )
     assert grey.startswith("| grey | 0.200 | 0.900 |")
     assert blurred.startswith("| blurred | - | 0.800 |")
 
@@ -167,7 +186,9 @@ def test_unseen_products_are_in_no_train_split(dataset: Path, tmp_path: Path) ->
     for folded in tables:
         assert folded.val is not None
         assert not set(folded.train.fine) & set(folded.val.fine)
-        assert len(folded.train) + len(folded.val) == 24  # the photos of train; val's are in neither
+        assert (
+            len(folded.train) + len(folded.val) == 24
+        )  # the photos of train; val's are in neither
         found += [folded.val.fine_names[label] for label in np.unique(folded.val.fine)]
     assert sorted(found) == sorted(read_dataset(dataset).train.fine_names)
 
@@ -182,7 +203,9 @@ def test_unseen_products_are_not_found_by_lookalikes() -> None:
         {path: i for i, path in enumerate(paths)},
     )
     seen = np.eye(6, dtype=np.float32)[3 * product + colour]
-    vectors = 0.8 * seen + 0.6 * np.roll(np.eye(6, dtype=np.float32), 3, axis=1)[3 * product + colour]  # next, the other product's
+    vectors = (
+        0.8 * seen + 0.6 * np.roll(np.eye(6, dtype=np.float32), 3, axis=1)[3 * product + colour]
+    )  # next, the other product's
     found = Comparison("colours", photos, vectors, photos, vectors)
     assert found.recall_at_1()["fine"] == 1
     scores = across_groups(found, previews)
@@ -220,4 +243,7 @@ def test_unseen_differences_are_from_imagenet_alone_on_the_same_fold() -> None:
     ]
     _, _, alone, trained = unseen.table([*rows, row("from scratch", 0, 0.1)]).splitlines()
     assert alone == "| ImageNet alone | - | 0.300 ± 0.000 |  | 0.500 ± 0.000 | 0.250 ± 0.000 |"
-    assert trained == "| from ImageNet | - | 0.400 ± 0.000 | +0.100 ± 0.000 | 0.500 ± 0.000 | 0.250 ± 0.000 |"
+    assert (
+        trained
+        == "| from ImageNet | - | 0.400 ± 0.000 | +0.100 ± 0.000 | 0.500 ± 0.000 | 0.250 ± 0.000 |"
+    )

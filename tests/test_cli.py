@@ -24,7 +24,12 @@ from npair.serving.embedder import Embedder
 
 
 def npair(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([Path(sys.executable).with_name("npair"), *arguments], check=False, capture_output=True, text=True)
+    return subprocess.run(
+        [Path(sys.executable).with_name("npair"), *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_evaluate_scores_what_is_served(dataset: Path, cache: Path, tmp_path: Path) -> None:
@@ -33,13 +38,23 @@ def test_evaluate_scores_what_is_served(dataset: Path, cache: Path, tmp_path: Pa
     val, train = loaded.splits["val"], loaded.train
     queries, gallery = (embedder.embed(pixels.array[pixels.of(photos)]) for photos in (val, train))
     expected = evaluate(
-        LabelledVectors(queries, val.fine, val.coarse), LabelledVectors(gallery, train.fine, train.coarse)
+        LabelledVectors(queries, val.fine, val.coarse),
+        LabelledVectors(gallery, train.fine, train.coarse),
     ).as_dict()
     with running() as (_, urls):
         for protocol in ("http", "grpc"):
             picture, report = tmp_path / f"{protocol}.png", tmp_path / f"{protocol}.html"
             result = npair(
-                "evaluate", "--data", dataset, "--url", urls[protocol], "--json", "--picture", picture, "--report", report
+                "evaluate",
+                "--data",
+                dataset,
+                "--url",
+                urls[protocol],
+                "--json",
+                "--picture",
+                picture,
+                "--report",
+                report,
             )
             assert result.returncode == 0, result.stderr
             scores = json.loads(result.stdout)
@@ -67,7 +82,9 @@ def test_evaluate_scores_a_run(dataset: Path, trained: Path) -> None:
 def test_train_scores_unseen_classes_among_each_other(dataset: Path, tmp_path: Path) -> None:
     shutil.copytree(dataset / "val", tmp_path / "photos")
     run = tmp_path / "run"
-    small = [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(TINY).items()]
+    small = [
+        f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(TINY).items()
+    ]
     result = npair("train", "--data", tmp_path / "photos", "--run", run, *small, "--split-by=class")
     assert result.returncode == 0, result.stderr
     assert "2 of 6 classes are val" in result.stderr
@@ -78,7 +95,9 @@ def test_train_scores_unseen_classes_among_each_other(dataset: Path, tmp_path: P
 def test_train_without_a_val_split(dataset: Path, tmp_path: Path) -> None:
     shutil.copytree(dataset, tmp_path / "data")
     (tmp_path / "data/val.txt").unlink()
-    small = [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(TINY).items()]
+    small = [
+        f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(TINY).items()
+    ]
     result = npair("train", "--data", tmp_path / "data", "--run", tmp_path / "run", *small)
     assert result.returncode == 0, result.stderr
     assert "val was not scored, so there is no report" in result.stderr
@@ -86,9 +105,14 @@ def test_train_without_a_val_split(dataset: Path, tmp_path: Path) -> None:
 
 def test_train_says_what_it_chose_for_drawings(tmp_path: Path) -> None:
     write_characters(tmp_path / "characters", characters=60, drawings=5)
-    result = npair("train", "--data", tmp_path / "characters", "--run", tmp_path / "run", "--epochs", "2")
+    result = npair(
+        "train", "--data", tmp_path / "characters", "--run", tmp_path / "run", "--epochs", "2"
+    )
     assert result.returncode == 0, result.stderr
-    assert "240 train, 60 val, 60 classes; split by photo, seed 0: 0.1 of each class's photos are val" in result.stderr
+    assert (
+        "240 train, 60 val, 60 classes; split by photo, seed 0: 0.1 of each class's photos are val"
+        in result.stderr
+    )
     assert "96 x 96 pixels" in result.stderr
     assert "2 epochs of 2 batches of 60 classes" in result.stderr
     assert "augmentation drawing with crops of 80 pixels" in result.stderr
@@ -113,12 +137,27 @@ def test_data_check_names_what_is_wrong(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_data_folds_are_data_sets(dataset: Path, tmp_path: Path) -> None:
-    result = npair("data", "folds", "--data", dataset, "--folds", "2", "--of", "train", "val", "--out", tmp_path)
+    result = npair(
+        "data",
+        "folds",
+        "--data",
+        dataset,
+        "--folds",
+        "2",
+        "--of",
+        "train",
+        "val",
+        "--out",
+        tmp_path,
+    )
     assert result.returncode == 0, result.stderr
     tables = result.stdout.split()
     assert len(tables) == 2
     checked = npair("data", "check", "--data", tables[0])
-    sizes = [int(number) for number in re.findall(r"(?:train|val): (\d+) photos of 6 classes", checked.stdout)]
+    sizes = [
+        int(number)
+        for number in re.findall(r"(?:train|val): (\d+) photos of 6 classes", checked.stdout)
+    ]
     assert sum(sizes) == 36
     assert min(sizes) >= 12
     assert "by colours alone" in checked.stdout
@@ -141,7 +180,10 @@ def test_verify(version: Path) -> None:
     assert f"npair: {version}: model.py has changed since it was published" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [(), ("serve",), ("train",), ("train", "--data", "x", "--run", "y", "--epochs", "many")])
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("serve",), ("train",), ("train", "--data", "x", "--run", "y", "--epochs", "many")],
+)
 def test_wrong_usage(arguments: tuple[str, ...]) -> None:
     result = npair(*arguments)
     assert result.returncode == 2
@@ -149,5 +191,13 @@ def test_wrong_usage(arguments: tuple[str, ...]) -> None:
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; sys.argv = ['npair', '--help']; sys.modules['torch'] = None; from npair.cli import main; main()"
-    assert "evaluate" in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    code = (
+        "import sys; sys.argv = ['npair', '--help']; sys.modules['torch'] = None;"
+        "from npair.cli import main; main()"
+    )
+    assert (
+        "evaluate"
+        in subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        ).stdout
+    )

@@ -29,7 +29,16 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from conftest import ROOT, SHIPPED, certificate, eventually, free_ports, lines_until_ready, running, start
+from conftest import (
+    ROOT,
+    SHIPPED,
+    certificate,
+    eventually,
+    free_ports,
+    lines_until_ready,
+    running,
+    start,
+)
 
 from npair.client import (
     IN_FLIGHT,
@@ -124,21 +133,42 @@ def serving(
 
 class TestBatches:
     def test_by_count_in_order(self) -> None:
-        with serving(lambda photos, _: embeddings(photos)) as (url, server), NpairClient(url, batch_size=3) as client:
+        with (
+            serving(lambda photos, _: embeddings(photos)) as (url, server),
+            NpairClient(url, batch_size=3) as client,
+        ):
             vectors = client.embed([b"x" * n for n in range(1, 9)]).vectors
         assert vectors[:, 0].tolist() == list(range(1, 9))
         assert sorted(map(len, server.batches)) == [2, 3, 3]
 
     def test_by_bytes_and_a_large_photo_alone(self) -> None:
-        with serving(lambda photos, _: embeddings(photos)) as (url, server), NpairClient(url, batch_bytes=10) as client:
+        with (
+            serving(lambda photos, _: embeddings(photos)) as (url, server),
+            NpairClient(url, batch_bytes=10) as client,
+        ):
             client.embed([b"x" * n for n in (4, 6, 1, 99, 5, 5, 1)])
-        assert sorted(list(map(len, batch)) for batch in server.batches) == [[1], [1], [4, 6], [5, 5], [99]]
+        assert sorted(list(map(len, batch)) for batch in server.batches) == [
+            [1],
+            [1],
+            [4, 6],
+            [5, 5],
+            [99],
+        ]
 
     def test_paths_bytes_and_open_files(self, tmp_path: Path) -> None:
         path = tmp_path / "a.jpg"
         path.write_bytes(b"12345")
-        with serving(lambda photos, _: embeddings(photos)) as (url, _), NpairClient(url) as client, path.open("rb") as file:
-            assert client.embed([path, str(path), b"123", file]).vectors[:, 0].tolist() == [5, 5, 3, 5]
+        with (
+            serving(lambda photos, _: embeddings(photos)) as (url, _),
+            NpairClient(url) as client,
+            path.open("rb") as file,
+        ):
+            assert client.embed([path, str(path), b"123", file]).vectors[:, 0].tolist() == [
+                5,
+                5,
+                3,
+                5,
+            ]
             assert client.embed(path).vectors.shape == (1, 128)
             assert client.embed(b"123").vectors.shape == (1, 128)
 
@@ -151,7 +181,10 @@ class TestBatches:
                 taken += 1
                 yield b"x"
 
-        with serving(lambda photos, _: embeddings(photos)) as (url, _), NpairClient(url, batch_size=4) as client:
+        with (
+            serving(lambda photos, _: embeddings(photos)) as (url, _),
+            NpairClient(url, batch_size=4) as client,
+        ):
             next(iter(client.stream(photos())))
             assert taken <= 5
 
@@ -180,7 +213,10 @@ class TestBatches:
         def files() -> int:
             return len(list(Path("/proc/self/fd").iterdir()))
 
-        with serving(lambda photos, _: embeddings(photos)) as (url, _), NpairClient(url, version="1", batch_size=1) as client:
+        with (
+            serving(lambda photos, _: embeddings(photos)) as (url, _),
+            NpairClient(url, version="1", batch_size=1) as client,
+        ):
             client.embed([b"a", b"b", b"c"])
             before = files()
             for _ in range(20):
@@ -195,7 +231,11 @@ class TestBatches:
             results = list(client.stream([b"small", b"x" * 11, b"small"]))
             assert [result.vector is None for result in results] == [False, True, False]
             assert "too large for the server, or for a proxy before it" in str(results[1].reason)
-        with serving(proxy) as (url, _), NpairClient(url) as client, pytest.raises(RequestTooLargeError):
+        with (
+            serving(proxy) as (url, _),
+            NpairClient(url) as client,
+            pytest.raises(RequestTooLargeError),
+        ):
             client.embed([b"small", b"small", b"small"])
 
     def test_a_fault_ends_the_stream(self) -> None:
@@ -212,7 +252,11 @@ class TestBatches:
         answered: list[str] = []
 
         def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
-            version = path.split("/versions/")[1].split("/", maxsplit=1)[0] if "/versions/" in path else str(3 + len(answered))
+            version = (
+                path.split("/versions/")[1].split("/", maxsplit=1)[0]
+                if "/versions/" in path
+                else str(3 + len(answered))
+            )
             answered.append(version)
             return embeddings(photos, version)
 
@@ -230,7 +274,9 @@ def changing(after: int) -> Callable[[PHOTOS, str], tuple[int, str]]:
             return 200, '{"name": "npair", "versions": ["2"]}'
         if path.endswith("/config"):
             told = {"manifest_version": "2", "manifest_sha256": "abc"}
-            return 200, json.dumps({"parameters": {key: {"string_value": value} for key, value in told.items()}})
+            return 200, json.dumps(
+                {"parameters": {key: {"string_value": value} for key, value in told.items()}}
+            )
         old = next(left, None) is not None
         if "/versions/1/" in path and not old:
             return 400, '{"error": "Request for unknown model: \'npair\' version 1 is not found"}'
@@ -248,7 +294,9 @@ class TestVersionGone:
         assert len(server.batches) >= 2 + 5
 
     def test_a_pinned_call_does_not(self) -> None:
-        gone = pytest.raises(VersionGoneError, match="version 1 of model npair is not served, but 2 is")
+        gone = pytest.raises(
+            VersionGoneError, match="version 1 of model npair is not served, but 2 is"
+        )
         with serving(changing(after=0)) as (url, _), NpairClient(url, version="1") as client, gone:
             client.embed([b"a"])
 
@@ -258,7 +306,16 @@ class TestVersionGone:
         out = tmp_path / "out.npz"
         with serving(changing(after=2)) as (url, _):
             result = subprocess.run(
-                [sys.executable, ROOT / "model/api/client.py", "embed", tmp_path, "--out", out, "--url", url],
+                [
+                    sys.executable,
+                    ROOT / "model/api/client.py",
+                    "embed",
+                    tmp_path,
+                    "--out",
+                    out,
+                    "--url",
+                    url,
+                ],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -303,7 +360,10 @@ class TestConnections:
         def answer(photos: PHOTOS, _: str) -> tuple[int, str]:
             if not draining or threading.get_ident() in draining:
                 draining.add(threading.get_ident())
-                return 404, '{"error": "Request for unknown model: \'npair\' has no available versions"}'
+                return (
+                    404,
+                    '{"error": "Request for unknown model: \'npair\' has no available versions"}',
+                )
             return embeddings(photos)
 
         with serving(answer) as (url, _), NpairClient(url, retries=1) as client:
@@ -341,17 +401,28 @@ class TestConnections:
             if path.endswith("/models/npair"):
                 return 200, json.dumps({"name": "npair", "versions": [mine]})
             if "/versions/" in path and f"/versions/{mine}/" not in path:
-                return 400, '{"error": "Request for unknown model: \'npair\' version 0 is not found"}'
+                return (
+                    400,
+                    '{"error": "Request for unknown model: \'npair\' version 0 is not found"}',
+                )
             status, text = embeddings([b"x" * int(mine)] * len(photos), mine)
             return status, text
 
-        with serving(answer) as (url, _), ThreadPoolExecutor(4) as pool, NpairClient(url, batch_size=2) as client:
+        with (
+            serving(answer) as (url, _),
+            ThreadPoolExecutor(4) as pool,
+            NpairClient(url, batch_size=2) as client,
+        ):
             for vectors, version in pool.map(client.embed, [[b"x"] * 12] * 40):
                 assert set(vectors[:, 0]) == {int(version)}
 
     def test_an_answer_of_another_version_than_was_asked_for(self) -> None:
         fault = pytest.raises(ServerFaultError, match="asked for version 1, got 2")
-        with serving(partial(embeddings_of, "2")) as (url, _), NpairClient(url, version="1") as client, fault:
+        with (
+            serving(partial(embeddings_of, "2")) as (url, _),
+            NpairClient(url, version="1") as client,
+            fault,
+        ):
             client.embed(b"x")
 
     def test_a_closed_client_says_so(self) -> None:
@@ -385,10 +456,16 @@ class Balancer:
 
     def _accept(self) -> None:
         while True:
-            threading.Thread(target=self._connect, args=(self._listener.accept()[0],), daemon=True).start()
+            threading.Thread(
+                target=self._connect, args=(self._listener.accept()[0],), daemon=True
+            ).start()
 
     def _connect(self, client: socket.socket) -> None:
-        with client, suppress(OSError), socket.create_connection(("127.0.0.1", int(random.choice(self.live)))) as server:
+        with (
+            client,
+            suppress(OSError),
+            socket.create_connection(("127.0.0.1", int(random.choice(self.live)))) as server,
+        ):
             for end in (client, server):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             threading.Thread(target=self._copy, args=(server, client), daemon=True).start()
@@ -409,7 +486,11 @@ def test_a_rolling_restart_fails_no_call(published: Path, tmp_path: Path) -> Non
     shutil.copytree(published, tmp_path / "models/npair")
     config = tmp_path / "models/npair/config.pbtxt"
     config.write_text(with_release(config.read_text(), [1], {}))
-    photos, balancers, expected = [PHOTO.read_bytes()] * 12, {"http": Balancer(), "grpc": Balancer()}, dict[str, Vectors]()
+    photos, balancers, expected = (
+        [PHOTO.read_bytes()] * 12,
+        {"http": Balancer(), "grpc": Balancer()},
+        dict[str, Vectors](),
+    )
     processes: list[subprocess.Popen[str]] = []
 
     def serve(models: str) -> dict[str, str]:
@@ -427,7 +508,9 @@ def test_a_rolling_restart_fails_no_call(published: Path, tmp_path: Path) -> Non
     stop, problems, versions = threading.Event(), list[str](), set[tuple[str, int, str]]()
 
     def work(protocol: str, count: int) -> None:
-        with NpairClient(f"{protocol}://127.0.0.1:{balancers[protocol].port}", batch_size=2) as client:
+        with NpairClient(
+            f"{protocol}://127.0.0.1:{balancers[protocol].port}", batch_size=2
+        ) as client:
             while not stop.is_set():
                 try:
                     vectors, version = client.embed(photos[:count])
@@ -437,7 +520,11 @@ def test_a_rolling_restart_fails_no_call(published: Path, tmp_path: Path) -> Non
                 except Exception as error:
                     problems.append(repr(error))
 
-    threads = [threading.Thread(target=work, args=(protocol, count)) for protocol in balancers for count in (1, 12)]
+    threads = [
+        threading.Thread(target=work, args=(protocol, count))
+        for protocol in balancers
+        for count in (1, 12)
+    ]
     try:
         before = [serve(old), serve(old)]
         for thread in threads:
@@ -459,7 +546,12 @@ def test_a_rolling_restart_fails_no_call(published: Path, tmp_path: Path) -> Non
             process.terminate()
             process.wait(timeout=60)
     assert problems == []
-    assert versions == {(protocol, count, version) for protocol in balancers for count in (1, 12) for version in expected}
+    assert versions == {
+        (protocol, count, version)
+        for protocol in balancers
+        for count in (1, 12)
+        for version in expected
+    }
     assert len(expected) == 2
 
 
@@ -532,7 +624,9 @@ class TestThreadsAndProcesses:
         for vectors, _ in answers:
             np.testing.assert_allclose(vectors, np.resize(expected, (5, 128)), atol=1e-3)
 
-    def test_threads_that_come_and_go_leave_nothing(self, urls: dict[str, str], scheme: str) -> None:
+    def test_threads_that_come_and_go_leave_nothing(
+        self, urls: dict[str, str], scheme: str
+    ) -> None:
         with NpairClient(urls[scheme]) as client:
             client.embed(PHOTO)
             before = len(list(Path("/proc/self/fd").iterdir()))
@@ -554,7 +648,9 @@ class TestThreadsAndProcesses:
         async def main() -> None:
             async with AsyncNpairClient(urls[scheme], batch_size=2) as client:
                 assert await client.ready()
-                answers = await asyncio.gather(*(client.embed([PHOTO] * 3) for _ in range(8)), client.embed(PHOTO))
+                answers = await asyncio.gather(
+                    *(client.embed([PHOTO] * 3) for _ in range(8)), client.embed(PHOTO)
+                )
                 assert [len(vectors) for vectors, _ in answers] == [3] * 8 + [1]
                 thresholds = await client.thresholds()
                 assert thresholds is not None
@@ -578,8 +674,12 @@ def tree(error: type[NpairError]) -> list[type[NpairError]]:
 
 class TestPickle:
     @pytest.mark.parametrize("kind", tree(NpairError))
-    @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))])
-    def test_exceptions(self, kind: type[NpairError], again: Callable[[NpairError], NpairError]) -> None:
+    @pytest.mark.parametrize(
+        "again", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))]
+    )
+    def test_exceptions(
+        self, kind: type[NpairError], again: Callable[[NpairError], NpairError]
+    ) -> None:
         error = InvalidPhotoError({3: "broken"}) if kind is InvalidPhotoError else kind("a reason")
         made = again(error)
         assert (type(made), str(made), vars(made)) == (kind, str(error), vars(error))
@@ -600,14 +700,21 @@ class TestPickle:
 class TestErrors:
     def test_bad_photos_are_named_by_their_place_in_the_call(self) -> None:
         def answer(photos: PHOTOS, _: str) -> tuple[int, str]:
-            bad = [f"IMAGE[{index}]: broken; very; IMAGE" for index, photo in enumerate(photos) if photo == b"bad"]
+            bad = [
+                f"IMAGE[{index}]: broken; very; IMAGE"
+                for index, photo in enumerate(photos)
+                if photo == b"bad"
+            ]
             return (400, json.dumps({"error": "; ".join(bad)})) if bad else embeddings(photos)
 
         with serving(answer) as (url, _), NpairClient(url, batch_size=2) as client:
             with pytest.raises(InvalidPhotoError, match="photo 1: broken") as caught:
                 client.embed([b"a", b"bad", b"bad", b"bad", b"c"])
             assert caught.value.reasons == dict.fromkeys((1, 2, 3), "broken; very; IMAGE")
-            outcomes = [result.reason is None for result in client.stream([b"a", b"bad", b"bad", b"bad", b"c"])]
+            outcomes = [
+                result.reason is None
+                for result in client.stream([b"a", b"bad", b"bad", b"bad", b"c"])
+            ]
             assert outcomes == [True, False, False, False, True]
 
     @pytest.mark.parametrize(
@@ -621,25 +728,40 @@ class TestErrors:
             (403, "<html>Forbidden</html>", AccessDeniedError),
             (429, '{"error": "too many requests"}', UnavailableError),
             (503, '{"error": "busy"}', UnavailableError),
-            (400, '{"error": "Request for unknown model: npair has no available versions"}', UnavailableError),  # it stops
+            (
+                400,
+                '{"error": "Request for unknown model: npair has no available versions"}',
+                UnavailableError,
+            ),  # it stops
             (502, "<html>Bad gateway</html>", UnavailableError),
             (200, '{"model_name": "npair", "model_version": "1", "outputs": []}', ServerFaultError),
         ],
     )
     def test_mapped(self, status: int, body: str, expected: type[NpairError]) -> None:
-        with serving(lambda *_: (status, body)) as (url, server), NpairClient(url, retries=1) as client:
+        with (
+            serving(lambda *_: (status, body)) as (url, server),
+            NpairClient(url, retries=1) as client,
+        ):
             with pytest.raises(expected):
                 client.embed(b"photo")
-            assert len(server.batches) == (2 if expected is UnavailableError else 1), "only an unavailable server is asked again"
+            assert len(server.batches) == (2 if expected is UnavailableError else 1), (
+                "only an unavailable server is asked again"
+            )
 
     def test_retries_until_the_server_is_there(self) -> None:
         answers = iter([(503, '{"error": "starting"}'), (503, '{"error": "starting"}')])
-        with serving(lambda photos, _: next(answers, embeddings(photos))) as (url, _), NpairClient(url) as client:
+        with (
+            serving(lambda photos, _: next(answers, embeddings(photos))) as (url, _),
+            NpairClient(url) as client,
+        ):
             assert client.embed(b"photo").vectors.shape == (1, 128)
 
     def test_retries_for_the_configuration_too(self) -> None:
         answers = iter([(429, "<html>"), (503, '{"error": "starting"}')])
-        with serving(lambda *_: next(answers, (200, '{"parameters": {}}'))) as (url, _), NpairClient(url) as client:
+        with (
+            serving(lambda *_: next(answers, (200, '{"parameters": {}}'))) as (url, _),
+            NpairClient(url) as client,
+        ):
             assert client.thresholds() is None
 
     def test_a_connection_to_a_machine_that_is_gone_ends(self) -> None:
@@ -650,9 +772,14 @@ class TestErrors:
                 assert not client.ready()
                 limits = []
                 for descriptor in Path("/proc/self/fd").iterdir():
-                    with suppress(OSError), socket.socket(fileno=os.dup(int(descriptor.name))) as connection:
+                    with (
+                        suppress(OSError),
+                        socket.socket(fileno=os.dup(int(descriptor.name))) as connection,
+                    ):
                         if connection.getpeername()[1:2] == (port,):
-                            limits.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+                            limits.append(
+                                connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+                            )
         assert limits == [10_000]
 
     @pytest.mark.parametrize("version", ["", 8])
@@ -686,7 +813,9 @@ class TestErrors:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             began = time.monotonic()
             with (
-                NpairClient(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}", timeout=0.5) as client,
+                NpairClient(
+                    f"{scheme}://127.0.0.1:{silent.getsockname()[1]}", timeout=0.5
+                ) as client,
                 pytest.raises(RequestTimeoutError),
             ):
                 client.embed(b"photo")
@@ -705,7 +834,9 @@ class TestErrors:
 
             threading.Thread(target=hang_up, daemon=True).start()
             with (
-                NpairClient(f"{scheme}://127.0.0.1:{listener.getsockname()[1]}", retries=1) as client,
+                NpairClient(
+                    f"{scheme}://127.0.0.1:{listener.getsockname()[1]}", retries=1
+                ) as client,
                 pytest.raises(UnavailableError),
             ):
                 client.embed(b"photo")
@@ -713,7 +844,13 @@ class TestErrors:
     @pytest.mark.parametrize(
         "arguments",
         [
-            *({"url": "ftp://a"}, {"url": "localhost:8000"}, {"timeout": 0}, {"retries": -1}, {"batch_size": 0}),
+            *(
+                {"url": "ftp://a"},
+                {"url": "localhost:8000"},
+                {"timeout": 0},
+                {"retries": -1},
+                {"batch_size": 0},
+            ),
             *(
                 {"url": "http://a:x"},
                 {"url": "http://user:secret@a:1"},
@@ -732,7 +869,10 @@ class TestErrors:
         assert "secret" not in str(refused.value)
 
     def test_wrong_photos(self, tmp_path: Path) -> None:
-        with serving(lambda photos, _: embeddings(photos)) as (url, server), NpairClient(url) as client:
+        with (
+            serving(lambda photos, _: embeddings(photos)) as (url, server),
+            NpairClient(url) as client,
+        ):
             with pytest.raises(ValueError, match="no photo"):
                 client.embed([])
             with pytest.raises(FileNotFoundError):
@@ -762,7 +902,9 @@ class TestTransportErrors:
                     calls.append(len(connection.recv(1 << 20)))
                     connection.sendall(content)
                     if reset:  # what is unsent is dropped
-                        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        connection.setsockopt(
+                            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                        )
                     else:
                         connection.shutdown(socket.SHUT_WR)
                         connection.recv(1 << 20)
@@ -786,11 +928,17 @@ class TestTransportErrors:
             (HEAD.replace(b"1000", b"2") + b"{}", ServerFaultError),
             (HEAD.replace(b"1000", b"4") + b"null", ServerFaultError),
             (HEAD.replace(b"1000", b"5") + b"<html", ServerFaultError),
-            (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nInference-Header-Content-Length: x\r\n\r\n{}", ServerFaultError),
+            (
+                b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nInference-Header-Content-Length: x\r\n\r\n{}",
+                ServerFaultError,
+            ),
         ],
     )
     def test_http(self, content: bytes, expected: type[NpairError]) -> None:
-        with self.answering(content) as (address, calls), NpairClient(f"http://{address}", retries=0) as client:
+        with (
+            self.answering(content) as (address, calls),
+            NpairClient(f"http://{address}", retries=0) as client,
+        ):
             with pytest.raises(expected):
                 client.embed(b"photo")
             assert len(calls) == 1
@@ -815,7 +963,10 @@ class TestTransportErrors:
 
     @pytest.mark.parametrize("scheme", ["http", "https", "grpc", "grpcs"])
     def test_a_name_that_is_not_found(self, scheme: str) -> None:
-        with NpairClient(f"{scheme}://npair.invalid:1", retries=0) as client, pytest.raises(UnavailableError):
+        with (
+            NpairClient(f"{scheme}://npair.invalid:1", retries=0) as client,
+            pytest.raises(UnavailableError),
+        ):
             client.embed(b"photo")
 
     @pytest.mark.parametrize("scheme", ["https", "grpcs"])
@@ -831,7 +982,11 @@ class TestTransportErrors:
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         tls.load_cert_chain(*certificate(tmp_path))
         refused = pytest.raises(UnavailableError, match="CERTIFICATE_VERIFY_FAILED")
-        with serving(lambda photos, _: embeddings(photos), tls) as (url, _), NpairClient(url, retries=0) as client, refused:
+        with (
+            serving(lambda photos, _: embeddings(photos), tls) as (url, _),
+            NpairClient(url, retries=0) as client,
+            refused,
+        ):
             client.embed(b"photo")
 
     @pytest.mark.parametrize("scheme", ["http", "grpc"])
@@ -876,7 +1031,10 @@ class TestApiKey:
         def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
             return (200, "{}") if path.endswith("/config") else embeddings(photos)
 
-        with serving(answer) as (url, server), NpairClient(url, api_key="abc", batch_size=1) as client:
+        with (
+            serving(answer) as (url, server),
+            NpairClient(url, api_key="abc", batch_size=1) as client,
+        ):
             client.embed([b"x"] * 9)
             client.thresholds()
             client.ready()
@@ -884,13 +1042,20 @@ class TestApiKey:
         assert server.authorizations == ["Bearer abc"] * 12
 
     def test_none_is_sent_where_none_is_given(self) -> None:
-        with serving(lambda photos, _: embeddings(photos)) as (url, server), NpairClient(url) as client:
+        with (
+            serving(lambda photos, _: embeddings(photos)) as (url, server),
+            NpairClient(url) as client,
+        ):
             client.embed(b"x")
         assert server.authorizations == [None]
 
     def test_a_wrong_one_says_nothing_of_the_model(self) -> None:
         denied = pytest.raises(AccessDeniedError, match="a key is needed")
-        with serving(lambda *_: (401, '{"error": "a key is needed"}')) as (url, _), NpairClient(url) as client, denied:
+        with (
+            serving(lambda *_: (401, '{"error": "a key is needed"}')) as (url, _),
+            NpairClient(url) as client,
+            denied,
+        ):
             client.ready()
 
     def test_grpc(self) -> None:
@@ -901,7 +1066,9 @@ class TestApiKey:
             def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
                 seen.append(dict(details.invocation_metadata).get("authorization"))
                 return grpc.unary_unary_rpc_method_handler(
-                    lambda _, context: context.abort(grpc.StatusCode.UNAUTHENTICATED, "a key is needed")
+                    lambda _, context: context.abort(
+                        grpc.StatusCode.UNAUTHENTICATED, "a key is needed"
+                    )
                 )
 
         with ThreadPoolExecutor(1) as pool:
@@ -918,7 +1085,11 @@ class TestApiKey:
 
 
 def test_ready_asks_with_a_photo_that_decodes() -> None:
-    photo = decode(PIXEL, Preprocessing(size=8, resample="BILINEAR", background=255), Limits(max_bytes=100, max_pixels=1))
+    photo = decode(
+        PIXEL,
+        Preprocessing(size=8, resample="BILINEAR", background=255),
+        Limits(max_bytes=100, max_pixels=1),
+    )
     assert (photo == 255).all()
 
 
@@ -943,13 +1114,25 @@ class TestCommandLine:
         assert [row["embedding"][0] for row in rows] == [3, 2, 4]
         assert {row["version"] for row in rows} == {"1"}
 
-    def test_bad_files_are_named_and_counted_and_the_rest_is_kept(self, photos: Path, tmp_path: Path) -> None:
+    def test_bad_files_are_named_and_counted_and_the_rest_is_kept(
+        self, photos: Path, tmp_path: Path
+    ) -> None:
         def answer(photos: PHOTOS, _: str) -> tuple[int, str]:
-            bad = [f"IMAGE[{index}]: broken" for index, photo in enumerate(photos) if len(photo) == 2]
+            bad = [
+                f"IMAGE[{index}]: broken" for index, photo in enumerate(photos) if len(photo) == 2
+            ]
             return (400, json.dumps({"error": "; ".join(bad)})) if bad else embeddings(photos)
 
         with serving(answer) as (url, _):
-            result = self.run(url, "embed", photos, photos / "missing.jpg", "--out", tmp_path / "out.npz", "--json")
+            result = self.run(
+                url,
+                "embed",
+                photos,
+                photos / "missing.jpg",
+                "--out",
+                tmp_path / "out.npz",
+                "--json",
+            )
         assert result.returncode == 1
         assert "b.jpg: broken" in result.stderr
         assert "missing.jpg: cannot be read: No such file" in result.stderr
@@ -978,7 +1161,9 @@ class TestCommandLine:
         """The server fails from the third batch on."""
 
         def answer(photos: PHOTOS, _: str) -> tuple[int, str]:
-            return (500, '{"error": "full"}') if photos and len(photos[0]) > 64 else embeddings(photos)
+            return (
+                (500, '{"error": "full"}') if photos and len(photos[0]) > 64 else embeddings(photos)
+            )
 
         with serving(answer) as (url, _):
             return self.run(url, "embed", folder, "--out", out)
@@ -986,7 +1171,13 @@ class TestCommandLine:
     def test_which_files_of_folders_are_photos(self, tmp_path: Path) -> None:
         wanted = ["1.jpg", "2.JPE", "3.jfif", "4.webp", "sub/5.jpeg"]
         litter = [
-            *("@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "#recycle/1.jpg", "@Recycle/1.jpg", "__MACOSX/._1.jpg", "$RECYCLE.BIN/1.jpg"),
+            *(
+                "@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg",
+                "#recycle/1.jpg",
+                "@Recycle/1.jpg",
+                "__MACOSX/._1.jpg",
+                "$RECYCLE.BIN/1.jpg",
+            ),
             *(".hidden/1.jpg", "._1.jpg", ".DS_Store"),
         ]
         for name in (*wanted, *litter, "a.HEIC", "sub/b.heic", "Thumbs.db", "README"):
@@ -996,10 +1187,18 @@ class TestCommandLine:
             result = self.run(url, "embed", tmp_path)
             named = self.run(url, "embed", tmp_path / "@eaDir", tmp_path / "README")
         assert result.returncode == 0
-        found = [str(Path(json.loads(line)["photo"]).relative_to(tmp_path)) for line in result.stdout.splitlines()]
+        found = [
+            str(Path(json.loads(line)["photo"]).relative_to(tmp_path))
+            for line in result.stdout.splitlines()
+        ]
         assert found == wanted
-        assert result.stderr == "4 other files in folders passed over: 2 .heic, 1 .db, 1 without a suffix\n"
-        assert (len(named.stdout.splitlines()), named.stderr) == (2, ""), "what is named is not passed over"
+        assert (
+            result.stderr
+            == "4 other files in folders passed over: 2 .heic, 1 .db, 1 without a suffix\n"
+        )
+        assert (len(named.stdout.splitlines()), named.stderr) == (2, ""), (
+            "what is named is not passed over"
+        )
 
     def test_photos_that_nobody_answered_are_named(self, hundred: Path) -> None:
         """One of them may be what stops the server."""
@@ -1014,11 +1213,16 @@ class TestCommandLine:
             result = self.run(url, "embed", hundred)
         assert result.returncode == 3
         assert len(result.stdout.splitlines()) == 32
-        names = [f"{hundred / ('a' if length < 40 else 'b') / f'{length:03}.jpg'}" for length in range(33, 65)]
+        names = [
+            f"{hundred / ('a' if length < 40 else 'b') / f'{length:03}.jpg'}"
+            for length in range(33, 65)
+        ]
         assert f"no answer for these photos: {', '.join(names)}\n" in result.stderr
 
     @pytest.mark.parametrize(("scheme", "answered"), [("http", 0), ("http", 1), ("grpc", 0)])
-    def test_an_interrupt_does_not_wait_for_answers(self, hundred: Path, scheme: str, answered: int) -> None:
+    def test_an_interrupt_does_not_wait_for_answers(
+        self, hundred: Path, scheme: str, answered: int
+    ) -> None:
         """Neither for a first batch nor for those that threads have sent."""
         with ExitStack() as stack:
             if scheme == "http":
@@ -1034,8 +1238,17 @@ class TestCommandLine:
             else:
                 silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
                 url = f"grpc://127.0.0.1:{silent.getsockname()[1]}"
-            command: list[str | Path] = [sys.executable, ROOT / "model/api/client.py", "embed", hundred, "--url", url]
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            command: list[str | Path] = [
+                sys.executable,
+                ROOT / "model/api/client.py",
+                "embed",
+                hundred,
+                "--url",
+                url,
+            ]
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
             if scheme == "http":
                 assert asked.wait(60)
             else:
@@ -1048,7 +1261,10 @@ class TestCommandLine:
 
     @pytest.mark.parametrize("suffix", ["npz", "jsonl"])
     def test_goes_on_after_an_interruption(self, hundred: Path, suffix: str) -> None:
-        out, unfinished = hundred.parent / f"out.{suffix}", hundred.parent / f"out.{suffix}.unfinished"
+        out, unfinished = (
+            hundred.parent / f"out.{suffix}",
+            hundred.parent / f"out.{suffix}.unfinished",
+        )
         first = self.interrupted(hundred, out)
         assert first.returncode == 3
         assert f"64 photos are in {unfinished}" in first.stderr
@@ -1059,11 +1275,17 @@ class TestCommandLine:
             second = self.run(url, "embed", hundred, "--out", out)
         assert second.returncode == 0, second.stderr
         assert sum(map(len, server.batches)) == 100 - 64
-        assert all("/versions/1/" in path for path in server.paths), "the version of the vectors that are there already"
+        assert all("/versions/1/" in path for path in server.paths), (
+            "the version of the vectors that are there already"
+        )
         assert not unfinished.exists()
         if suffix == "npz":
             with np.load(out) as saved:
-                names, vectors, version = saved["names"].tolist(), saved["vectors"], str(saved["version"])
+                names, vectors, version = (
+                    saved["names"].tolist(),
+                    saved["vectors"],
+                    str(saved["version"]),
+                )
             assert vectors.dtype == np.float32
         else:
             rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -1072,7 +1294,9 @@ class TestCommandLine:
                 np.array([row["embedding"] for row in rows]),
                 rows[0]["version"],
             )
-        assert [Path(name).name for name in names] == [f"{length:03}.jpg" for length in range(1, 101)]
+        assert [Path(name).name for name in names] == [
+            f"{length:03}.jpg" for length in range(1, 101)
+        ]
         assert vectors[:, 0].tolist() == list(range(1, 101))
         assert version == "1"
 
@@ -1109,7 +1333,18 @@ class TestCommandLine:
                 "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
             )
             client, out = ROOT / "model/api/client.py", tmp_path / f"{number}.npz"
-            command: list[str | Path] = [sys.executable, "-c", code, client, "embed", folder, "--out", out, "--url", url]
+            command: list[str | Path] = [
+                sys.executable,
+                "-c",
+                code,
+                client,
+                "embed",
+                folder,
+                "--out",
+                out,
+                "--url",
+                url,
+            ]
             result = subprocess.run(command, capture_output=True, text=True, check=True)
             return int(result.stderr.split()[-1])
 
@@ -1118,7 +1353,9 @@ class TestCommandLine:
             assert peak(8320) - peak(320) < 3000  # kB
 
     @pytest.mark.parametrize("command", ["rank", "compare"])
-    def test_refuses_saved_vectors_of_another_version(self, photos: Path, tmp_path: Path, command: str) -> None:
+    def test_refuses_saved_vectors_of_another_version(
+        self, photos: Path, tmp_path: Path, command: str
+    ) -> None:
         photo = photos / "a.png"
         saved = [tmp_path / "one.npz", tmp_path / "two.npz"]
         for version, path in zip("12", saved, strict=True):
@@ -1130,7 +1367,11 @@ class TestCommandLine:
         beside = [photo] if command == "rank" else []
 
         def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
-            return (200, "{}") if path.endswith("/config") else embeddings(photos, "2" if "/versions/2/" in path else "9")
+            return (
+                (200, "{}")
+                if path.endswith("/config")
+                else embeddings(photos, "2" if "/versions/2/" in path else "9")
+            )
 
         with serving(answer) as (url, _):
             mixed = self.run(url, command, *beside, *saved)
@@ -1143,7 +1384,10 @@ class TestCommandLine:
         assert json.loads(pinned.stdout)["version"] == "2"
         for refused, reason in (
             (mixed, "holds vectors of version 2, not 1"),
-            (elsewhere, "elsewhere.npz holds vectors of another version 2 than is served or saved beside it"),
+            (
+                elsewhere,
+                "elsewhere.npz holds vectors of another version 2 than is served or saved beside it",
+            ),
             (strange, "holds vectors of model another, not npair"),
             (unpinned, "holds vectors of version 2, not 1"),
             (other, "holds vectors of another version 2 than is served"),
@@ -1157,18 +1401,31 @@ class TestCommandLine:
 
         with serving(answer) as (url, server):
             for name in ("a.png", "b.jpg"):
-                assert self.run(url, "embed", photos / name, "--out", tmp_path / f"{name}.npz").returncode == 0
+                assert (
+                    self.run(
+                        url, "embed", photos / name, "--out", tmp_path / f"{name}.npz"
+                    ).returncode
+                    == 0
+                )
             assert self.run(url, "embed", photos, "--out", tmp_path / "many.npz").returncode == 0
             before = len(server.batches)
-            both = self.run(url, "compare", tmp_path / "a.png.npz", tmp_path / "b.jpg.npz", "--json")
+            both = self.run(
+                url, "compare", tmp_path / "a.png.npz", tmp_path / "b.jpg.npz", "--json"
+            )
             assert len(server.batches) == before, "saved vectors are not embedded again"
             one = self.run(url, "compare", photos / "b.jpg", tmp_path / "a.png.npz", "--json")
             many = self.run(url, "compare", photos / "b.jpg", tmp_path / "many.npz")
-        assert json.loads(both.stdout) == json.loads(one.stdout) == {"cosine": 6.0, "version": "1", "same_product": None}
+        assert (
+            json.loads(both.stdout)
+            == json.loads(one.stdout)
+            == {"cosine": 6.0, "version": "1", "same_product": None}
+        )
         assert many.returncode == 2
         assert "many.npz holds the vectors of 3 photos, and compare takes one" in many.stderr
 
-    def test_key_and_authority_come_from_the_environment(self, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_key_and_authority_come_from_the_environment(
+        self, photos: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("NPAIR_API_KEY", "abc")
         with serving(lambda photos, _: embeddings(photos)) as (url, server):
             assert self.run(url, "ready").returncode == 0
@@ -1186,7 +1443,11 @@ class TestCommandLine:
 
     def test_server_failures(self, photos: Path) -> None:
         with serving(lambda *_: (500, '{"error": "stub is not healthy"}')) as (url, _):
-            for arguments in (("embed", photos), ("compare", photos / "a.png", photos / "b.jpg"), ("ready",)):
+            for arguments in (
+                ("embed", photos),
+                ("compare", photos / "a.png", photos / "b.jpg"),
+                ("ready",),
+            ):
                 result = self.run(url, *arguments)
                 assert result.returncode == 3
                 assert "Traceback" not in result.stderr
@@ -1194,14 +1455,20 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         "arguments",
         [
-            *(("embed", "{}", "--out", "x.csv"), ("embed", "{}", "--out", "{}/no/x.npz"), ("rank", "{}/a.png", "{}", "-k", "0")),
+            *(
+                ("embed", "{}", "--out", "x.csv"),
+                ("embed", "{}", "--out", "{}/no/x.npz"),
+                ("rank", "{}/a.png", "{}", "-k", "0"),
+            ),
             *(("rank", "{}/a.png", "{}/notes.npz"), ("rank", "{}/a.png", "{}/empty.npz"), ()),
         ],
     )
     def test_wrong_usage(self, photos: Path, arguments: tuple[str, ...]) -> None:
         (photos / "notes.npz").write_bytes(b"text")
         (photos / "empty.npz").touch()
-        result = self.run("http://127.0.0.1:9", *(argument.format(photos) for argument in arguments))
+        result = self.run(
+            "http://127.0.0.1:9", *(argument.format(photos) for argument in arguments)
+        )
         assert result.returncode == 2
         assert "Traceback" not in result.stderr
 
@@ -1213,12 +1480,28 @@ def test_compare_gives_a_verdict_with_the_served_thresholds(tmp_path: Path) -> N
     golden = sorted((tmp_path / "models/npair").glob("[0-9]*/golden/*.jpg"))
     version = golden[0].parts[-3]
     lines = [line for line in config.read_text().splitlines() if "threshold" not in line]
-    values = {"thresholds_version": version, "threshold_far_1_percent": "0.25", "threshold_far_01_percent": "1.5"}
-    lines += [f'parameters {{ key: "{key}" value: {{ string_value: "{value}" }} }}' for key, value in values.items()]
+    values = {
+        "thresholds_version": version,
+        "threshold_far_1_percent": "0.25",
+        "threshold_far_01_percent": "1.5",
+    }
+    lines += [
+        f'parameters {{ key: "{key}" value: {{ string_value: "{value}" }} }}'
+        for key, value in values.items()
+    ]
     config.write_text("\n".join(lines))
 
     def compare(url: str, a: Path, b: Path, *options: str) -> str:
-        command: list[str | Path] = [sys.executable, ROOT / "model/api/client.py", "compare", "--url", url, *options, a, b]
+        command: list[str | Path] = [
+            sys.executable,
+            ROOT / "model/api/client.py",
+            "compare",
+            "--url",
+            url,
+            *options,
+            a,
+            b,
+        ]
         return str(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     with running(MODEL_REPOSITORY=str(tmp_path / "models")) as (_, urls):
@@ -1226,7 +1509,10 @@ def test_compare_gives_a_verdict_with_the_served_thresholds(tmp_path: Path) -> N
             with NpairClient(url) as client:
                 assert client.thresholds() == Thresholds(version, 0.25, 1.5)
             same = compare(url, golden[0], golden[0])
-            assert same == "same product: cosine 1.0000 >= 0.2500, which 1 % of pairs of different products reach\n"
+            assert (
+                same
+                == "same product: cosine 1.0000 >= 0.2500, which 1 % of pairs of different products reach\n"
+            )
             strict = json.loads(compare(url, golden[0], golden[0], "--far", "0.1", "--json"))
             assert strict["same_product"] is False
             assert (strict["threshold"], strict["far"]) == (1.5, 0.001)
@@ -1234,7 +1520,17 @@ def test_compare_gives_a_verdict_with_the_served_thresholds(tmp_path: Path) -> N
 
 def test_compare_without_thresholds_gives_no_verdict() -> None:
     photo = SHIPPED / "golden/photo.jpg"
-    with serving(lambda sent, path: (200, "{}") if path.endswith("/config") else embeddings(sent)) as (url, _):
-        command: list[str | Path] = [sys.executable, ROOT / "model/api/client.py", "compare", "--url", url, photo, photo]
+    with serving(
+        lambda sent, path: (200, "{}") if path.endswith("/config") else embeddings(sent)
+    ) as (url, _):
+        command: list[str | Path] = [
+            sys.executable,
+            ROOT / "model/api/client.py",
+            "compare",
+            "--url",
+            url,
+            photo,
+            photo,
+        ]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "no verdict: the server's configuration has no such threshold for version 1" in said

@@ -21,7 +21,10 @@ from npair.client import Embeddings, NpairClient
 CLIENTS = ROOT / ".venv/clients"
 PAGE = (ROOT / "docs/clients.md").read_text()
 BLOCKS = re.findall(r"^### (.*?)\n.*?^```(sh|python)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-PHOTOS = {"photo.jpg": "photo.jpg", "other.jpg": "turned.jpg"}  # as the page names them, and of the golden set
+PHOTOS = {
+    "photo.jpg": "photo.jpg",
+    "other.jpg": "turned.jpg",
+}  # as the page names them, and of the golden set
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +50,19 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name in ("libb64", "libcudart"):
         library = next(wheel.glob(f"{name}-*"))
         (libraries / re.sub(r"^(\w+)-\w+(\.so\.\w+).*", r"\1\2", library.name)).symlink_to(library)
-    return os.environ | {"PATH": f"{CLIENTS}/bin:{os.environ['PATH']}", "LD_LIBRARY_PATH": str(libraries)}
+    return os.environ | {
+        "PATH": f"{CLIENTS}/bin:{os.environ['PATH']}",
+        "LD_LIBRARY_PATH": str(libraries),
+    }
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[title for title, _, _ in BLOCKS])
 def test_block(
-    block: tuple[str, str, str], urls: dict[str, str], expected: Embeddings, environment: dict[str, str], tmp_path: Path
+    block: tuple[str, str, str],
+    urls: dict[str, str],
+    expected: Embeddings,
+    environment: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     title, language, code = block
     for name, golden in PHOTOS.items():
@@ -64,7 +74,15 @@ def test_block(
     else:
         code += "\nimport json\nprint(json.dumps(vectors.tolist()))\nprint(json.dumps(version))"
         command = [str(CLIENTS / "bin/python") if "KServe" in title else sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     if language == "python":
         vectors, version = map(json.loads, result.stdout.splitlines()[-2:])
@@ -79,5 +97,13 @@ def test_block(
 
 def test_clients_are_there() -> None:
     titles = " ".join(title for title, _, _ in BLOCKS)
-    for client in ("curl", "JSON", "aio over HTTP", "aio over gRPC", "KServe over REST", "KServe over gRPC", "perf_analyzer"):
+    for client in (
+        "curl",
+        "JSON",
+        "aio over HTTP",
+        "aio over gRPC",
+        "KServe over REST",
+        "KServe over gRPC",
+        "perf_analyzer",
+    ):
         assert client in titles

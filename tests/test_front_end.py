@@ -18,10 +18,14 @@ from supervisor.launch import MAX_REQUEST_BYTES
 
 PAGES = [
     ROOT / name
-    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    for name in subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.splitlines()
     if name.endswith((".md", ".sh", ".yml", "Makefile", "Dockerfile.cpu"))
 ]
-SENDS_A_BODY = re.compile(r"\bcurl\b.* (--data|--json|--form|--upload-file|-[dFT]\b)|\bwget\b.* --(post|body)-")
+SENDS_A_BODY = re.compile(
+    r"\bcurl\b.* (--data|--json|--form|--upload-file|-[dFT]\b)|\bwget\b.* --(post|body)-"
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +78,9 @@ class TestForms:
         assert server.metrics(form(path, size, fuzz.FORM)) == "405"
         server.check()
 
-    @pytest.mark.parametrize("content_type", [fuzz.FORM.upper(), f"{fuzz.FORM}; charset=utf-8", f"{fuzz.FORM}x"])
+    @pytest.mark.parametrize(
+        "content_type", [fuzz.FORM.upper(), f"{fuzz.FORM}; charset=utf-8", f"{fuzz.FORM}x"]
+    )
     def test_other_spellings(self, server: fuzz.Server, content_type: str) -> None:
         assert server.http(form("/nope", 5_000_000, content_type)) == "404"
         server.check()
@@ -84,7 +90,11 @@ class TestForms:
 def test_connections_that_are_only_held(server: fuzz.Server, port: str) -> None:
     with ExitStack() as connections:
         for _ in range(2_000):
-            connections.enter_context(socket.create_connection(("127.0.0.1", int(server.ports[port])), timeout=fuzz.SECONDS))
+            connections.enter_context(
+                socket.create_connection(
+                    ("127.0.0.1", int(server.ports[port])), timeout=fuzz.SECONDS
+                )
+            )
         server.check()
 
 
@@ -94,18 +104,30 @@ def test_hostile_requests(server: fuzz.Server, target: str, runs: int) -> None:
     outcomes: Counter[str] = Counter()
     for first in range(0, runs, fuzz.BLOCK):
         numbers = range(first, first + fuzz.BLOCK)
-        wrong = fuzz.problem(server, target, (fuzz.request(target, 17, number) for number in numbers), outcomes)
-        assert not wrong, f"{wrong}; again: python tests/fuzz.py {target} --seed 17 --first {first} --runs {fuzz.BLOCK}"
+        wrong = fuzz.problem(
+            server, target, (fuzz.request(target, 17, number) for number in numbers), outcomes
+        )
+        assert not wrong, (
+            f"{wrong}; again: python tests/fuzz.py {target} --seed 17 --first {first} --runs {fuzz.BLOCK}"
+        )
     assert {"200", "405"} <= set(outcomes), outcomes
 
 
 def commands(page: Path) -> list[str]:
     """Lines of code, each with those that continue it."""
     text = page.read_text().replace("\\\n", " ")
-    return "\n".join(re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL) if page.suffix == ".md" else [text]).splitlines()
+    return "\n".join(
+        re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)
+        if page.suffix == ".md"
+        else [text]
+    ).splitlines()
 
 
 def test_what_the_docs_send_names_its_content_type() -> None:
-    sending = [(page.name, line) for page in PAGES for line in commands(page) if SENDS_A_BODY.search(line)]
+    sending = [
+        (page.name, line) for page in PAGES for line in commands(page) if SENDS_A_BODY.search(line)
+    ]
     assert {"README.md", "hostile-input.md"} <= {page for page, _ in sending}
-    assert [line for line in sending if "Content-Type: application/octet-stream" not in line[1]] == []
+    assert [
+        line for line in sending if "Content-Type: application/octet-stream" not in line[1]
+    ] == []

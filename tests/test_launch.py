@@ -36,7 +36,9 @@ def listening(pid: int, ports: dict[str, str]) -> set[str]:
             address, port = local.split(":")
             if state == "0A" and str(int(port, 16)) in ports.values():
                 words = bytes.fromhex(address)
-                packed = b"".join(words[start : start + 4][::-1] for start in range(0, len(words), 4))
+                packed = b"".join(
+                    words[start : start + 4][::-1] for start in range(0, len(words), 4)
+                )
                 found.add(in_url(socket.inet_ntop(family, packed).removeprefix("::ffff:")))
     return found
 
@@ -63,16 +65,24 @@ class TestStack:
         ports = free_ports()
         process = start(**ports)
         urls = [
-            f"http://127.0.0.1:{ports['HTTP_PORT']}{path}" for path in ("/v2/models/npair/infer", "/nope", "/v2/repository/index")
+            f"http://127.0.0.1:{ports['HTTP_PORT']}{path}"
+            for path in ("/v2/models/npair/infer", "/nope", "/v2/repository/index")
         ]
-        urls += [f"http://127.0.0.1:{ports['METRICS_PORT']}{path}" for path in ("/metrics", "/nope")]
+        urls += [
+            f"http://127.0.0.1:{ports['METRICS_PORT']}{path}" for path in ("/metrics", "/nope")
+        ]
         try:
             lines_until_ready(process)
             server = child_of(process)
-            statuses = {size: [form_status(url, size) for url in urls] for size in (1_000, 5_000_000, 20_000_000, 64 << 20)}
+            statuses = {
+                size: [form_status(url, size) for url in urls]
+                for size in (1_000, 5_000_000, 20_000_000, 64 << 20)
+            }
             assert statuses[5_000_000] == [200, 404, 403, 405, 405], "the photo is embedded"
             assert statuses[20_000_000] == statuses[1_000] == statuses[5_000_000]
-            assert statuses[64 << 20] == [400, 404, 403, 405, 405], "more bytes than a photo may have"
+            assert statuses[64 << 20] == [400, 404, 403, 405, 405], (
+                "more bytes than a photo may have"
+            )
             assert form_status(urls[0], 0) == 200
             assert child_of(process) == server
         finally:
@@ -87,11 +97,15 @@ class TestStack:
             ((512 << 20, resource.RLIM_INFINITY), 512 << 20),
         ],
     )
-    def test_of_each_limit(self, before: tuple[int, int], given: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_each_limit(
+        self, before: tuple[int, int], given: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(resource, "getrlimit", lambda _: before)
         assert stack_bytes() == given
 
-    def test_too_small_a_hard_limit_is_said(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def test_too_small_a_hard_limit_is_said(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
         monkeypatch.setattr(resource, "getrlimit", lambda _: (8 << 20, 64 << 20))
         assert stack_bytes() == 64 << 20
         assert "WARNING: the stack's hard limit is 64 MiB" in caplog.text
@@ -102,10 +116,14 @@ class TestStack:
 class TestPaths:
     """Triton starts its stubs by a bash command line, without quotes."""
 
-    @pytest.mark.parametrize("name", ["my clone", "O'Brien", "npair (1)", "a&b;c", "a$b:c", "Téléchargements"])
+    @pytest.mark.parametrize(
+        "name", ["my clone", "O'Brien", "npair (1)", "a&b;c", "a$b:c", "Téléchargements"]
+    )
     def test_no_character_of_a_path_matters(self, tmp_path: Path, name: str) -> None:
         repository = shutil.copytree(ROOT / "model_repository", tmp_path / name / "models")
-        with running(MODEL_REPOSITORY=str(repository), TMPDIR=str(tmp_path / name), NPAIR_CONTROL_SECRET="s") as (_, urls):
+        with running(
+            MODEL_REPOSITORY=str(repository), TMPDIR=str(tmp_path / name), NPAIR_CONTROL_SECRET="s"
+        ) as (_, urls):
             config = repository / "npair/config.pbtxt"
             config.write_text(config.read_text().replace('"20000000"', '"10"'))
             assert control(urls["http"], "load") == 200
@@ -167,11 +185,15 @@ def test_on_all_ports(host: str, called: str, listens: str) -> None:
         assert f"at http://{listens}:{http_port} and grpc://{listens}:{grpc_port}, " in line
         assert f", metrics at http://{listens}:{metrics_port}/" in line
         everywhere = {"0.0.0.0", "[::]"}  # as gRPC's server takes either
-        assert listening(child_of(process), ports) <= (everywhere if listens in everywhere else {listens})
+        assert listening(child_of(process), ports) <= (
+            everywhere if listens in everywhere else {listens}
+        )
         for url in (f"http://{called}:{http_port}", f"grpc://{called}:{grpc_port}"):
             with NpairClient(url) as client:
                 assert len(client.embed(SHIPPED / "golden/photo.jpg").vectors) == 1
-        with urllib.request.urlopen(f"http://{called}:{metrics_port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(
+            f"http://{called}:{metrics_port}/metrics", timeout=10
+        ) as answer:
             assert answer.status == 200
         assert health(http_port, BIND_ADDRESS=host).returncode == 0
     finally:
@@ -198,7 +220,9 @@ def test_control_apis_open_with_the_secret_alone(tmp_path: Path) -> None:
         assert index("open sesame") == 200
         assert index("wrong") == 403
         client = tritonclient.grpc.InferenceServerClient(urls["grpc"].removeprefix("grpc://"))
-        assert client.get_model_repository_index(headers={f"triton-grpc-protocol-{CONTROL_HEADER}": "open sesame"}).models
+        assert client.get_model_repository_index(
+            headers={f"triton-grpc-protocol-{CONTROL_HEADER}": "open sesame"}
+        ).models
         with pytest.raises(InferenceServerException, match="restricted"):
             client.get_model_repository_index()
         assert client.get_model_config("npair").config.name == "npair"

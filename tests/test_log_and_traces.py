@@ -27,7 +27,9 @@ HOSTILE = {
     b"new\\nline\\r\\n": "new\nline\r\n",
     b'quo\\"te\\\\': 'quo"te\\',
     b'\\", \\"level\\": \\"error': '", "level": "error',
-    b"\\nE1125 15:03:25.517639 1 model.py:8] \\u0022failed: {}": ('\nE1125 15:03:25.517639 1 model.py:8] "failed: {}'),
+    b"\\nE1125 15:03:25.517639 1 model.py:8] \\u0022failed: {}": (
+        '\nE1125 15:03:25.517639 1 model.py:8] "failed: {}'
+    ),
     "ü€😀".encode(): "ü€😀",
     b"\xff\xfe": "(not UTF-8)",
     b"\\u0000": "",
@@ -47,7 +49,9 @@ class Server:
         return [line for line in map(json.loads, list(self.lines)) if facts.items() <= line.items()]
 
     def post(self, body: bytes, headers: dict[str, str]) -> bytes:
-        answer: bytes = urlopen(Request(f"{self.urls['http']}/v2/models/npair/infer", body, headers), timeout=30).read()
+        answer: bytes = urlopen(
+            Request(f"{self.urls['http']}/v2/models/npair/infer", body, headers), timeout=30
+        ).read()
         return answer
 
     def refuse(self, request_id: bytes) -> None:
@@ -62,10 +66,14 @@ def collector(spans: list[dict[str, Any]]) -> Iterator[str]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            for resource in json.loads(self.rfile.read(int(self.headers["Content-Length"])))["resourceSpans"]:
+            for resource in json.loads(self.rfile.read(int(self.headers["Content-Length"])))[
+                "resourceSpans"
+            ]:
                 attributes = flat(resource["resource"])
                 spans.extend(
-                    {**span, "service": attributes["service.name"]} for scope in resource["scopeSpans"] for span in scope["spans"]
+                    {**span, "service": attributes["service.name"]}
+                    for scope in resource["scopeSpans"]
+                    for span in scope["spans"]
                 )
             self.send_response(200)
             self.send_header("Content-Length", "0")
@@ -118,11 +126,19 @@ class TestLog:
         for line in lines:
             assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", line["time"])
             assert line["level"] in ("info", "warning", "error")
-        assert any("successfully loaded 'npair'" in line["message"] for line in server.log(level="info", source="triton"))
-        assert any(line["message"].startswith("ready after") for line in server.log(level="info", source="npair"))
+        assert any(
+            "successfully loaded 'npair'" in line["message"]
+            for line in server.log(level="info", source="triton")
+        )
+        assert any(
+            line["message"].startswith("ready after")
+            for line in server.log(level="info", source="npair")
+        )
 
     @pytest.mark.parametrize("protocol", ["http", "grpc"])
-    def test_a_refused_photo_is_named_by_its_request(self, server: Server, protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_refused_photo_is_named_by_its_request(
+        self, server: Server, protocol: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr("uuid.uuid4", lambda: type("Id", (), {"hex": f"of {protocol}"}))
         with NpairClient(server.urls[protocol]) as client, pytest.raises(InvalidPhotoError):
             client.embed([PHOTO, PHOTO[:100]])
@@ -176,10 +192,16 @@ class TestLog:
 
         def counted() -> int:
             new = [json.loads(line) for line in server.lines[before:]]
-            return sum(line.get("more", "request_id" in line) for line in new if line["message"] == "photo refused")
+            return sum(
+                line.get("more", "request_id" in line)
+                for line in new
+                if line["message"] == "photo refused"
+            )
 
         eventually(lambda: counted() == 200)
-        assert len(server.lines) - before < 20 + 15 * seconds, "by two processes, five a second and their sum"
+        assert len(server.lines) - before < 20 + 15 * seconds, (
+            "by two processes, five a second and their sum"
+        )
 
     def test_photos_stay_out_of_it(self, server: Server) -> None:
         secret = b"\x89PNG\r\n\x1a\nsecret content" + PHOTO
@@ -203,8 +225,12 @@ class TestTraces:
         assert spans["npair"]["parentSpanId"] == spans["InferRequest"]["spanId"]
         assert all(span["service"] == "npair" for span in spans.values())
 
-    def test_name_the_request_as_the_log_does(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_name_the_request_as_the_log_does(
+        self, server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr("uuid.uuid4", lambda: type("Id", (), {"hex": "traced"}))
         with NpairClient(server.urls["grpc"]) as client:
             client.embed(PHOTO)
-        eventually(lambda: any(flat(span).get("triton.request_id") == "traced" for span in server.spans))
+        eventually(
+            lambda: any(flat(span).get("triton.request_id") == "traced" for span in server.spans)
+        )

@@ -11,19 +11,30 @@ import torch
 import transformers
 from conftest import ROOT
 
+from npair.networks import NetworkError
 from npair.networks.network import build_network, embed, multiply_adds, new_network
 from npair.publishing.version_folder import export
-from npair.training.run import RunError
 
-VISION: Any = {"image_size": 64, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-# ResNet has 16 channels at least: after the backward pass of a narrower 1x1 convolution, oneDNN's cache crashes as Python exits.
+VISION: Any = {
+    "image_size": 64,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+# ResNet needs 16 channels: after the backward pass of a narrower 1x1 convolution, oneDNN's cache
+# crashes as Python exits.
 ARCHITECTURES = {
-    "resnet": transformers.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"),
+    "resnet": transformers.ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"
+    ),
     "convnextv2": transformers.ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2),
     "mobilenet_v2": transformers.MobileNetV2Config(depth_multiplier=0.35),
     "dinov2": transformers.Dinov2Config(**VISION),
     "vit": transformers.ViTConfig(**VISION, intermediate_size=32),
-    "swin": transformers.SwinConfig(image_size=64, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4),
+    "swin": transformers.SwinConfig(
+        image_size=64, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4
+    ),
 }
 
 
@@ -32,16 +43,26 @@ def checkpoint(folder: Path, config: transformers.PretrainedConfig) -> str:
     torch.manual_seed(0)
     model: Any = transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]})
+    )
     return str(folder)
 
 
-@pytest.mark.parametrize(("width", "row"), [(32, "| 32 | 2.8 M | 265 M | 721 M |"), (48, "| 48 | 6.3 M | 592 M | 1614 M |")])
+@pytest.mark.parametrize(
+    ("width", "row"),
+    [(32, "| 32 | 2.8 M | 265 M | 721 M |"), (48, "| 48 | 6.3 M | 592 M | 1614 M |")],
+)
 def test_compact_costs_what_docs_say(width: int, row: str) -> None:
     network, _ = new_network("compact", width)
-    parameters, one = sum(parameter.numel() for parameter in network.parameters()), multiply_adds(network, 160)
+    parameters, one = (
+        sum(parameter.numel() for parameter in network.parameters()),
+        multiply_adds(network, 160),
+    )
     network.views = 2
-    assert row == f"| {width} | {parameters / 1e6:.1f} M | {one / 1e6:.0f} M | {multiply_adds(network, 208) / 1e6:.0f} M |"
+    two = multiply_adds(network, 208)
+    costs = f"{parameters / 1e6:.1f} M | {one / 1e6:.0f} M | {two / 1e6:.0f} M"
+    assert row == f"| {width} | {costs} |"
     assert network.training, "counting leaves the network in the mode it was in"
     assert row in (ROOT / "docs/training.md").read_text()
 
@@ -52,7 +73,9 @@ def test_embed_normalises_and_does_not_depend_on_the_batch() -> None:
     together, apart = embed(network, pixels, batch=5), embed(network, pixels, batch=2)
     torch.testing.assert_close(torch.from_numpy(together), torch.from_numpy(apart))
     torch.testing.assert_close(torch.from_numpy(together).norm(dim=1), torch.ones(5))
-    torch.testing.assert_close(embed(network, pixels, torch.tensor([3, 1]).numpy()), together[[3, 1]])
+    torch.testing.assert_close(
+        embed(network, pixels, torch.tensor([3, 1]).numpy()), together[[3, 1]]
+    )
     assert network.training, "embedding leaves the network in the mode it was in"
 
 
@@ -68,7 +91,7 @@ def test_the_second_view_is_the_mirrored_central_part() -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_pretrained_networks_train_and_export(architecture: str, tmp_path: Path) -> None:
-    """From a local checkpoint, without network: its weights, a gradient, and a graph that answers as the network does."""
+    """Start from a local checkpoint's weights, learn in every layer, export an equal graph."""
     name = checkpoint(tmp_path / architecture, ARCHITECTURES[architecture])
     network, description = new_network(name, 32)
     published = transformers.AutoModel.from_pretrained(name).state_dict()
@@ -79,7 +102,9 @@ def test_pretrained_networks_train_and_export(architecture: str, tmp_path: Path)
     photos = torch.randint(0, 256, (3, 96, 96, 3), dtype=torch.uint8)
     network(photos).square().sum().backward()
     unused = [name for name, parameter in network.named_parameters() if parameter.grad is None]
-    assert not [name for name in unused if "pool" not in name and "mask" not in name], "every layer learns"
+    assert not [name for name in unused if "pool" not in name and "mask" not in name], (
+        "every layer learns"
+    )
 
     again = build_network(json.loads(json.dumps(description)))
     again.load_state_dict(network.state_dict())
@@ -88,7 +113,10 @@ def test_pretrained_networks_train_and_export(architecture: str, tmp_path: Path)
     export(network, 96, tmp_path / "network.pt2")
     graph = torch.export.load(tmp_path / "network.pt2").module()
     torch.testing.assert_close(
-        torch.nn.functional.normalize(graph(photos)).detach(), torch.from_numpy(expected), rtol=1e-4, atol=1e-5
+        torch.nn.functional.normalize(graph(photos)).detach(),
+        torch.from_numpy(expected),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -96,27 +124,37 @@ def test_graph_needs_no_transformers(tmp_path: Path) -> None:
     network, _ = new_network(checkpoint(tmp_path / "convnextv2", ARCHITECTURES["convnextv2"]), 32)
     export(network, 64, tmp_path / "network.pt2")
     code = (
-        "import sys; sys.modules['transformers'] = None; import numpy as np; from pathlib import Path;"
+        "import sys; sys.modules['transformers'] = None;"
+        "import numpy as np; from pathlib import Path;"
         "from npair.serving.engine import load;"
-        f"engine = load('torch', Path({str(tmp_path / 'network.pt2')!r}), 'fp32', threads=1, cores=1);"
+        f"graph = Path({str(tmp_path / 'network.pt2')!r});"
+        "engine = load('torch', graph, 'fp32', threads=1, cores=1);"
         "print(engine(np.zeros((4, 64, 64, 3), np.uint8), alone=False).shape)"
     )
-    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
     assert "(4, 128)" in result.stdout
 
 
 def test_refuses_what_is_no_vision_model(tmp_path: Path) -> None:
-    text = transformers.BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    with pytest.raises(RunError, match="not a vision model"):
+    text = transformers.BertConfig(
+        vocab_size=10,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+    )
+    with pytest.raises(NetworkError, match="not a vision model"):
         new_network(checkpoint(tmp_path / "bert", text), 32)
 
 
 def test_refuses_a_folder_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="transformers has no vision model"):
+    with pytest.raises(NetworkError, match="transformers has no vision model"):
         new_network(str(tmp_path), 32)
 
 
 def test_says_how_to_get_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(RunError, match=r"npair\[pretrained\]"):
+    with pytest.raises(NetworkError, match=r"npair\[pretrained\]"):
         new_network("microsoft/resnet-18", 32)

@@ -359,11 +359,16 @@ def served(location: str, endpoint: str, tmp_path: Path) -> Iterator[Server]:
     """Triton on the store, with version 1, which is the shipped one by its own number there."""
     release(open_repository(location))
     http, grpc, metrics = map(int, free_ports().values())
-    place = location.replace("s3://", f"s3://{endpoint}/").removesuffix("/npair")  # Triton's way to name a server that is not AWS's
+    place = location.replace("s3://", f"s3://{endpoint}/").removesuffix(
+        "/npair"
+    )  # Triton's way to name a server that is not AWS's
     options = Options(place, http_port=http, grpc_port=grpc, metrics_port=metrics)
     triton = find_triton(tmp_path)
     process = subprocess.Popen(
-        command(options, triton, SECRET), env=triton.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(options, triton, SECRET),
+        env=triton.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         yield Server(f"http://127.0.0.1:{options.http_port}", "npair", secret=SECRET, timeout=90)

@@ -71,5 +71,7 @@ def test_seconds_to_start_in(arguments: list[str], seconds: float) -> None:
 
 def test_help_names_each_variable() -> None:
     command = [sys.executable, str(SERVE), "--help"]
-    result = subprocess.run(command, env=os.environ | {"COLUMNS": "1000"}, check=True, capture_output=True, text=True)
+    result = subprocess.run(
+        command, env=os.environ | {"COLUMNS": "1000"}, check=True, capture_output=True, text=True
+    )
     assert all(each.metadata["variable"] in result.stdout for each in fields(Options))

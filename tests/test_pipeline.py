@@ -1,4 +1,4 @@
-"""The pipeline's documentation and its parts agree; scripts/test_image.py runs the pipeline itself."""
+"""The pipeline's documentation matches its parts; scripts/test_image.py runs the pipeline."""
 
 from __future__ import annotations
 
@@ -23,14 +23,18 @@ def test_the_page_shows_the_workflow() -> None:
     blocks = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     position = 0
     for block in blocks:
-        assert block in PUBLISH[position:], f"docs/ci-cd.md shows, out of date or out of order:\n{block}"
+        assert block in PUBLISH[position:], (
+            f"docs/ci-cd.md shows, out of date or out of order:\n{block}"
+        )
         position = PUBLISH.index(block, position) + len(block)
     shown = "".join(blocks)
     for line in PUBLISH[PUBLISH.index("\njobs:\n") :].splitlines()[2:]:
         assert line in shown or line.startswith("  #"), f"docs/ci-cd.md does not show: {line}"
 
 
-@pytest.mark.parametrize("workflow", sorted((ROOT / ".github/workflows").iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "workflow", sorted((ROOT / ".github/workflows").iterdir()), ids=lambda path: path.name
+)
 def test_workflows_run_scripts_that_exist_and_pin_their_actions(workflow: Path) -> None:
     text = workflow.read_text()
     for script in re.findall(r"scripts/[\w.-]+", text):
@@ -51,13 +55,22 @@ def test_promotion_takes_a_digest_alone(digest: str) -> None:
     assert "not a digest" in result.stderr
 
 
-def test_dashboard_and_alerts_read_metrics_that_the_server_has(published: Path, tmp_path: Path) -> None:
+def test_dashboard_and_alerts_read_metrics_that_the_server_has(
+    published: Path, tmp_path: Path
+) -> None:
     dashboard = json.loads((ROOT / "monitoring/grafana/dashboards/npair.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    wanted = set(re.findall(r"(?:nv|npair)_\w+", " ".join(expressions) + (ROOT / "monitoring/alerts.yml").read_text()))
+    wanted = set(
+        re.findall(
+            r"(?:nv|npair)_\w+",
+            " ".join(expressions) + (ROOT / "monitoring/alerts.yml").read_text(),
+        )
+    )
     assert len(wanted) > 12
     models = shutil.copytree(published, tmp_path / "models/npair")
-    (models / "config.pbtxt").write_text(with_release((models / "config.pbtxt").read_text(), [1], {}))
+    (models / "config.pbtxt").write_text(
+        with_release((models / "config.pbtxt").read_text(), [1], {})
+    )
     ports = free_ports()
     server = start(**ports, MODEL_REPOSITORY=str(models.parent))
     try:
@@ -70,5 +83,7 @@ def test_dashboard_and_alerts_read_metrics_that_the_server_has(published: Path, 
 
 
 def test_the_alert_knows_how_long_the_queue_may_be() -> None:
-    limit = parse((ROOT / "model_repository/npair/config.pbtxt").read_text()).dynamic_batching.default_queue_policy.max_queue_size
+    limit = parse(
+        (ROOT / "model_repository/npair/config.pbtxt").read_text()
+    ).dynamic_batching.default_queue_policy.max_queue_size
     assert f"> 0.9 * {limit}\n" in (ROOT / "monitoring/alerts.yml").read_text()

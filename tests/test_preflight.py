@@ -54,7 +54,9 @@ class TestPlatform:
             ("libc_ver", ("", ""), "this is another libc"),
         ],
     )
-    def test_platform(self, monkeypatch: pytest.MonkeyPatch, name: str, value: object, reason: str) -> None:
+    def test_platform(
+        self, monkeypatch: pytest.MonkeyPatch, name: str, value: object, reason: str
+    ) -> None:
         """This machine is a supported one, so another is pretended."""
         monkeypatch.setattr(platform, name, lambda: value)
         with pytest.raises(ServeError, match=reason):

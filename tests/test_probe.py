@@ -55,7 +55,9 @@ def embeds_nothing(answered: Iterable[int], status: int | None = None) -> Iterat
 
 
 @pytest.mark.parametrize(("status", "reason"), [(None, "no answer"), (503, "answered 503")])
-def test_busy_is_told_from_dead_whichever_request_waits(tmp_path: Path, status: int | None, reason: str) -> None:
+def test_busy_is_told_from_dead_whichever_request_waits(
+    tmp_path: Path, status: int | None, reason: str
+) -> None:
     """Busy while the count of inferences grows, dead when it stands still."""
     with embeds_nothing([7, 9, 9, 9], status) as api:
         probe = Probe(api, tmp_path)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_network import ARCHITECTURES, checkpoint
 
-# Each process embeds every second row of the same 6 pairs or tuplets; the first one writes down the gradients that all agree on.
+# Each process embeds its share of the same 6 pairs or tuplets; the first one saves the gradients.
 GRADIENTS = """
 import sys, torch
 from torch import nn
@@ -21,7 +21,11 @@ from npair.training.processes import gather, process_group, rank, sum_gradients,
 
 found = {}
 with process_group():
-    for loss_of in NPairLoss(norm_penalty=0.01), CosineNPairLoss(temperature=0.1), TupletLoss(norm_penalty=0.01):
+    for loss_of in (
+        NPairLoss(norm_penalty=0.01),
+        CosineNPairLoss(temperature=0.1),
+        TupletLoss(norm_penalty=0.01),
+    ):
         columns = 7 if isinstance(loss_of, TupletLoss) else 2
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(10, 32), nn.GELU(), nn.Linear(32, 8))
@@ -31,17 +35,28 @@ with process_group():
         loss = loss_of(anchors, positives, *[negatives] if columns > 2 else [])
         loss.backward()
         sum_gradients(network)
-        found[type(loss_of).__name__] = [loss.detach(), *(parameter.grad for parameter in network.parameters())]
+        gradients = [parameter.grad for parameter in network.parameters()]
+        found[type(loss_of).__name__] = [loss.detach(), *gradients]
     if rank() == 0:
         torch.save({"processes": world_size(), "found": found}, sys.argv[1])
 """
 
 
 def in_processes(count: int, *arguments: str | Path) -> None:
-    # After -- torchrun takes nothing for an option of its own, as it would --run.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--"] if count > 1 else []
+    # After --, torchrun takes no option for its own, as it would take --run.
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--"]
+        if count > 1
+        else []
+    )
     command = [sys.executable, *launcher, *map(str, arguments)]
-    result = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False, capture_output=True, text=True)
+    result = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -51,12 +66,14 @@ def test_gradients_are_those_of_one_process(tmp_path: Path) -> None:
         in_processes(count, tmp_path / "gradients.py", tmp_path / f"{count}.pt")
     one, two = (torch.load(tmp_path / f"{count}.pt", weights_only=True) for count in (1, 2))
     assert (one["processes"], two["processes"]) == (1, 2)
-    assert all(tensors[1].abs().max() > 1e-4 for tensors in one["found"].values()), "there are gradients to compare"
+    assert all(tensors[1].abs().max() > 1e-4 for tensors in one["found"].values()), (
+        "there are gradients to compare"
+    )
     torch.testing.assert_close(two["found"], one["found"])
 
 
 def test_training_in_two_processes_goes_the_way_of_one(dataset: Path, tmp_path: Path) -> None:
-    """With a network without batch normalisation, whose statistics processes on CPUs do not share, and without chance."""
+    """Without random augmentation, and without batch normalisation, which CPUs do not share."""
     network = checkpoint(tmp_path / "convnextv2", ARCHITECTURES["convnextv2"])
     for count in (1, 2):
         options = (
@@ -80,7 +97,10 @@ def test_training_in_two_processes_goes_the_way_of_one(dataset: Path, tmp_path: 
             "--augmentation=none",
             *options,
         )
-    one, two = ([json.loads(line) for line in (tmp_path / str(count) / "log.jsonl").open()] for count in (1, 2))
+    one, two = (
+        [json.loads(line) for line in (tmp_path / str(count) / "log.jsonl").open()]
+        for count in (1, 2)
+    )
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-2)
     assert one[0]["loss"] != pytest.approx(one[-1]["loss"], rel=2e-2), "and it is a way to go"
     assert (tmp_path / "2" / "report.html").exists()

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, publish_into
 
 import npair.serving
-from npair.networks.network import EmbeddingNetwork, load_network
+from npair.networks.network import EmbeddingNetwork
 from npair.publishing import graphs as engines
 from npair.publishing import publish
 from npair.publishing import version_folder as artifact
@@ -25,13 +25,18 @@ from npair.releasing import ReleaseError
 from npair.releasing.config import with_release
 from npair.releasing.repository import RepositoryError, open_repository
 from npair.serving.embedder import VersionError
+from npair.training.checkpoint import load_network
 from npair.training.run import RunError
 
 
 @pytest.fixture(autouse=True)
 def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """That the other engines are measured, and older instruction sets, test_artifact.py shows; it takes most of the time."""
-    monkeypatch.setattr(artifact, "write_graphs", lambda *_: {name: "not for this test" for name in ENGINES if name != REFERENCE})
+    monkeypatch.setattr(
+        artifact,
+        "write_graphs",
+        lambda *_: {name: "not for this test" for name in ENGINES if name != REFERENCE},
+    )
     monkeypatch.setattr(engines, "INSTRUCTION_SETS", {})
 
 
@@ -49,7 +54,9 @@ def left(repository: Path) -> set[str]:
 
 
 def test_is_compared_with_the_pinned_version(second: Path, trained: Path, dataset: Path) -> None:
-    folder = publish_into(second, trained, dataset, accept_cost="torch alone, and busy test machines")
+    folder = publish_into(
+        second, trained, dataset, accept_cost="torch alone, and busy test machines"
+    )
     compared = json.loads((folder / "manifest.json").read_text())["compared_with"]
     assert compared["version"] == 1
     for old, new in compared["recall_at_1"].values():
@@ -58,7 +65,9 @@ def test_is_compared_with_the_pinned_version(second: Path, trained: Path, datase
     assert min(compared["milliseconds"]) > 0
 
 
-def test_a_worse_network_needs_a_reason(second: Path, trained: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worse_network_needs_a_reason(
+    second: Path, trained: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def blind(run: Path) -> EmbeddingNetwork:
         """To which all photos are alike."""
         network = load_network(run)
@@ -67,11 +76,18 @@ def test_a_worse_network_needs_a_reason(second: Path, trained: Path, dataset: Pa
         return network
 
     monkeypatch.setattr(artifact, "load_network", blind)
-    with pytest.raises(PublishError, match=r"Recall@1 on val, of (fine|coarse) labels, is .* \(--accept-recall-drop REASON"):
+    with pytest.raises(
+        PublishError,
+        match=r"Recall@1 on val, of (fine|coarse) labels, is .* \(--accept-recall-drop REASON",
+    ):
         publish_into(second, trained, dataset)
     assert left(second) == {"config.pbtxt", "1"}
-    folder = publish_into(second, trained, dataset, accept_recall_drop="a test", accept_cost="another")
-    accepted = json.loads((folder / "manifest.json").read_text())["compared_with"]["accepted_recall"]
+    folder = publish_into(
+        second, trained, dataset, accept_recall_drop="a test", accept_cost="another"
+    )
+    accepted = json.loads((folder / "manifest.json").read_text())["compared_with"][
+        "accepted_recall"
+    ]
     assert accepted["reason"] == "a test"
     assert "version 1 has" in accepted["problem"]
 
@@ -80,7 +96,14 @@ def test_what_was_refused_is_not_measured_again(
     second: Path, trained: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def attempt(**options: Any) -> int:
-        return publish.publish(trained, dataset, open_repository(second), cache=tmp_path / "cache", say=said.append, **options)
+        return publish.publish(
+            trained,
+            dataset,
+            open_repository(second),
+            cache=tmp_path / "cache",
+            say=said.append,
+            **options,
+        )
 
     said: list[str] = []
     monkeypatch.setattr(publish, "COST_RISE", 0.0)
@@ -101,18 +124,35 @@ def test_what_was_refused_is_not_measured_again(
 
 
 def test_refusals() -> None:
-    compared: dict[str, Any] = {"version": 1, "recall_at_1": {"fine": [0.7, 0.695]}, "milliseconds": [2, 2.9], "bytes": [10, 15]}
+    compared: dict[str, Any] = {
+        "version": 1,
+        "recall_at_1": {"fine": [0.7, 0.695]},
+        "milliseconds": [2, 2.9],
+        "bytes": [10, 15],
+    }
     assert refusals(compared) == {}
-    assert "0.689" in refusals(compared | {"recall_at_1": {"fine": [0.7, 0.7], "coarse": [0.7, 0.689]}})["recall"]
-    assert refusals(compared | {"milliseconds": [2, 3.1]})["cost"] == "it takes 3.1 ms a photo; version 1 takes 2"
+    assert (
+        "0.689"
+        in refusals(compared | {"recall_at_1": {"fine": [0.7, 0.7], "coarse": [0.7, 0.689]}})[
+            "recall"
+        ]
+    )
+    assert (
+        refusals(compared | {"milliseconds": [2, 3.1]})["cost"]
+        == "it takes 3.1 ms a photo; version 1 takes 2"
+    )
     assert "bytes" in refusals(compared | {"bytes": [10, 16]})["cost"]
 
 
-def test_serving_libraries_are_those_of_the_pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serving_libraries_are_those_of_the_pins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_libraries()
     (tmp_path / "requirements.txt").write_text("numpy==0.1 ; python_version < '3'\nopenvino==0.2\n")
     monkeypatch.setattr(publish, "PINS", tmp_path)
-    with pytest.raises(PublishError, match=r"openvino is .* here and 0\.2 where versions are served"):
+    with pytest.raises(
+        PublishError, match=r"openvino is .* here and 0\.2 where versions are served"
+    ):
         check_libraries()
 
 
@@ -131,7 +171,9 @@ def test_a_graph_that_is_not_the_network_is_refused(
             network.embedding.bias.copy_(before)
 
     monkeypatch.setattr(artifact, "export", spoilt)
-    with pytest.raises(EnginesError, match=r"the exported graph (is not the network|does not work)"):
+    with pytest.raises(
+        EnginesError, match=r"the exported graph (is not the network|does not work)"
+    ):
         publish_into(repository, trained, dataset)
     assert left(repository) == {"config.pbtxt"}
 
@@ -156,16 +198,22 @@ def test_next_number_whatever_lies_around(repository: Path, trained: Path, datas
 def test_a_version_is_published_anew(published: Path, repository: Path, dataset: Path) -> None:
     shutil.copytree(published / "1", repository / "1")
     again = publish_into(repository, repository / "1", dataset)
-    old, new = (json.loads((folder / "manifest.json").read_text()) for folder in (repository / "1", again))
+    old, new = (
+        json.loads((folder / "manifest.json").read_text()) for folder in (repository / "1", again)
+    )
     assert new["training"] == old["training"]
-    before, after = (np.load(folder / "golden/embeddings.npy") for folder in (repository / "1", again))
+    before, after = (
+        np.load(folder / "golden/embeddings.npy") for folder in (repository / "1", again)
+    )
     np.testing.assert_allclose(after, before, atol=1e-6)
     (again / "network.pt2").write_bytes(b"changed")
     with pytest.raises(VersionError, match=r"network\.pt2 has changed"):
         publish_into(repository, again, dataset)
 
 
-def test_failure_leaves_nothing(repository: Path, trained: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_leaves_nothing(
+    repository: Path, trained: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -22,7 +22,12 @@ BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", README, re.MULTILINE | re.DO
 def ports() -> Iterator[dict[str, str]]:
     ports = free_ports()
     make = subprocess.Popen(
-        ["make", "serve"], cwd=ROOT, env=os.environ | ports, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ["make", "serve"],
+        cwd=ROOT,
+        env=os.environ | ports,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     lines_until_ready(make)
     rest: list[str] = []
@@ -35,13 +40,24 @@ def ports() -> Iterator[dict[str, str]]:
     assert "npair: stopped\n" in rest, rest
 
 
-@pytest.mark.parametrize(("language", "code"), BLOCKS, ids=[code.strip().splitlines()[0][:50] for _, code in BLOCKS])
+@pytest.mark.parametrize(
+    ("language", "code"), BLOCKS, ids=[code.strip().splitlines()[0][:50] for _, code in BLOCKS]
+)
 def test_block(language: str, code: str, ports: dict[str, str], tmp_path: Path) -> None:
     for name, port in (("HTTP_PORT", "8000"), ("GRPC_PORT", "8001")):
         code = code.replace(f"127.0.0.1:{port}", f"127.0.0.1:{ports[name]}")
-    environment = os.environ | {"NPAIR_URL": f"http://127.0.0.1:{ports['HTTP_PORT']}", "TMPDIR": str(tmp_path)}
-    command = ["bash", "-euo", "pipefail", "-c", code] if language == "sh" else [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {
+        "NPAIR_URL": f"http://127.0.0.1:{ports['HTTP_PORT']}",
+        "TMPDIR": str(tmp_path),
+    }
+    command = (
+        ["bash", "-euo", "pipefail", "-c", code]
+        if language == "sh"
+        else [sys.executable, "-c", code]
+    )
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr
     if "od -An" in code:
         numbers = [float(number) for number in result.stdout.split()]

@@ -52,12 +52,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     cert, key = certificate(tmp_path_factory.mktemp("tls"))
     ports = free_ports()
     http_port, grpc_port, metrics_port = (ports[name] for name in PORTS)
-    process = start("--verbose", **ports, NPAIR_CONTROL_SECRET=SECRET, GRPC_TLS_CERT=str(cert), GRPC_TLS_KEY=str(key))
+    process = start(
+        "--verbose",
+        **ports,
+        NPAIR_CONTROL_SECRET=SECRET,
+        GRPC_TLS_CERT=str(cert),
+        GRPC_TLS_KEY=str(key),
+    )
     try:
         lines = lines_until_ready(process)
         urls = {"http": f"http://127.0.0.1:{http_port}", "grpc": f"grpcs://127.0.0.1:{grpc_port}"}
         metrics = f"http://127.0.0.1:{metrics_port}/metrics"
-        yield Server(process, children(process.pid)[0], lines, f"127.0.0.1:{http_port}", urls, metrics, cert)
+        yield Server(
+            process, children(process.pid)[0], lines, f"127.0.0.1:{http_port}", urls, metrics, cert
+        )
     finally:
         process.terminate()
         process.wait(timeout=30)
@@ -65,7 +73,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def http_status(server: Server, method: str, path: str, secret: str = "") -> int:
     connection = http.client.HTTPConnection(server.host, timeout=30)
-    connection.request(method, path, b"{}" if method == "POST" else None, {CONTROL_HEADER: secret} if secret else {})
+    connection.request(
+        method,
+        path,
+        b"{}" if method == "POST" else None,
+        {CONTROL_HEADER: secret} if secret else {},
+    )
     status = connection.getresponse().status
     connection.close()
     return status
@@ -73,14 +86,19 @@ def http_status(server: Server, method: str, path: str, secret: str = "") -> int
 
 @pytest.fixture(scope="module")
 def stub(server: Server) -> Iterator[service_pb2_grpc.GRPCInferenceServiceStub]:
-    address, credentials = server.urls["grpc"].removeprefix("grpcs://"), grpc.ssl_channel_credentials(server.ca.read_bytes())
+    address, credentials = (
+        server.urls["grpc"].removeprefix("grpcs://"),
+        grpc.ssl_channel_credentials(server.ca.read_bytes()),
+    )
     with grpc.secure_channel(address, credentials) as channel:
         yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
 
 
 def is_closed(stub: service_pb2_grpc.GRPCInferenceServiceStub, method: str) -> bool:
     streams = method == "ModelStreamInfer"
-    request = service_pb2.ModelInferRequest() if streams else getattr(service_pb2, f"{method}Request")()
+    request = (
+        service_pb2.ModelInferRequest() if streams else getattr(service_pb2, f"{method}Request")()
+    )
     try:
         answer = getattr(stub, method)(iter([request]) if streams else request, timeout=30)
         return streams and not list(answer)
@@ -91,7 +109,9 @@ def is_closed(stub: service_pb2_grpc.GRPCInferenceServiceStub, method: str) -> b
 HTTP_ROUTES = re.findall(r"^\| `(GET|POST) (\S+)` \| (open|closed) \|", PAGE, re.MULTILINE)
 GRPC_METHODS = {
     method: state
-    for methods, state in re.findall(r"^\| (`[A-Z][a-z].*?`) \| (open|closed) \|", PAGE, re.MULTILINE)
+    for methods, state in re.findall(
+        r"^\| (`[A-Z][a-z].*?`) \| (open|closed) \|", PAGE, re.MULTILINE
+    )
     for method in re.findall(r"`(\w+)`", methods)
 }
 
@@ -108,7 +128,9 @@ class TestPorts:
         assert closed == {method for method, state in GRPC_METHODS.items() if state == "closed"}
 
     def test_every_method_is_listed(self) -> None:
-        assert set(GRPC_METHODS) == set(service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name)
+        assert set(GRPC_METHODS) == set(
+            service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name
+        )
 
     def test_metrics(self, server: Server) -> None:
         assert b"nv_inference_count" in urlopen(server.metrics).read()
@@ -136,9 +158,13 @@ class TestSecret:
         assert f"`triton-grpc-protocol-{CONTROL_HEADER}`" in text
 
     def test_what_is_seen_instead_opens_nothing(self, server: Server) -> None:
-        seen = re.findall(rf"{CONTROL_HEADER}=([^\0]+)", Path(f"/proc/{server.pid}/cmdline").read_text())
+        seen = re.findall(
+            rf"{CONTROL_HEADER}=([^\0]+)", Path(f"/proc/{server.pid}/cmdline").read_text()
+        )
         assert len(seen) == 2, "the flags are there"
-        assert all(http_status(server, "POST", "/v2/repository/index", text) == 403 for text in seen)
+        assert all(
+            http_status(server, "POST", "/v2/repository/index", text) == 403 for text in seen
+        )
 
     def test_is_in_no_process_but_the_parent(self, server: Server) -> None:
         stubs = children(server.pid)
@@ -153,7 +179,11 @@ class TestSecret:
         assert "sesame" not in "".join(server.lines)
 
     def test_where_it_cannot_be_hidden_that_is_said_once(
-        self, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self,
+        server: Server,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         """As under Yama's ptrace_scope 3, which holds for a whole machine."""
 
@@ -165,23 +195,32 @@ class TestSecret:
         supervisor.process = server.process  # type: ignore[assignment]
         line = b'I1127 09:00:00.000000 1 server.cc:1] "one line of several"\n'
         supervisor.relay.run([line, line], supervisor._hide_secret)
-        assert caplog.text.count("WARNING: users of this machine can read the secret for control APIs") == 1
+        assert (
+            caplog.text.count("WARNING: users of this machine can read the secret for control APIs")
+            == 1
+        )
 
     def test_another_users_process_cannot_be_written(self) -> None:
         """By nobody, where this runs as root."""
         code = "import os; from supervisor.launch import hide_secret; os.getuid() or os.setuid(65534); hide_secret(1)"
         command = [sys.executable, "-c", code]
-        result = subprocess.run(command, cwd=ROOT / "model/api", capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            command, cwd=ROOT / "model/api", capture_output=True, text=True, check=False
+        )
         assert "PermissionError" in result.stderr
 
     @pytest.mark.parametrize("secret", [" leading", "two\nlines", "sésame"])
     def test_that_no_header_can_carry(self, monkeypatch: pytest.MonkeyPatch, secret: str) -> None:
         monkeypatch.setenv("NPAIR_CONTROL_SECRET", secret)
         monkeypatch.delenv("NPAIR_CONTROL_SECRET_FILE", raising=False)
-        with pytest.raises(ServeError, match="NPAIR_CONTROL_SECRET must be one line of printable ASCII") as caught:
+        with pytest.raises(
+            ServeError, match="NPAIR_CONTROL_SECRET must be one line of printable ASCII"
+        ) as caught:
             given_secret()
         assert secret not in str(caught.value)
-        with pytest.raises(ReleaseError, match="NPAIR_CONTROL_SECRET must hold one line of printable ASCII") as refused:
+        with pytest.raises(
+            ReleaseError, match="NPAIR_CONTROL_SECRET must hold one line of printable ASCII"
+        ) as refused:
             control_secret()
         assert secret not in str(refused.value)
 
@@ -195,8 +234,13 @@ class TestSecret:
 class TestTls:
     def test_the_same_embeddings(self, server: Server) -> None:
         assert server.urls["grpc"] in server.lines[-1]
-        with NpairClient(server.urls["http"]) as plain, NpairClient(server.urls["grpc"], ca=server.ca) as client:
-            np.testing.assert_allclose(client.embed([PHOTO] * 40).vectors[39], plain.embed(PHOTO).vectors[0], atol=1e-5)
+        with (
+            NpairClient(server.urls["http"]) as plain,
+            NpairClient(server.urls["grpc"], ca=server.ca) as client,
+        ):
+            np.testing.assert_allclose(
+                client.embed([PHOTO] * 40).vectors[39], plain.embed(PHOTO).vectors[0], atol=1e-5
+            )
 
     def test_without_the_authority_or_without_tls_there_is_no_answer(self, server: Server) -> None:
         for url in (server.urls["grpc"], server.urls["grpc"].replace("grpcs", "grpc")):
@@ -206,11 +250,16 @@ class TestTls:
     def test_clients_need_certificates_where_an_authority_is_given(self, tmp_path: Path) -> None:
         cert, key = certificate(tmp_path)
         ports = free_ports()
-        process = start(**ports, GRPC_TLS_CERT=str(cert), GRPC_TLS_KEY=str(key), GRPC_TLS_CLIENT_CA=str(cert))
+        process = start(
+            **ports, GRPC_TLS_CERT=str(cert), GRPC_TLS_KEY=str(key), GRPC_TLS_CLIENT_CA=str(cert)
+        )
         try:
             lines_until_ready(process)
             address = f"127.0.0.1:{ports['GRPC_PORT']}"
-            with NpairClient(f"grpcs://{address}", ca=cert, retries=0) as client, pytest.raises(UnavailableError):
+            with (
+                NpairClient(f"grpcs://{address}", ca=cert, retries=0) as client,
+                pytest.raises(UnavailableError),
+            ):
                 client.embed(PHOTO)
             with NpairClient(f"grpcs://{address}", ca=cert, cert=(cert, key), retries=0) as client:
                 client.embed(PHOTO)
@@ -221,10 +270,22 @@ class TestTls:
     @pytest.mark.parametrize(
         ("given", "reason"),
         [
-            ({"GRPC_TLS_CERT"}, "needs a certificate and its key: set --grpc-key (GRPC_TLS_KEY), too"),
-            ({"GRPC_TLS_KEY"}, "needs a certificate and its key: set --grpc-cert (GRPC_TLS_CERT), too"),
-            ({"GRPC_TLS_CLIENT_CA"}, "needs a certificate and its key: set --grpc-cert (GRPC_TLS_CERT), too"),
-            ({"GRPC_TLS_CERT", "GRPC_TLS_KEY", "missing"}, "--grpc-client-ca (GRPC_TLS_CLIENT_CA) cannot be read: "),
+            (
+                {"GRPC_TLS_CERT"},
+                "needs a certificate and its key: set --grpc-key (GRPC_TLS_KEY), too",
+            ),
+            (
+                {"GRPC_TLS_KEY"},
+                "needs a certificate and its key: set --grpc-cert (GRPC_TLS_CERT), too",
+            ),
+            (
+                {"GRPC_TLS_CLIENT_CA"},
+                "needs a certificate and its key: set --grpc-cert (GRPC_TLS_CERT), too",
+            ),
+            (
+                {"GRPC_TLS_CERT", "GRPC_TLS_KEY", "missing"},
+                "--grpc-client-ca (GRPC_TLS_CLIENT_CA) cannot be read: ",
+            ),
             ({"GRPC_TLS_CERT", "GRPC_TLS_KEY", "binary"}, "is not PEM; convert it with openssl"),
         ],
     )
@@ -250,24 +311,45 @@ class TestRelease:
     FLOOR = re.findall(r"^ARG TRITON_FLOOR=(.+)$", DOCKERFILE, re.MULTILINE)[0]
 
     def test_floor_is_what_the_last_bulletin_asks_for(self) -> None:
-        fixed = re.findall(r"^\| \[\d+\]\(https://github.com/NVIDIA/product-security/.*?\| (\d\d\.\d\d) \|", PAGE, re.MULTILINE)
+        fixed = re.findall(
+            r"^\| \[\d+\]\(https://github.com/NVIDIA/product-security/.*?\| (\d\d\.\d\d) \|",
+            PAGE,
+            re.MULTILINE,
+        )
         assert len(fixed) >= 10
         assert max(fixed) == self.FLOOR
 
     def test_the_image_is_above_it_and_nothing_lowers_it(self) -> None:
-        assert re.findall(r"^ARG TRITON_IMAGE=.*:(.*)-py3$", self.DOCKERFILE, re.MULTILINE)[0] >= self.FLOOR
-        for path in [ROOT / "Makefile", ROOT / "docker-compose.prod.yml", *(ROOT / ".github").rglob("*.yml")]:
+        assert (
+            re.findall(r"^ARG TRITON_IMAGE=.*:(.*)-py3$", self.DOCKERFILE, re.MULTILINE)[0]
+            >= self.FLOOR
+        )
+        for path in [
+            ROOT / "Makefile",
+            ROOT / "docker-compose.prod.yml",
+            *(ROOT / ".github").rglob("*.yml"),
+        ]:
             assert "TRITON_FLOOR" not in path.read_text(), path
 
     @pytest.mark.parametrize(
         ("release", "taken"),
-        [("26.07", True), ("26.10", True), ("27.01", True), ("26.06", False), ("24.10", False), ("", False), ("latest", False)],
+        [
+            ("26.07", True),
+            ("26.10", True),
+            ("27.01", True),
+            ("26.06", False),
+            ("24.10", False),
+            ("", False),
+            ("latest", False),
+        ],
     )
     def test_the_build_takes(self, release: str, taken: bool) -> None:
         assert 'RUN sh /libraries.sh at-least "$TRITON_FLOOR" && ' in self.DOCKERFILE
         command: list[str | Path] = ["sh", ROOT / "model/api/libraries.sh", "at-least", "26.07"]
         environment = os.environ | {"NVIDIA_TRITON_SERVER_VERSION": release}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False
+        )
         assert (result.returncode == 0) == taken
         assert taken or "docs/security.md" in result.stderr
 
@@ -277,24 +359,38 @@ class TestFlags:
 
     def command(self, folder: Path, *known: str) -> list[str]:
         program = folder / "tritonserver"
-        program.write_text("#!/bin/sh\n" + "".join(f"echo '  {flag} <string>'\n" for flag in ("--model-repository", *known)))
+        program.write_text(
+            "#!/bin/sh\n"
+            + "".join(f"echo '  {flag} <string>'\n" for flag in ("--model-repository", *known))
+        )
         program.chmod(0o755)
         return command(parse([]), Triton(program, folder, dict(os.environ), folder), "secret")
 
     CLOSED = ("--http-restricted-api", "--grpc-restricted-protocol")
 
     def test_requests_are_limited_where_triton_can(self, tmp_path: Path) -> None:
-        assert "--http-max-input-size=67108864" in self.command(tmp_path, *self.CLOSED, "--http-max-input-size")
+        assert "--http-max-input-size=67108864" in self.command(
+            tmp_path, *self.CLOSED, "--http-max-input-size"
+        )
 
     def test_this_one_cannot(self, tmp_path: Path) -> None:
         real = command(parse([]), find_triton(tmp_path), "secret")
-        assert not any(flag.startswith("--http-max-input-size") for flag in real), "then docs/security.md is wrong about 2.51"
+        assert not any(flag.startswith("--http-max-input-size") for flag in real), (
+            "then docs/security.md is wrong about 2.51"
+        )
 
-    def test_what_would_be_open_is_not_started(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        with pytest.raises(ServeError, match="does not know --grpc-restricted-protocol, and would serve without"):
+    def test_what_would_be_open_is_not_started(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pytest.raises(
+            ServeError, match="does not know --grpc-restricted-protocol, and would serve without"
+        ):
             self.command(tmp_path, "--http-restricted-api")
         cert, key = certificate(tmp_path)
         monkeypatch.setenv("GRPC_TLS_CERT", str(cert))
         monkeypatch.setenv("GRPC_TLS_KEY", str(key))
-        with pytest.raises(ServeError, match="does not know --grpc-server-cert, --grpc-server-key, --grpc-use-ssl, and"):
+        with pytest.raises(
+            ServeError,
+            match="does not know --grpc-server-cert, --grpc-server-key, --grpc-use-ssl, and",
+        ):
             self.command(tmp_path, *self.CLOSED)

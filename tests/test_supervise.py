@@ -48,7 +48,9 @@ def test_stops_in_order_although_the_repository_has_other_folders(tmp_path: Path
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_answers_what_it_accepted_before_it_stops(protocol: str) -> None:
-    photos = [encode(Image.new("RGB", (4100, 4100)), "PNG")] * 16  # so large that they are decoded one after another
+    photos = [
+        encode(Image.new("RGB", (4100, 4100)), "PNG")
+    ] * 16  # so large that they are decoded one after another
     with (
         running(DRAIN_SECONDS="30") as (process, urls),
         NpairClient(urls[protocol], batch_size=64) as client,
@@ -57,7 +59,9 @@ def test_answers_what_it_accepted_before_it_stops(protocol: str) -> None:
         request = threading.Thread(target=lambda: answers.append(len(client.embed(photos).vectors)))
         worked = computed(process)
         request.start()
-        eventually(lambda: computed(process) > worked + 0.2)  # it is accepted, and takes seconds; a golden photo takes less
+        eventually(
+            lambda: computed(process) > worked + 0.2
+        )  # it is accepted, and takes seconds; a golden photo takes less
         assert not answers
         process.send_signal(signal.SIGTERM)
         request.join(timeout=60)
@@ -145,7 +149,9 @@ def test_log_lines_that_cannot_be_written_do_not_end_the_server() -> None:
         with NpairClient(url) as client:
             eventually(client.ready)
             connection = http.client.HTTPConnection(url.removeprefix("http://"))
-            connection.request("POST", "/v2/logging", '{"log_verbose_level": 1}', {CONTROL_HEADER: "s"})
+            connection.request(
+                "POST", "/v2/logging", '{"log_verbose_level": 1}', {CONTROL_HEADER: "s"}
+            )
             assert connection.getresponse().status == 200
             connection.close()
             end = time.monotonic() + 5

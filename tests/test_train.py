@@ -13,13 +13,14 @@ import pytest
 import torch
 from conftest import TINY
 
+from npair.cli.evaluate import embed_run
 from npair.data.pixels import decode_dataset, default_cache
 from npair.data.sources import read_dataset
-from npair.networks.network import load_network
 from npair.publishing.drawings import write_characters, write_dataset
-from npair.scoring.evaluate import embed_run
+from npair.training.checkpoint import load_network, moving_average
+from npair.training.defaults import choose_defaults
 from npair.training.run import RunError, TrainConfig
-from npair.training.train import interruption, moving_average, schedule, settle, train
+from npair.training.train import interruption, schedule, train
 
 
 def weights(run: Path) -> torch.Tensor:
@@ -27,8 +28,21 @@ def weights(run: Path) -> torch.Tensor:
 
 
 def command(dataset: Path, run: Path, *options: str) -> list[str]:
-    knobs = [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(TINY).items()]
-    return [sys.executable, "-m", "npair", "train", "--data", str(dataset), "--run", str(run), *knobs, *options]
+    knobs = [
+        f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(TINY).items()
+    ]
+    return [
+        sys.executable,
+        "-m",
+        "npair",
+        "train",
+        "--data",
+        str(dataset),
+        "--run",
+        str(run),
+        *knobs,
+        *options,
+    ]
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -36,7 +50,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 
 def test_learns_to_tell_drawn_products_apart(tmp_path: Path) -> None:
-    """Not a claim about photos: a loop that trains must do far better than chance (1 in 6) on drawings, and than its start."""
+    """Training on drawings must do far better than chance, which is 1 in 6, and than its start."""
     write_dataset(tmp_path, products=6, train=8, val=4)
     config = dataclasses.replace(TINY, epochs=20, classes_per_batch=6, evaluations=1)
     assert train(tmp_path, tmp_path / "run", config)
@@ -54,9 +68,13 @@ def test_seed_decides_the_weights(dataset: Path, trained: Path, tmp_path: Path) 
     assert not torch.allclose(weights(tmp_path / "other"), weights(trained))
 
 
-def test_ctrl_c_keeps_a_checkpoint_and_resuming_ends_where_the_whole_run_does(dataset: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_a_checkpoint_and_resuming_ends_where_the_whole_run_does(
+    dataset: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    interrupted = subprocess.Popen(command(dataset, run, "--epochs=16"), stderr=subprocess.PIPE, text=True)
+    interrupted = subprocess.Popen(
+        command(dataset, run, "--epochs=16"), stderr=subprocess.PIPE, text=True
+    )
     assert interrupted.stderr is not None
     for line in interrupted.stderr:
         if line.lstrip().startswith("epoch   2"):
@@ -68,14 +86,19 @@ def test_ctrl_c_keeps_a_checkpoint_and_resuming_ends_where_the_whole_run_does(da
     step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
     assert 0 < step < 16 * 3
 
-    assert subprocess.run(command(dataset, run, "--resume"), check=False, capture_output=True).returncode == 0
+    assert (
+        subprocess.run(
+            command(dataset, run, "--resume"), check=False, capture_output=True
+        ).returncode
+        == 0
+    )
     whole = dataclasses.replace(TINY, epochs=16)
     assert train(dataset, tmp_path / "whole", whole)
     torch.testing.assert_close(weights(run), weights(tmp_path / "whole"), rtol=1e-3, atol=1e-4)
 
 
 def test_what_is_ignored_does_not_interrupt() -> None:
-    """As Ctrl-C in a script's background."""
+    """A shell ignores SIGINT in what a script starts in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with interruption() as interrupted:
@@ -88,7 +111,11 @@ def test_what_is_ignored_does_not_interrupt() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("variant", [{"loss": "cosine"}, {"loss": "tuplet"}, {"mine_from": 6}, {"augmentation": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "variant",
+    [{"loss": "cosine"}, {"loss": "tuplet"}, {"mine_from": 6}, {"augmentation": "none"}],
+    ids=str,
+)
 def test_variants_learn(variant: dict[str, Any], dataset: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, epochs=12, evaluations=0, **variant)
     assert train(dataset, tmp_path / "run", config)
@@ -102,26 +129,55 @@ def test_early_stopping_keeps_the_best_network(dataset: Path, tmp_path: Path) ->
     assert train(dataset, tmp_path / "run", config)
     recalls = [row["val"]["fine"] for row in read_log(tmp_path / "run")]
     assert len(recalls) < 30
-    assert len(recalls) - 1 - recalls.index(max(recalls)) == 2, "two evaluations without a better one"
-    dataset_, pixels, _ = decode_dataset(read_dataset(dataset), TINY.preprocessing(), default_cache())
+    assert len(recalls) - 1 - recalls.index(max(recalls)) == 2, (
+        "two evaluations without a better one"
+    )
+    dataset_, pixels, _ = decode_dataset(
+        read_dataset(dataset), TINY.preprocessing(), default_cache()
+    )
     kept = embed_run(tmp_path / "run", dataset_, pixels, "val").evaluate()
     assert kept.fine.recall_at_1.value == max(recalls)
 
 
 def test_chooses_by_the_data(dataset: Path, tmp_path: Path) -> None:
     photos = read_dataset(dataset).train
-    settled = settle(TrainConfig(), photos)
-    assert (settled.network, settled.augmentation, settled.epochs) == ("efficientnet-lite0", "photo", 150)
-    assert (settled.size, settled.crop_size, settled.views, settled.learning_rate) == (128, 112, 1, 4e-4)
-    assert settle(TrainConfig(size=64, epochs=3), photos).epochs == 3
-    settled = settle(TrainConfig(network="compact"), photos)
-    assert (settled.size, settled.crop_size, settled.views, settled.augmentation, settled.epochs) == (128, 80, 2, "photo", 400)
-    settled = settle(TrainConfig(network="facebook/dinov2-small", size=210), photos)
-    assert (settled.size, settled.crop_size, settled.views, settled.learning_rate) == (210, 210, 1, 1e-4)
+    chosen = choose_defaults(TrainConfig(), photos)
+    assert (chosen.network, chosen.augmentation, chosen.epochs) == (
+        "efficientnet-lite0",
+        "photo",
+        150,
+    )
+    assert (chosen.size, chosen.crop_size, chosen.views, chosen.learning_rate) == (
+        128,
+        112,
+        1,
+        4e-4,
+    )
+    assert choose_defaults(TrainConfig(size=64, epochs=3), photos).epochs == 3
+    chosen = choose_defaults(TrainConfig(network="compact"), photos)
+    assert (chosen.size, chosen.crop_size, chosen.views, chosen.augmentation, chosen.epochs) == (
+        128,
+        80,
+        2,
+        "photo",
+        400,
+    )
+    chosen = choose_defaults(TrainConfig(network="facebook/dinov2-small", size=210), photos)
+    assert (chosen.size, chosen.crop_size, chosen.views, chosen.learning_rate) == (
+        210,
+        210,
+        1,
+        1e-4,
+    )
     write_characters(tmp_path, characters=2, drawings=3)
-    settled = settle(TrainConfig(), read_dataset(tmp_path).train)
-    assert settled.network == "compact"
-    assert (settled.size, settled.crop_size, settled.views, settled.augmentation) == (96, 80, 1, "drawing")
+    chosen = choose_defaults(TrainConfig(), read_dataset(tmp_path).train)
+    assert chosen.network == "compact"
+    assert (chosen.size, chosen.crop_size, chosen.views, chosen.augmentation) == (
+        96,
+        80,
+        1,
+        "drawing",
+    )
 
 
 def test_does_not_write_over_a_run(dataset: Path, trained: Path) -> None:
@@ -141,7 +197,9 @@ def test_does_not_resume_nothing(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_command_line_says_what_is_wrong(tmp_path: Path) -> None:
-    result = subprocess.run(command(tmp_path, tmp_path / "run"), check=False, capture_output=True, text=True)
+    result = subprocess.run(
+        command(tmp_path, tmp_path / "run"), check=False, capture_output=True, text=True
+    )
     assert result.returncode == 1
     assert result.stderr.startswith("npair: ")
     assert "holds no photo" in result.stderr

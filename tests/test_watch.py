@@ -35,7 +35,9 @@ class TestStart:
         code, output = ended(**free_ports(), MODEL_REPOSITORY=str(tmp_path / "models"))
         assert code == 1
         assert "network.pt2 has changed since it was published" in output
-        assert output.splitlines()[-1].endswith("was refused, for the reasons above, and no other was served before")
+        assert output.splitlines()[-1].endswith(
+            "was refused, for the reasons above, and no other was served before"
+        )
 
     @pytest.mark.parametrize(("parameter", "value"), [("max_bytes", "lots"), ("max_pixels", "0")])
     def test_senseless_limits(self, tmp_path: Path, parameter: str, value: str) -> None:
@@ -50,7 +52,10 @@ class TestStart:
         )
         code, output = ended(**free_ports(), MODEL_REPOSITORY=str(tmp_path / "models"))
         assert code == 1
-        assert f'parameter "{parameter}" must be a positive whole number, found "{value}"' in output.replace('\\"', '"')
+        assert (
+            f'parameter "{parameter}" must be a positive whole number, found "{value}"'
+            in output.replace('\\"', '"')
+        )
 
 
 def test_a_start_that_hangs_ends_with_the_reason() -> None:
@@ -60,7 +65,11 @@ def test_a_start_that_hangs_ends_with_the_reason() -> None:
 
     def stub() -> int | None:
         server = server_at(int(ports["HTTP_PORT"]))
-        return next((pid for pid in children(server) if cpu_seconds(pid) > 0.3), None) if server else None
+        return (
+            next((pid for pid in children(server) if cpu_seconds(pid) > 0.3), None)
+            if server
+            else None
+        )
 
     eventually(stub)
     stopped = stub()
@@ -190,7 +199,9 @@ def test_hanging_stubs_end_the_server_with_the_reason() -> None:
         while any(map(arguments, stubs)):
             assert time.monotonic() < deadline, "stubs are left behind"
             time.sleep(0.1)
-        assert re.search(r"npair: the golden photo has failed for 10 s \(.*\); the server was ended", output)
+        assert re.search(
+            r"npair: the golden photo has failed for 10 s \(.*\); the server was ended", output
+        )
 
 
 def test_load_is_not_taken_for_death() -> None:
@@ -200,7 +211,9 @@ def test_load_is_not_taken_for_death() -> None:
         end = time.monotonic() + 1.5 * UNHEALTHY_AFTER
 
         def load(_: int) -> None:
-            with NpairClient(urls["http"], batch_size=64, batch_bytes=1 << 30, timeout=120, retries=10) as client:
+            with NpairClient(
+                urls["http"], batch_size=64, batch_bytes=1 << 30, timeout=120, retries=10
+            ) as client:
                 while time.monotonic() < end:
                     client.embed(photos)
 

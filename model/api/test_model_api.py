@@ -45,7 +45,9 @@ def urls() -> Iterator[dict[str, str]]:
     ports = free_ports(3)
     names = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
     environment = os.environ | {name: str(port) for name, port in zip(names, ports, strict=True)}
-    server = subprocess.Popen([sys.executable, SERVE], env=environment, stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, SERVE], env=environment, stderr=subprocess.PIPE, text=True
+    )
     assert server.stderr is not None
     lines = []
     for line in server.stderr:
@@ -83,13 +85,17 @@ def draw(seed: int, size: tuple[int, int] = (348, 348)) -> Image.Image:
         left, top = random.uniform(0, 0.7, 2) * size
         width, height = random.uniform(0.1, 0.5, 2) * size
         shape = pen.ellipse if random.random() < 0.5 else pen.rectangle
-        shape([left, top, left + width, top + height], fill=tuple(random.integers(0, 256, 3).tolist()))
+        shape(
+            [left, top, left + width, top + height], fill=tuple(random.integers(0, 256, 3).tolist())
+        )
     return image.filter(ImageFilter.GaussianBlur(1.5))
 
 
 def encode(image: Image.Image, image_format: str = "JPEG", **options: object) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, image_format, **({"quality": 92} if image_format == "JPEG" else {}) | options)
+    image.save(
+        buffer, image_format, **({"quality": 92} if image_format == "JPEG" else {}) | options
+    )
     return buffer.getvalue()
 
 
@@ -97,25 +103,44 @@ def png(width: int, height: int, bit_depth: int, colour_type: int, rows: Iterato
     """A PNG file from its unfiltered rows (RFC 2083), for what Pillow does not write."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     deflate = zlib.compressobj(1)
     data = b"".join([*(deflate.compress(b"\0" + row) for row in rows), deflate.flush()])
     header = struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
 
 
 def png_16_bit(image: Image.Image) -> bytes:
     """8-bit RGB or grey pixels as 16-bit ones of the same brightness (v * 257)."""
     pixels = np.asarray(image).astype(">u2") * 257
-    return png(*image.size, 16, 2 if image.mode == "RGB" else 0, (row.astype(">u2").tobytes() for row in pixels))
+    return png(
+        *image.size,
+        16,
+        2 if image.mode == "RGB" else 0,
+        (row.astype(">u2").tobytes() for row in pixels),
+    )
 
 
-def raw_request(url: str, path: str, body: bytes | None = None) -> tuple[int, http.client.HTTPMessage, bytes]:
+def raw_request(
+    url: str, path: str, body: bytes | None = None
+) -> tuple[int, http.client.HTTPMessage, bytes]:
     """GET, or POST of a body as one raw photo, with the content type that curl --data-binary sends if it is not told another."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
-    headers = {"Inference-Header-Content-Length": "0", "Content-Type": "application/x-www-form-urlencoded"}
-    connection.request("GET" if body is None else "POST", path, body, {} if body is None else headers)
+    headers = {
+        "Inference-Header-Content-Length": "0",
+        "Content-Type": "application/x-www-form-urlencoded",
+    }
+    connection.request(
+        "GET" if body is None else "POST", path, body, {} if body is None else headers
+    )
     response = connection.getresponse()
     content = response.read()
     connection.close()
@@ -128,7 +153,9 @@ class TestContract:
         metadata = json.loads(body)
         assert status == 200
         assert metadata["inputs"] == [{"name": "IMAGE", "datatype": "BYTES", "shape": [-1, 1]}]
-        assert metadata["outputs"] == [{"name": "EMBEDDING", "datatype": "FP32", "shape": [-1, 128]}]
+        assert metadata["outputs"] == [
+            {"name": "EMBEDDING", "datatype": "FP32", "shape": [-1, 128]}
+        ]
 
     def test_configuration_is_readable(self, urls: dict[str, str]) -> None:
         status, _, body = raw_request(urls["http"], "/v2/models/npair/config")
@@ -169,7 +196,9 @@ class TestContract:
         client.version = version
         assert client.embed(photo).version == version
         client.version = "999999"
-        with pytest.raises(VersionGoneError, match=f"version 999999 of model npair is not served, but {version} is"):
+        with pytest.raises(
+            VersionGoneError, match=f"version 999999 of model npair is not served, but {version} is"
+        ):
             client.embed(photo)
 
     def test_order_over_many_batches(self, client: NpairClient) -> None:
@@ -191,7 +220,13 @@ class TestContract:
         assert client.ready()
 
     @pytest.mark.parametrize(
-        "path", ["/v2/repository/index", "/v2/repository/models/npair/unload", "/v2/systemsharedmemory/unregister", "/v2/logging"]
+        "path",
+        [
+            "/v2/repository/index",
+            "/v2/repository/models/npair/unload",
+            "/v2/systemsharedmemory/unregister",
+            "/v2/logging",
+        ],
     )
     def test_control_apis_need_a_secret(self, urls: dict[str, str], path: str) -> None:
         status, _, body = raw_request(urls["http"], path, b"{}")
@@ -231,7 +266,9 @@ TWINS = {
         encode(RGB.quantize(256), "PNG", transparency=0),
         Image.alpha_composite(
             Image.new("RGBA", RGB.size, "white"),
-            Image.open(io.BytesIO(encode(RGB.quantize(256), "PNG", transparency=0))).convert("RGBA"),
+            Image.open(io.BytesIO(encode(RGB.quantize(256), "PNG", transparency=0))).convert(
+                "RGBA"
+            ),
         ).convert("RGB"),
     ),
     "cmyk jpeg": (encode(RGB.convert("CMYK")), RGB),
@@ -239,8 +276,14 @@ TWINS = {
     "16-bit grey png": (png_16_bit(GREY), GREY.convert("RGB")),
     "opaque alpha png": (encode(RGB.convert("RGBA"), "PNG"), RGB),
     "grey alpha png": (encode(GREY.convert("LA"), "PNG"), GREY.convert("RGB")),
-    "transparent png": (encode(cut_out(), "PNG"), Image.composite(RGB, Image.new("RGB", RGB.size, "white"), HALF)),
-    "transparent webp": (encode(cut_out(), "WEBP", lossless=True), Image.composite(RGB, Image.new("RGB", RGB.size, "white"), HALF)),
+    "transparent png": (
+        encode(cut_out(), "PNG"),
+        Image.composite(RGB, Image.new("RGB", RGB.size, "white"), HALF),
+    ),
+    "transparent webp": (
+        encode(cut_out(), "WEBP", lossless=True),
+        Image.composite(RGB, Image.new("RGB", RGB.size, "white"), HALF),
+    ),
     "orientation 3": (turned(3, Image.Transpose.ROTATE_180), RGB),
     "orientation 6": (turned(6, Image.Transpose.ROTATE_90), RGB),
     "orientation 8": (turned(8, Image.Transpose.ROTATE_270), RGB),
@@ -267,7 +310,10 @@ HOSTILE = {
     "truncated png": (PNG[: len(PNG) // 2], "truncated"),
     "png with a damaged byte": (PNG[:4000] + bytes([PNG[4000] ^ 16]) + PNG[4001:], "damaged"),
     "truncated webp": (encode(RGB, "WEBP")[:500], "truncated"),
-    "bomb": (png(20_000, 20_000, 8, 2, (bytes(60_000) for _ in range(20_000))), "20000x20000 pixels.*limit"),
+    "bomb": (
+        png(20_000, 20_000, 8, 2, (bytes(60_000) for _ in range(20_000))),
+        "20000x20000 pixels.*limit",
+    ),
     "gif": (encode(RGB.quantize(64), "GIF"), "not a JPEG, PNG or WebP"),
     "tiff": (encode(RGB, "TIFF"), "not a JPEG, PNG or WebP"),
     "bmp": (encode(RGB, "BMP"), "not a JPEG, PNG or WebP"),
@@ -279,20 +325,31 @@ HOSTILE = {
 
 def framed(body: bytes, **fields: object) -> bytes:
     """What follows the request line and the host."""
-    lines = {"Content-Length": len(body)} | {name.replace("_", "-"): value for name, value in fields.items()}
-    return "".join(f"{name}: {value}\r\n" for name, value in lines.items()).encode() + b"\r\n" + body
+    lines = {"Content-Length": len(body)} | {
+        name.replace("_", "-"): value for name, value in fields.items()
+    }
+    return (
+        "".join(f"{name}: {value}\r\n" for name, value in lines.items()).encode() + b"\r\n" + body
+    )
 
 
 FRAMES = {
     "deep json": framed(b"[" * 10_000),
-    "deep data": framed(b'{"inputs":[{"name":"IMAGE","shape":[1,1],"datatype":"BYTES","data":' + b"[" * 500 + b"]" * 500 + b"}]}"),
+    "deep data": framed(
+        b'{"inputs":[{"name":"IMAGE","shape":[1,1],"datatype":"BYTES","data":'
+        + b"[" * 500
+        + b"]" * 500
+        + b"}]}"
+    ),
     "not json": framed(b"\xff\xfe{"),
     "many chunks": b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n[\r\n" * 1000 + b"0\r\n\r\n",
     "negative header length": framed(JPEG, Inference_Header_Content_Length=-1),
     "header longer than the body": framed(JPEG, Inference_Header_Content_Length=10**20),
     "less than was announced": framed(JPEG, Content_Length=10**6),
     "far more announced": framed(JPEG, Content_Length=10**15),
-    "not as it is said to be coded": framed(JPEG, Content_Encoding="gzip", Inference_Header_Content_Length=0),
+    "not as it is said to be coded": framed(
+        JPEG, Content_Encoding="gzip", Inference_Header_Content_Length=0
+    ),
     "an unknown coding": framed(JPEG, Content_Encoding="br"),
     "many headers": framed(b"{}", **{f"X-{number}": "x" for number in range(1000)}),
 }
@@ -336,13 +393,20 @@ class TestHostile:
         def send(number: int) -> float | None:
             with NpairClient(urls["grpc" if number % 3 else "http"]) as client:
                 try:
-                    return float(client.embed(photo if number % 2 else bad[number // 2 % len(bad)]).vectors[0] @ expected)
+                    return float(
+                        client.embed(photo if number % 2 else bad[number // 2 % len(bad)]).vectors[
+                            0
+                        ]
+                        @ expected
+                    )
                 except InvalidPhotoError:
                     return None
 
         with ThreadPoolExecutor(16) as pool:
             cosines = list(pool.map(send, range(200)))
-        assert all((cosine is not None) == (number % 2 == 1) for number, cosine in enumerate(cosines))
+        assert all(
+            (cosine is not None) == (number % 2 == 1) for number, cosine in enumerate(cosines)
+        )
         assert min(cosine for cosine in cosines if cosine is not None) >= 0.9999
 
     @pytest.mark.parametrize(
@@ -358,12 +422,22 @@ class TestHostile:
             ([1, 2], struct.pack("<I1s", 1, b"a") * 2),
         ],
     )
-    def test_malformed_tensors(self, urls: dict[str, str], shape: list[int], content: bytes) -> None:
-        tensor = {"name": "IMAGE", "shape": shape, "datatype": "BYTES", "parameters": {"binary_data_size": len(content)}}
+    def test_malformed_tensors(
+        self, urls: dict[str, str], shape: list[int], content: bytes
+    ) -> None:
+        tensor = {
+            "name": "IMAGE",
+            "shape": shape,
+            "datatype": "BYTES",
+            "parameters": {"binary_data_size": len(content)},
+        }
         header = json.dumps({"inputs": [tensor]}).encode()
         connection = http.client.HTTPConnection(urlsplit(urls["http"]).netloc, timeout=30)
         connection.request(
-            "POST", "/v2/models/npair/infer", header + content, {"Inference-Header-Content-Length": str(len(header))}
+            "POST",
+            "/v2/models/npair/infer",
+            header + content,
+            {"Inference-Header-Content-Length": str(len(header))},
         )
         assert 400 <= connection.getresponse().status < 500
         connection.close()
@@ -375,7 +449,9 @@ class TestHostile:
         """An error or an end of the connection, and then all is as before."""
         parts = urlsplit(urls["http"])
         with socket.create_connection((parts.hostname, parts.port), timeout=30) as connection:
-            connection.sendall(b"POST /v2/models/npair/infer HTTP/1.1\r\nHost: npair\r\n" + FRAMES[kind])
+            connection.sendall(
+                b"POST /v2/models/npair/infer HTTP/1.1\r\nHost: npair\r\n" + FRAMES[kind]
+            )
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_WR)  # to tell that no more is coming
             with contextlib.suppress(ConnectionError):
@@ -390,7 +466,9 @@ class TestHostile:
         image = triton.InferInput("IMAGE", [1, 1], "BYTES")
         image.set_data_from_numpy(np.array([[bytes(1_000_000)]], dtype=np.object_))
         with triton.InferenceServerClient(urlsplit(urls[protocol]).netloc) as client:
-            keyword = "request_compression_algorithm" if protocol == "http" else "compression_algorithm"
+            keyword = (
+                "request_compression_algorithm" if protocol == "http" else "compression_algorithm"
+            )
             with pytest.raises(InferenceServerException, match="not a JPEG, PNG or WebP"):
                 client.infer("npair", [image], **{keyword: "gzip"})
             assert client.is_model_ready("npair")

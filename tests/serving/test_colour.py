@@ -29,13 +29,17 @@ EXACT: dict[str, dict[str, Any]] = {
 
 
 def decoded(photo: bytes) -> npt.NDArray[np.int64]:
-    return decode(photo, PREPROCESSING, dataclasses.replace(LIMITS, max_bytes=10_000_000)).astype(int)
+    return decode(photo, PREPROCESSING, dataclasses.replace(LIMITS, max_bytes=10_000_000)).astype(
+        int
+    )
 
 
 def in_space(profile: bytes) -> Image.Image:
     """PLAIN, in the colours of a profile; where they cannot be had, the nearest."""
     srgb, target = ImageCms.createProfile("sRGB"), ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    transform = ImageCms.buildTransform(srgb, target, "RGB", "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC)
+    transform = ImageCms.buildTransform(
+        srgb, target, "RGB", "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC
+    )
     converted = transform.apply(PLAIN)
     del converted.info["icc_profile"]  # or it would be saved
     return converted
@@ -47,7 +51,9 @@ def test_colours_are_those_of_the_profile(name: str, space: str) -> None:
     profile = getattr(profiles, space)
     converted, expected = in_space(profile), decoded(encode(PLAIN, name, **EXACT[name]))
     ignored = np.abs(decoded(encode(converted, name, **EXACT[name])) - expected).mean()
-    difference = np.abs(decoded(encode(converted, name, icc_profile=profile, **EXACT[name])) - expected).mean()
+    difference = np.abs(
+        decoded(encode(converted, name, icc_profile=profile, **EXACT[name])) - expected
+    ).mean()
     assert difference < 1.5
     assert ignored > 3 * difference
 
@@ -66,19 +72,31 @@ def test_inks_by_a_printers_profile() -> None:
 
 
 def test_transparent_pixels_still_show_the_background() -> None:
-    photo = encode(Image.new("RGBA", (50, 50), (255, 0, 0, 0)), "PNG", icc_profile=profiles.DISPLAY_P3)
+    photo = encode(
+        Image.new("RGBA", (50, 50), (255, 0, 0, 0)), "PNG", icc_profile=profiles.DISPLAY_P3
+    )
     assert (decoded(photo) == 255).all()
 
 
 def test_profiles_in_several_segments_are_read_in_their_order() -> None:
-    large = profiles.profile(b"GRAY", {b"wtpt": profiles.xyz(profiles.D50), b"text": bytes(150_000), b"kTRC": profiles.gamma(1.0)})
+    large = profiles.profile(
+        b"GRAY",
+        {
+            b"wtpt": profiles.xyz(profiles.D50),
+            b"text": bytes(150_000),
+            b"kTRC": profiles.gamma(1.0),
+        },
+    )
     photo = encode(Image.new("L", (80, 80), 128), "JPEG", icc_profile=large)
     assert photo.count(b"ICC_PROFILE\0") == 3
     assert np.abs(decoded(photo) - 188).max() <= 1
     first = photo.index(b"ICC_PROFILE\0") - 4
     end = first + 2 + int.from_bytes(photo[first + 2 : first + 4], "big")
     behind = photo.index(b"\xff\xdb")
-    np.testing.assert_array_equal(decoded(photo[:first] + photo[end:behind] + photo[first:end] + photo[behind:]), decoded(photo))
+    np.testing.assert_array_equal(
+        decoded(photo[:first] + photo[end:behind] + photo[first:end] + photo[behind:]),
+        decoded(photo),
+    )
     assert np.abs(decoded(photo[:first] + photo[end:]) - 128).max() <= 1, "it is incomplete"
 
 
@@ -94,7 +112,9 @@ BROKEN = {
     "a link of two devices": MATRIX[:12] + b"link" + MATRIX[16:],
     "tags beyond the end": MATRIX[:136] + b"\xff\xff\xff\xf0" * 20 + MATRIX[216:],
     "thousands of tags": MATRIX[:128] + struct.pack(">I", 5000) + MATRIX[132:],
-    "processing elements": profiles.profile(b"RGB ", {b"D2B0": b"mpet" + bytes(100), b"wtpt": profiles.xyz(profiles.D50)}),
+    "processing elements": profiles.profile(
+        b"RGB ", {b"D2B0": b"mpet" + bytes(100), b"wtpt": profiles.xyz(profiles.D50)}
+    ),
 }
 
 
@@ -107,11 +127,24 @@ def test_broken_profiles_are_ignored(name: str, kind: str) -> None:
 
 def test_srgb_costs_nothing() -> None:
     assert to_srgb(profiles.SRGB, "RGB") is None
-    assert to_srgb(profiles.profile(b"GRAY", {b"wtpt": profiles.xyz(profiles.D50), b"kTRC": profiles.SRGB_CURVE}), "L") is None
+    assert (
+        to_srgb(
+            profiles.profile(
+                b"GRAY", {b"wtpt": profiles.xyz(profiles.D50), b"kTRC": profiles.SRGB_CURVE}
+            ),
+            "L",
+        )
+        is None
+    )
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 LARGE = zlib.compress(bytes((1 << 20) + 1))
@@ -131,4 +164,6 @@ CHUNKS = {
 def test_chunks_beside_the_pixels_do_not_spoil_a_png(kind: str) -> None:
     photo = encode(PLAIN, "PNG")
     for start in (33, len(photo) - 12):  # behind the header, before the end
-        np.testing.assert_array_equal(decoded(photo[:start] + CHUNKS[kind] + photo[start:]), decoded(photo))
+        np.testing.assert_array_equal(
+            decoded(photo[:start] + CHUNKS[kind] + photo[start:]), decoded(photo)
+        )

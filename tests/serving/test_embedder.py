@@ -26,14 +26,19 @@ def test_embeds_any_number_of_photos(version: Path, name: str, threads: int) -> 
     embedder = Embedder(version, cores=threads, engine=name)
     photos = [encode(draw(n, 0), "JPEG") for n in range(19)]
     pixels = np.stack([decode(photo, embedder.preprocessing, LIMITS) for photo in photos])
-    reference = torch.export.load(version / "network.pt2").module()(torch.from_numpy(pixels)).detach()
+    reference = (
+        torch.export.load(version / "network.pt2").module()(torch.from_numpy(pixels)).detach()
+    )
     expected = torch.nn.functional.normalize(reference).numpy()
     for number in (1, 2, 4, 7, 8, 19):
         vectors = embedder.embed(pixels[:number])
         assert vectors.shape == (number, 128)
         assert vectors.dtype == np.float32
-        np.testing.assert_allclose(vectors, expected[:number], atol=1e-3)  # OpenVINO keeps fp16 weights
-        np.testing.assert_array_equal(np.stack(embedder.embed_photos(photos[:number], LIMITS)), vectors)  # type: ignore[arg-type]
+        np.testing.assert_allclose(
+            vectors, expected[:number], atol=1e-3
+        )  # OpenVINO keeps fp16 weights
+        embedded = embedder.embed_photos(photos[:number], LIMITS)
+        np.testing.assert_array_equal(np.stack(embedded), vectors)  # type: ignore[arg-type]
 
 
 def test_a_bad_photo_keeps_its_place(version: Path) -> None:
@@ -41,16 +46,22 @@ def test_a_bad_photo_keeps_its_place(version: Path) -> None:
     photos = [encode(draw(n, 0), "JPEG") for n in range(9)]
     expected = embedder.embed_photos(photos, LIMITS)
     for bad in range(9):
-        answers = embedder.embed_photos([b"no photo" if n == bad else photo for n, photo in enumerate(photos)], LIMITS)
+        answers = embedder.embed_photos(
+            [b"no photo" if n == bad else photo for n, photo in enumerate(photos)], LIMITS
+        )
         assert [n for n, answer in enumerate(answers) if isinstance(answer, PhotoError)] == [bad]
         for n in set(range(9)) - {bad}:
             np.testing.assert_allclose(answers[n], expected[n], atol=1e-4)  # type: ignore[arg-type]
     (only,) = embedder.embed_photos([b""], LIMITS)
     assert isinstance(only, PhotoError)
-    assert (only.__traceback__, only.__cause__, only.__context__) == (None, None, None), "their frames would keep the photos"
+    assert (only.__traceback__, only.__cause__, only.__context__) == (None, None, None), (
+        "their frames would keep the photos"
+    )
 
 
-@pytest.mark.parametrize("name", ["model.py", "network.pt2", "golden/photo.jpg", "golden/embeddings.npy"])
+@pytest.mark.parametrize(
+    "name", ["model.py", "network.pt2", "golden/photo.jpg", "golden/embeddings.npy"]
+)
 def test_one_changed_bit(version: Path, name: str) -> None:
     content = bytearray((version / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -85,7 +96,10 @@ def test_other_golden_embeddings(version: Path) -> None:
     golden = np.load(version / "golden/embeddings.npy")
     np.save(version / "golden/embeddings.npy", np.roll(golden, 1, axis=1))
     rewrite_manifest(version, files={})
-    with pytest.raises(VersionError, match=r"no engine works: .*: golden embeddings differ.* torch: golden embeddings differ"):
+    with pytest.raises(
+        VersionError,
+        match=r"no engine works: .*: golden embeddings differ.* torch: golden embeddings differ",
+    ):
         Embedder(version, cores=1)
 
 
@@ -109,7 +123,9 @@ class TestEngines:
     @staticmethod
     def put_first(version: Path, **changes: object) -> None:
         engines = read_manifest(version)["engines"]
-        rewrite_manifest(version, engines={"first": {**engines["openvino-fp32"], **changes}, **engines})
+        rewrite_manifest(
+            version, engines={"first": {**engines["openvino-fp32"], **changes}, **engines}
+        )
 
     def test_without_its_instructions(self, version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """This CPU may have them, so an older one is pretended."""
@@ -117,7 +133,10 @@ class TestEngines:
         monkeypatch.setattr(engine, "cpu_flags", lambda: frozenset({"avx2"}))
         embedder = Embedder(version, cores=1)
         assert embedder.engine != "first"
-        assert embedder.passed_over["first"] == "engine first: this CPU has none of avx512_vnni, avx_vnni"
+        assert (
+            embedder.passed_over["first"]
+            == "engine first: this CPU has none of avx512_vnni, avx_vnni"
+        )
         with pytest.raises(EngineError, match="engine first: this CPU has none of"):
             Embedder(version, cores=1, engine="first")
 
@@ -143,15 +162,24 @@ class TestEngines:
 def test_serves_without_torch(version: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; from npair.serving.embedder import Embedder, Path;"
     code += f"print(Embedder(Path({str(version)!r}), cores=1, engine='openvino-fp32').engine)"
-    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
     assert result.stdout == "openvino-fp32\n"
 
 
-def test_weights_are_never_unpickled(version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_never_unpickled(
+    version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("something was unpickled")
 
-    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+    for module, name in (
+        (pickle, "load"),
+        (pickle, "loads"),
+        (pickle, "Unpickler"),
+        (torch, "load"),
+    ):
         monkeypatch.setattr(module, name, refuse)
     engine.load("torch", version / "network.pt2", "fp32", threads=1, cores=1)
     monkeypatch.undo()
@@ -160,7 +188,9 @@ def test_weights_are_never_unpickled(version: Path, tmp_path: Path, monkeypatch:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + 1
 
-    torch.export.save(torch.export.export(Weights(), (torch.zeros(2),)), tmp_path / "pickled.pt2")  # with its example inputs
+    torch.export.save(
+        torch.export.export(Weights(), (torch.zeros(2),)), tmp_path / "pickled.pt2"
+    )  # with its example inputs
     with pytest.raises(EngineError, match="holds pickled data"):
         engine.load("torch", tmp_path / "pickled.pt2", "fp32", threads=1, cores=1)
 
@@ -170,5 +200,7 @@ def test_tells_nobody(version: Path) -> None:
     code = "from npair.serving.embedder import Embedder, Path;"
     code += f"Embedder(Path({str(version)!r}), cores=1, engine='openvino-fp32');"
     code += "import openvino.tools.ovc as ovc; print(type(ovc.telemetry).__module__)"
-    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
     assert result.stdout == "openvino.tools.ovc.telemetry_stub\n"

@@ -40,7 +40,10 @@ FRAME = PHOTO[PHOTO.index(b"\xff\xc0") + 4 :][:15]
     ("marker", "name"),
     [
         *((marker, "lossless JPEG") for marker in (0xC3, 0xCB)),
-        *((marker, "hierarchical JPEG") for marker in (0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF, 0xDE, 0xDF)),
+        *(
+            (marker, "hierarchical JPEG")
+            for marker in (0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF, 0xDE, 0xDF)
+        ),
         (0xF7, "JPEG-LS"),
     ],
 )
@@ -50,7 +53,10 @@ def test_frames_of_other_kinds_reach_no_decoder(components: int, marker: int, na
     frame = photo.index(bytes([0xFF, marker]))
     for between in (b"", b"\0\1\xff\0", b"\xff" * 9):
         odd = photo[:frame] + between + photo[frame:]
-        with pytest.raises(PhotoError, match=rf"a {name}.*, which is not read; save it as a baseline or progressive JPEG"):
+        with pytest.raises(
+            PhotoError,
+            match=rf"a {name}.*, which is not read; save it as a baseline or progressive JPEG",
+        ):
             decoded(odd)
 
 
@@ -68,7 +74,11 @@ def test_a_second_frame_cannot_hide(marker: int) -> None:
         "behind a restart marker": PHOTO[:-2] + b"\xff\xd0" + frame + EOI,
         "behind an escaped FF": PHOTO[:-2] + b"\xff\xff\0" + frame + EOI,
         "within the scan": PHOTO[: scan + 200] + frame + PHOTO[scan + 200 :],
-        "in a comment that ends early": PHOTO[:2] + segment(0xFE, b"")[:3] + b"\2" + frame + PHOTO[2:],
+        "in a comment that ends early": PHOTO[:2]
+        + segment(0xFE, b"")[:3]
+        + b"\2"
+        + frame
+        + PHOTO[2:],
     }
     for place, photo in places.items():
         with pytest.raises(PhotoError, match=r"lossless|a second frame"):
@@ -77,7 +87,10 @@ def test_a_second_frame_cannot_hide(marker: int) -> None:
 
 def test_what_only_looks_like_a_frame_is_none() -> None:
     frame = segment(0xC3, FRAME)
-    for photo in (PHOTO + frame, PHOTO[:2] + segment(0xE1, frame) + segment(0xFE, frame) + PHOTO[2:]):
+    for photo in (
+        PHOTO + frame,
+        PHOTO[:2] + segment(0xE1, frame) + segment(0xFE, frame) + PHOTO[2:],
+    ):
         np.testing.assert_array_equal(decoded(photo), decoded(PHOTO))
 
 
@@ -116,7 +129,9 @@ def test_extended_sequential_is_taken() -> None:
 def test_arithmetic_coding_is_taken(photo: bytes) -> None:
     expected = np.asarray(GRADIENT.resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
     assert np.abs(decoded(photo)[..., 0] - expected).mean() < 4
-    with pytest.raises(PhotoError, match="ends too early"):  # the decoder takes what is missing for zeros
+    with pytest.raises(
+        PhotoError, match="ends too early"
+    ):  # the decoder takes what is missing for zeros
         decoded(photo[:-2])
 
 
@@ -124,15 +139,21 @@ def test_the_decoder_sees_only_what_makes_the_pixels() -> None:
     junk = segment(0xE1, b"Exif\0\0secret") + segment(0xFE, b"secret") + b"secret"
     content = read(PHOTO[:2] + junk + PHOTO[2:] + b"secret").content
     assert b"secret" not in content
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(content))), np.asarray(Image.open(io.BytesIO(PHOTO))))
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(io.BytesIO(content))), np.asarray(Image.open(io.BytesIO(PHOTO)))
+    )
 
 
 @pytest.mark.parametrize("sampling", [(0x21, 0x12, 0x11), (0x31, 0x11, 0x11)])
 def test_odd_sampling_is_taken(sampling: tuple[int, int, int]) -> None:
     """Its decoding is Pillow's: simplejpeg does not take it."""
     units = sum((value >> 4) * (value & 15) for value in sampling)
-    frame = struct.pack(">BHHB", 8, 8, 24, 3) + b"".join(bytes([c, value, 0]) for c, value in enumerate(sampling))
-    tables = segment(0xDB, bytes([0] + [1] * 64)) + b"".join(segment(0xC4, bytes([kind, 1, *[0] * 15, 0])) for kind in (0, 16))
+    frame = struct.pack(">BHHB", 8, 8, 24, 3) + b"".join(
+        bytes([c, value, 0]) for c, value in enumerate(sampling)
+    )
+    tables = segment(0xDB, bytes([0] + [1] * 64)) + b"".join(
+        segment(0xC4, bytes([kind, 1, *[0] * 15, 0])) for kind in (0, 16)
+    )
     scan = segment(0xDA, bytes([3, 0, 0, 1, 0, 2, 0, 0, 63, 0])) + bytes(units)
     assert (decoded(b"\xff\xd8" + segment(0xC0, frame) + tables + scan + EOI) == 128).all()
 
@@ -161,7 +182,9 @@ class TestDamage:
                 decoded(content)
 
     def test_what_follows_the_end_does_not_count(self, photo: bytes) -> None:
-        np.testing.assert_array_equal(decoded(photo + b"\xff\xd8\xff\xe0\0\x10film" + bytes(9)), decoded(photo))
+        np.testing.assert_array_equal(
+            decoded(photo + b"\xff\xd8\xff\xe0\0\x10film" + bytes(9)), decoded(photo)
+        )
 
     def test_padding_before_the_end_does_not_count(self, photo: bytes) -> None:
         for padding in (b"\0", b"\0\0\0\0", b"\xff\xff"):
@@ -181,7 +204,9 @@ def test_harmless_oddities_are_taken() -> None:
     """Which libjpeg warns of: no parameters for the scan of a sequential JPEG, and a version of JFIF that nobody knows."""
     scan = PHOTO.index(b"\xff\xda")
     end = scan + 2 + int.from_bytes(PHOTO[scan + 2 : scan + 4], "big")
-    np.testing.assert_array_equal(decoded(PHOTO[: end - 3] + bytes(3) + PHOTO[end:]), decoded(PHOTO))
+    np.testing.assert_array_equal(
+        decoded(PHOTO[: end - 3] + bytes(3) + PHOTO[end:]), decoded(PHOTO)
+    )
     assert PHOTO[6:11] == b"JFIF\0"
     np.testing.assert_array_equal(decoded(PHOTO[:11] + b"\7" + PHOTO[12:]), decoded(PHOTO))
 
@@ -189,7 +214,9 @@ def test_harmless_oddities_are_taken() -> None:
 @pytest.mark.parametrize("resample", ["BOX", "BILINEAR", "BICUBIC", "LANCZOS"])
 @pytest.mark.parametrize("size", [(3, 70), (64, 64), (72, 71), (100, 90), (65, 999)])
 @pytest.mark.parametrize(("mode", "colours"), [("L", "GRAY"), ("RGB", "RGB"), ("CMYK", "CMYK")])
-def test_pixels_are_scaled_as_by_pillow(mode: str, colours: str, size: tuple[int, int], resample: str) -> None:
+def test_pixels_are_scaled_as_by_pillow(
+    mode: str, colours: str, size: tuple[int, int], resample: str
+) -> None:
     """Up to rounding, which both do after either direction."""
     photo = encode(draw(0, 0).convert(mode).resize(size), "JPEG", quality=90)
     pixels = simplejpeg.decode_jpeg(photo, colours, min_width=64, min_height=64)

@@ -44,7 +44,11 @@ class Series(dict[tuple[str, frozenset[tuple[str, str]]], float]):
     """One reading of npair's own metrics. What must fit together is of one reading: golden photos are counted all the time."""
 
     def total(self, name: str, **labels: str) -> float:
-        return sum(value for (found, of), value in self.items() if found == name and set(labels.items()) <= of)
+        return sum(
+            value
+            for (found, of), value in self.items()
+            if found == name and set(labels.items()) <= of
+        )
 
     def label_values(self, label: str) -> set[str]:
         return {value for _, labels in self for name, value in labels if name == label}
@@ -60,12 +64,23 @@ class Served:
         self.control = Server(self.url, "npair", secret="secret", timeout=60)
 
     def series(self) -> Series:
-        lines = re.findall(r"^(npair_\w+)\{(.*)\} (\S+)$", urlopen(self.metrics, timeout=10).read().decode(), re.MULTILINE)
-        return Series({(name, frozenset(re.findall(r'(\w+)="([^"]*)"', labels))): float(value) for name, labels, value in lines})
+        lines = re.findall(
+            r"^(npair_\w+)\{(.*)\} (\S+)$",
+            urlopen(self.metrics, timeout=10).read().decode(),
+            re.MULTILINE,
+        )
+        return Series(
+            {
+                (name, frozenset(re.findall(r'(\w+)="([^"]*)"', labels))): float(value)
+                for name, labels, value in lines
+            }
+        )
 
     def serve(self, *versions: int) -> None:
         config = self.models / "npair/config.pbtxt"
-        config.write_text(with_release(config.read_text(), versions, {"loaded": str(time.monotonic())}))
+        config.write_text(
+            with_release(config.read_text(), versions, {"loaded": str(time.monotonic())})
+        )
         self.control.load()
 
 
@@ -78,7 +93,9 @@ def served(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     config = models / "npair/config.pbtxt"
     limits = {"max_bytes": "100000", "max_pixels": "1000000"}
     config.write_text(with_release(config.read_text(), [1], limits))
-    process = start(**(ports := free_ports()), MODEL_REPOSITORY=str(models), NPAIR_CONTROL_SECRET="secret")
+    process = start(
+        **(ports := free_ports()), MODEL_REPOSITORY=str(models), NPAIR_CONTROL_SECRET="secret"
+    )
     try:
         lines_until_ready(process)
         yield Served(models, ports)
@@ -97,8 +114,13 @@ def test_counts_what_it_embeds(served: Served, published: Path) -> None:
         return float(np.linalg.norm(embedder.network(pixels, alone=False)))
 
     def counted() -> tuple[float, ...]:
-        names, series = ("photos_total", "decode_seconds_total", "network_seconds_total", "norm_total"), served.series()
-        return tuple(series.total(f"npair_{name}", version="1", engine=embedder.engine) for name in names)
+        names, series = (
+            ("photos_total", "decode_seconds_total", "network_seconds_total", "norm_total"),
+            served.series(),
+        )
+        return tuple(
+            series.total(f"npair_{name}", version="1", engine=embedder.engine) for name in names
+        )
 
     own, golden = norm(PHOTO), norm((published / "1/golden/photo.jpg").read_bytes())
     assert 64 * abs(own - 1) > 4 * golden, "else these lengths could be those of the answers"
@@ -119,11 +141,16 @@ def test_counts_what_it_embeds(served: Served, published: Path) -> None:
 
 def test_tells_how_the_golden_set_was_embedded(served: Served, published: Path) -> None:
     embedder = Embedder(published / "1", cores=1)
-    for name, expected in (("npair_golden_norm", embedder.golden_norm), ("npair_golden_distance", embedder.golden_distance)):
+    for name, expected in (
+        ("npair_golden_norm", embedder.golden_norm),
+        ("npair_golden_distance", embedder.golden_distance),
+    ):
         values = [value for (found, _), value in served.series().items() if found == name]
         assert values == pytest.approx([expected] * 2, rel=1e-3, abs=1e-6), "by each instance"
     golden = np.linalg.norm(np.load(published / "1/golden/embeddings.npy"), axis=1)
-    assert golden == pytest.approx(1), "published embeddings have lost their lengths, so the loaded network's count"
+    assert golden == pytest.approx(1), (
+        "published embeddings have lost their lengths, so the loaded network's count"
+    )
 
 
 def test_counts_refusals_by_reason(served: Served) -> None:
@@ -131,7 +158,9 @@ def test_counts_refusals_by_reason(served: Served) -> None:
 
     def counted() -> dict[str, float]:
         series = served.series()
-        return {reason: series.total("npair_photos_rejected_total", reason=reason) for reason in REASONS}
+        return {
+            reason: series.total("npair_photos_rejected_total", reason=reason) for reason in REASONS
+        }
 
     before = counted()
     with NpairClient(served.url) as client:
@@ -147,7 +176,10 @@ def test_photos_may_be_base64(served: Served) -> None:
     text = base64.b64encode(PHOTO)
     with NpairClient(served.url) as client, NpairClient(served.grpc) as grpc:
         expected = client.embed(PHOTO).vectors[0]
-        for vectors in (each.embed([PHOTO, text, b"data:image/jpeg;base64," + text]).vectors for each in (client, grpc)):
+        for vectors in (
+            each.embed([PHOTO, text, b"data:image/jpeg;base64," + text]).vectors
+            for each in (client, grpc)
+        ):
             np.testing.assert_allclose(vectors, [expected] * 3, atol=1e-3)
         with pytest.raises(InvalidPhotoError, match="looks like base64, but") as caught:
             grpc.embed([text, text[:99] + b"!" + text[99:]])
@@ -158,9 +190,13 @@ def test_photos_may_be_base64(served: Served) -> None:
         "shape": [2, 1],
         "data": [text.decode(), base64.urlsafe_b64encode(PHOTO).decode()],
     }
-    request = Request(f"{served.url}/v2/models/npair/infer", json.dumps({"inputs": [tensor]}).encode())
+    request = Request(
+        f"{served.url}/v2/models/npair/infer", json.dumps({"inputs": [tensor]}).encode()
+    )
     answer = json.load(urlopen(request, timeout=10))["outputs"][0]
-    np.testing.assert_allclose(np.reshape(answer["data"], answer["shape"]), [expected] * 2, atol=1e-3)
+    np.testing.assert_allclose(
+        np.reshape(answer["data"], answer["shape"]), [expected] * 2, atol=1e-3
+    )
 
 
 def test_refused_photos_leave_no_memory_behind(served: Served) -> None:
@@ -175,7 +211,10 @@ def test_refused_photos_leave_no_memory_behind(served: Served) -> None:
 def test_batches_are_a_histogram(served: Served) -> None:
     def counted() -> dict[str, float]:
         series = served.series()
-        buckets = {bound: series.total("npair_batch_photos_bucket", le=bound) for bound in ("32", "64", "+Inf")}
+        buckets = {
+            bound: series.total("npair_batch_photos_bucket", le=bound)
+            for bound in ("32", "64", "+Inf")
+        }
         return buckets | {"count": series.total("npair_batch_photos_count")}
 
     before = counted()
@@ -192,7 +231,10 @@ def test_instances_add_up(served: Served) -> None:
 
     def by_process() -> dict[str, float]:
         series = served.series()
-        return {process: series.total("npair_photos_total", process=process) for process in series.label_values("process")}
+        return {
+            process: series.total("npair_photos_total", process=process)
+            for process in series.label_values("process")
+        }
 
     before = by_process()
     assert len(before) == 2
@@ -211,8 +253,16 @@ def test_labels_are_bounded_whatever_clients_send(served: Served) -> None:
     before = {frozenset(labels) for _, labels in served.series()}
     tensor = {"name": "IMAGE", "datatype": "BYTES", "shape": [1, 1], "data": ["no photo"]}
     for number in range(30):
-        body = {"id": f'id "{number}"\n{{}}', "inputs": [tensor], "parameters": {"version": str(number), "reason": "mine"}}
-        request = Request(f"{served.url}/v2/models/npair/infer", json.dumps(body).encode(), {"traceparent": f"00-{number}"})
+        body = {
+            "id": f'id "{number}"\n{{}}',
+            "inputs": [tensor],
+            "parameters": {"version": str(number), "reason": "mine"},
+        }
+        request = Request(
+            f"{served.url}/v2/models/npair/infer",
+            json.dumps(body).encode(),
+            {"traceparent": f"00-{number}"},
+        )
         with pytest.raises(Exception, match="400"):
             urlopen(request, timeout=10)
     time.sleep(1.5)
@@ -226,7 +276,11 @@ def test_versions_are_apart_and_gone_when_unloaded(served: Served) -> None:
     def processes(*versions: str) -> set[str]:
         """All that there are, where they serve these versions and no other; else none."""
         series = served.series()
-        return series.label_values("process") if series.label_values("version") == {*versions} else set()
+        return (
+            series.label_values("process")
+            if series.label_values("version") == {*versions}
+            else set()
+        )
 
     def load() -> None:
         with NpairClient(served.url, retries=10) as client:

@@ -48,7 +48,9 @@ def decoded(photo: bytes) -> npt.NDArray[np.uint8]:
 
 def by_pillow(photo: bytes) -> npt.NDArray[np.uint8]:
     """The central square of all pixels, scaled to what SHARP asks for."""
-    image = ImageOps.fit(Image.open(io.BytesIO(photo)).convert("RGB"), (208, 208), Image.Resampling.BILINEAR)
+    image = ImageOps.fit(
+        Image.open(io.BytesIO(photo)).convert("RGB"), (208, 208), Image.Resampling.BILINEAR
+    )
     return np.asarray(ImageOps.exif_transpose(image))
 
 
@@ -71,7 +73,9 @@ def test_limits_are_inclusive() -> None:
     photo = encode(PHOTO, "JPEG")
     exact = Limits(max_bytes=len(photo), max_pixels=200 * 200)
     assert decode(photo, PREPROCESSING, exact).shape == (64, 64, 3)
-    with pytest.raises(PhotoError, match=f"{len(photo)} bytes, more than the limit of {len(photo) - 1}"):
+    with pytest.raises(
+        PhotoError, match=f"{len(photo)} bytes, more than the limit of {len(photo) - 1}"
+    ):
         decode(photo, PREPROCESSING, dataclasses.replace(exact, max_bytes=len(photo) - 1))
     with pytest.raises(PhotoError, match="200x200 pixels, more than the limit of 39999"):
         decode(photo, PREPROCESSING, dataclasses.replace(exact, max_pixels=39_999))
@@ -91,14 +95,21 @@ def test_transparent_pixels_show_the_background() -> None:
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_exif_does_not_spoil_the_photo() -> None:
-    plain, spoiled = encode(PHOTO, "JPEG"), encode(PHOTO, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xffgarbage")
+    plain, spoiled = (
+        encode(PHOTO, "JPEG"),
+        encode(PHOTO, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xffgarbage"),
+    )
     np.testing.assert_array_equal(decoded(plain), decoded(spoiled))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("size", [(1, 1), (100, 300), (208, 208), (237, 348), (348, 348), (1100, 900), (1500, 300)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (100, 300), (208, 208), (237, 348), (348, 348), (1100, 900), (1500, 300)]
+)
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": "4:4:4"}], ids=str)
-def test_jpegs_are_scaled_as_by_pillow(size: tuple[int, int], mode: str, options: dict[str, Any]) -> None:
+def test_jpegs_are_scaled_as_by_pillow(
+    size: tuple[int, int], mode: str, options: dict[str, Any]
+) -> None:
     photo = encode(draw(0, 0).convert(mode).resize(size), "JPEG", quality=90, **options)
     difference = decode(photo, SHARP, LARGE).astype(int) - by_pillow(photo)
     assert np.abs(difference).mean() < 2
@@ -130,9 +141,17 @@ def test_photos_are_turned_as_by_pillow(name: str, orientation: int, order: str)
     text = PngInfo()
     text.add_itxt("XML:com.adobe.xmp", xmp(orientation).decode())
     only_xmp: dict[str, Any] = {"pnginfo": text} if name == "PNG" else {"xmp": xmp(orientation)}
-    exif = tiff(order, struct.pack(order + "HHIHH", 0x0100, 3, 1, 5, 0), struct.pack(order + "HHIHH", 0x0112, 3, 1, orientation, 0))
+    exif = tiff(
+        order,
+        struct.pack(order + "HHIHH", 0x0100, 3, 1, 5, 0),
+        struct.pack(order + "HHIHH", 0x0112, 3, 1, orientation, 0),
+    )
     upright = decoded(encode(image, name))
-    for options in ({"exif": b"Exif\0\0" + exif}, only_xmp, {**only_xmp, "exif": b"Exif\0\0" + tiff(order)}):
+    for options in (
+        {"exif": b"Exif\0\0" + exif},
+        only_xmp,
+        {**only_xmp, "exif": b"Exif\0\0" + tiff(order)},
+    ):
         photo = encode(image, name, **options)
         pillow = Image.open(io.BytesIO(photo))
         pillow.load()
@@ -143,7 +162,12 @@ def test_photos_are_turned_as_by_pillow(name: str, orientation: int, order: str)
 
 def test_exif_data_in_the_text_of_a_png_turns_it() -> None:
     exif = tiff("<", struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0))
-    text = with_chunks(chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n38\n" + exif.hex().encode())))
+    text = with_chunks(
+        chunk(
+            b"zTXt",
+            b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n38\n" + exif.hex().encode()),
+        )
+    )
     np.testing.assert_array_equal(decoded(text), np.rot90(decoded(PHOTOS["RGB.png"]), -1))
 
 
@@ -161,7 +185,9 @@ def test_exif_data_in_the_text_of_a_png_turns_it() -> None:
     ],
 )
 def test_malformed_exif_data_turn_nothing(exif: bytes) -> None:
-    np.testing.assert_array_equal(decoded(with_chunks(chunk(b"eXIf", exif))), decoded(PHOTOS["RGB.png"]))
+    np.testing.assert_array_equal(
+        decoded(with_chunks(chunk(b"eXIf", exif))), decoded(PHOTOS["RGB.png"])
+    )
 
 
 def test_what_browsers_show_is_taken() -> None:
@@ -192,7 +218,9 @@ TAKEN = ((64, 64, 3), "uint8")
 
 
 @given(
-    st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"RIFF\0\0\0\0WEBP", *PHOTOS.values()]),
+    st.sampled_from(
+        [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"RIFF\0\0\0\0WEBP", *PHOTOS.values()]
+    ),
     st.binary(max_size=200),
 )
 def test_anything_is_decoded_or_refused(start: bytes, content: bytes) -> None:
@@ -222,7 +250,9 @@ def test_every_truncation_is_decoded_or_refused(name: str) -> None:
     st.tuples(st.integers(1, 300), st.integers(1, 300)),
     st.integers(0, 9),
 )
-def test_every_mode_size_and_orientation_is_taken(kind: tuple[str, str], size: tuple[int, int], orientation: int) -> None:
+def test_every_mode_size_and_orientation_is_taken(
+    kind: tuple[str, str], size: tuple[int, int], orientation: int
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = draw(0, 0, 40).convert("L" if kind[1] == "I;16" else kind[1]).resize(size)
@@ -275,7 +305,10 @@ def test_other_formats_are_refused(name: str) -> None:
         (b'<?xml version="1.0"?>\n<!DOCTYPE svg PUBLIC "x">\n<svg xmlns="x"/>', "an SVG"),
         (b"\n<!DOCTYPE html><html>403", "a web page.*download the photo"),
         (b"<HTML><body>", "a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer.*git lfs pull"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+            "a Git LFS pointer.*git lfs pull",
+        ),
         (b"PK\3\4\x14\0", "an archive.*unpack it"),
         (b"\x1f\x8b\x08", "an archive"),
         (b"7z\xbc\xaf\x27\x1c", "an archive"),
@@ -328,7 +361,12 @@ def test_the_first_of_several_pictures_counts() -> None:
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def with_chunks(*chunks: bytes) -> bytes:
@@ -341,7 +379,11 @@ def segments(kind: int, content: bytes, start: bytes = b"") -> bytes:
     """A JPEG whose first segment, which gives a resolution, is replaced by ones of this kind, each with the same start."""
     photo, step = PHOTOS["RGB.jpg"], 65_533 - len(start)
     parts = [start + content[i : i + step] for i in range(0, len(content), step)]
-    return photo[:2] + b"".join(struct.pack(">BBH", 0xFF, kind, len(part) + 2) + part for part in parts) + photo[20:]
+    return (
+        photo[:2]
+        + b"".join(struct.pack(">BBH", 0xFF, kind, len(part) + 2) + part for part in parts)
+        + photo[20:]
+    )
 
 
 def huge_exif(entries: int = 100, size: int = 900_000) -> bytes:
@@ -369,12 +411,20 @@ BOMBS = {
     + with_chunks()[33:],
     "webp of 16383 x 16383": animated(16_383, 16_383),
     "compressed text": with_chunks(chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(200_000_000), 9))),
-    "compressed international text": with_chunks(chunk(b"iTXt", b"x\0\1\0\0\0" + zlib.compress(bytes(200_000_000), 9))),
-    "compressed profile": with_chunks(chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(200_000_000), 9))),
+    "compressed international text": with_chunks(
+        chunk(b"iTXt", b"x\0\1\0\0\0" + zlib.compress(bytes(200_000_000), 9))
+    ),
+    "compressed profile": with_chunks(
+        chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(200_000_000), 9))
+    ),
     "more pixels than declared": with_chunks(chunk(b"IDAT", zlib.compress(bytes(200_000_000), 9))),
     "png exif": with_chunks(chunk(b"eXIf", huge_exif())),
     "png raw profile": with_chunks(
-        chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n1\n" + huge_exif(200, 450_000).hex().encode()))
+        chunk(
+            b"zTXt",
+            b"Raw profile type exif\0\0"
+            + zlib.compress(b"\nexif\n1\n" + huge_exif(200, 450_000).hex().encode()),
+        )
     ),
     "jpeg exif": segments(0xE1, huge_exif(), b"Exif\0\0"),
     "webp exif": encode(PHOTO, "WEBP", exif=huge_exif()),
@@ -392,7 +442,9 @@ def test_bombs_take_little_memory(name: str) -> None:
     photo = BOMBS[name]
     assert len(photo) < LIMITS.max_bytes
     status = Path("/proc/self/status")
-    ctypes.CDLL(None).malloc_trim(0)  # memory that is free, but not given back, would hide what is taken
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # memory that is free, but not given back, would hide what is taken
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = int(status.read_text().split("VmHWM:")[1].split()[0])
     outcome(photo)
@@ -421,14 +473,20 @@ def test_scans_are_limited() -> None:
 def test_scans_behind_markers_without_a_length_count(code: int) -> None:
     """What looks like the length of such a marker is the next scan. libjpeg sees it there, or gives up."""
     header, first, *others = many_scans(2 * MAX_SCANS).split(b"\xff\xda")
-    with pytest.raises(PhotoError, match=f"more than the limit of {MAX_SCANS} scans|marker {code:02X} where none may be"):
+    with pytest.raises(
+        PhotoError,
+        match=f"more than the limit of {MAX_SCANS} scans|marker {code:02X} where none may be",
+    ):
         decoded(header + b"\xff\xda" + bytes([0xFF, code, 0xFF, 0xDA]).join([first, *others]))
 
 
 def test_scans_are_counted_in_linear_time() -> None:
     """Where fill bytes come before something that is no marker."""
     start = time.perf_counter()
-    assert outcome(segments(0xE2, b"\xff\xda" * 1000)[:-2] + b"\xff" * 200_000 + b"\0\xff\xd9") == TAKEN
+    assert (
+        outcome(segments(0xE2, b"\xff\xda" * 1000)[:-2] + b"\xff" * 200_000 + b"\0\xff\xd9")
+        == TAKEN
+    )
     assert time.perf_counter() - start < 5
 
 
@@ -445,7 +503,9 @@ def test_large_photos_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
     lock = threading.Lock()
     with ThreadPoolExecutor(2) as pool:
         with lock:
-            waits = pool.submit(decode, encode(PHOTO.resize((201, 200)), "PNG"), PREPROCESSING, LIMITS, lock)
+            waits = pool.submit(
+                decode, encode(PHOTO.resize((201, 200)), "PNG"), PREPROCESSING, LIMITS, lock
+            )
             assert decode(encode(PHOTO, "PNG"), PREPROCESSING, LIMITS, lock).shape == (64, 64, 3)
             with pytest.raises(TimeoutError):
                 waits.result(timeout=0.3)

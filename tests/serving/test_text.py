@@ -24,9 +24,13 @@ WAYS: dict[str, Callable[[bytes], bytes]] = {
     "MIME": lambda photo: base64.encodebytes(photo).replace(b"\n", b"\r\n"),
     "indented": lambda photo: textwrap.indent(base64.encodebytes(photo).decode(), "\t ").encode(),
     "data URI": lambda photo: b"data:image/jpeg;base64," + base64.b64encode(photo),
-    "data URI in capitals": lambda photo: b"DATA:image/JPEG;charset=utf-8;name=a.jpg;BASE64," + base64.b64encode(photo),
+    "data URI in capitals": lambda photo: (
+        b"DATA:image/JPEG;charset=utf-8;name=a.jpg;BASE64," + base64.b64encode(photo)
+    ),
     "data URI without a type": lambda photo: b"data:;base64," + base64.b64encode(photo),
-    "percent-encoded": lambda photo: b"data:image/png;base64," + quote(base64.b64encode(photo), safe="").encode(),
+    "percent-encoded": lambda photo: (
+        b"data:image/png;base64," + quote(base64.b64encode(photo), safe="").encode()
+    ),
 }
 
 
@@ -49,7 +53,17 @@ def test_a_webp_made_of_letters_is_none_the_less_a_photo() -> None:
 
 
 @pytest.mark.parametrize(
-    "sent", [b"", b"no photo", b"x", b"<html>", b"\xff\xd8\xff", b"GIF89a\0\0", b'{"b64": "/9j/"}', bytes(100)]
+    "sent",
+    [
+        b"",
+        b"no photo",
+        b"x",
+        b"<html>",
+        b"\xff\xd8\xff",
+        b"GIF89a\0\0",
+        b'{"b64": "/9j/"}',
+        bytes(100),
+    ],
 )
 def test_what_is_no_text_of_a_photo_stays_what_it_is(sent: bytes) -> None:
     assert photo_of(sent, LIMITS) is sent
@@ -61,11 +75,20 @@ TEXT = base64.b64encode(encode(draw(0, 0, 64), "JPEG"))
 @pytest.mark.parametrize(
     ("sent", "reason"),
     [
-        (TEXT[:400] + b"!" + TEXT[400:], "looks like base64, but character 401 of it is no part of that"),
+        (
+            TEXT[:400] + b"!" + TEXT[400:],
+            "looks like base64, but character 401 of it is no part of that",
+        ),
         (TEXT[:400] + b"=" + TEXT[400:], "looks like base64, but character 401"),
         (TEXT.rstrip(b"=")[: len(TEXT) // 4 * 4 - 7], "looks like base64, but is not whole"),
-        (base64.b64encode(TEXT), "looks like base64, but what it stands for is text, not a JPEG, PNG or WebP"),
-        (base64.b64encode(encode(draw(0, 0, 64), "GIF")), "looks like base64, but what it stands for is a GIF"),
+        (
+            base64.b64encode(TEXT),
+            "looks like base64, but what it stands for is text, not a JPEG, PNG or WebP",
+        ),
+        (
+            base64.b64encode(encode(draw(0, 0, 64), "GIF")),
+            "looks like base64, but what it stands for is a GIF",
+        ),
         (b"data:image/png," + TEXT, "a data: URI that is not base64"),
         (b"data:image/svg+xml,%3Csvg/%3E", "a data: URI that is not base64"),
     ],

@@ -101,7 +101,9 @@ def find_triton(scratch: Path) -> Triton:
         return Triton(program, backends, environment, scratch)
     package = importlib.util.find_spec("pytriton")
     if package is None or package.origin is None:
-        raise ServeError("no Triton server found: use the image, or install the wheel nvidia-pytriton with: make serve")
+        raise ServeError(
+            "no Triton server found: use the image, or install the wheel nvidia-pytriton with: make serve"
+        )
     return triton_in(Path(package.origin).parent, environment, scratch)
 
 
@@ -163,7 +165,9 @@ def given_secret() -> str:
             raise ServeError(f"NPAIR_CONTROL_SECRET_FILE cannot be read: {error}") from error
     if secret and not re.fullmatch("[!-~]([ -~]*[!-~])?", secret):
         name = "the secret in NPAIR_CONTROL_SECRET_FILE" if file else "NPAIR_CONTROL_SECRET"
-        raise ServeError(f"{name} must be one line of printable ASCII, for example of: openssl rand -hex 32")
+        raise ServeError(
+            f"{name} must be one line of printable ASCII, for example of: openssl rand -hex 32"
+        )
     return secret
 
 
@@ -196,7 +200,9 @@ def grpc_tls(options: Options) -> dict[str, str]:
         return {}
     for flag in ("--grpc-server-cert", "--grpc-server-key"):
         if flag not in given:
-            raise ServeError(f"TLS for gRPC needs a certificate and its key: set {files[flag][0]}, too")
+            raise ServeError(
+                f"TLS for gRPC needs a certificate and its key: set {files[flag][0]}, too"
+            )
     for flag, path in given.items():
         try:
             content = Path(path).read_bytes()
@@ -244,7 +250,9 @@ def command(options: Options, triton: Triton, secret: str) -> list[str]:
     }
     missing = sorted(protection.keys() - known)
     if missing:
-        raise ServeError(f"{triton.program} does not know {', '.join(missing)}, and would serve without; take a newer release")
+        raise ServeError(
+            f"{triton.program} does not know {', '.join(missing)}, and would serve without; take a newer release"
+        )
     flags = {**server_flags(options, triton), **protection}
     return [
         str(triton.program),
@@ -325,7 +333,9 @@ def start(arguments: list[str], triton: Triton) -> subprocess.Popen[bytes]:
     stack = stack_bytes()
 
     def prepare() -> None:
-        resource.setrlimit(resource.RLIMIT_STACK, (stack, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+        resource.setrlimit(
+            resource.RLIMIT_STACK, (stack, resource.getrlimit(resource.RLIMIT_STACK)[1])
+        )
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
         # prctl(PR_SET_PDEATHSIG): however this process ends, no orphan holds the ports.

@@ -38,7 +38,9 @@ class Options:
     metrics_port: int = option("METRICS_PORT", 8002, "port for metrics")
     grpc_cert: str = option("GRPC_TLS_CERT", "", "certificate (PEM); gRPC then accepts only TLS")
     grpc_key: str = option("GRPC_TLS_KEY", "", "private key of the certificate (PEM)")
-    grpc_client_ca: str = option("GRPC_TLS_CLIENT_CA", "", "certificates (PEM) that must have signed those of clients")
+    grpc_client_ca: str = option(
+        "GRPC_TLS_CLIENT_CA", "", "certificates (PEM) that must have signed those of clients"
+    )
     start_timeout: float | None = option(
         "START_SECONDS",
         None,
@@ -48,7 +50,9 @@ class Options:
     drain: int = option("DRAIN_SECONDS", 7, "seconds to answer accepted requests before stopping")
     verbose: bool = option("VERBOSE", False, "log everything, not only warnings and errors")
     log_format: str = option("LOG_FORMAT", "text", "format of a log line", choices=("text", "json"))
-    trace_url: str = option("TRACE_URL", "", "an OpenTelemetry collector, for example http://host:4318/v1/traces")
+    trace_url: str = option(
+        "TRACE_URL", "", "an OpenTelemetry collector, for example http://host:4318/v1/traces"
+    )
     trace_rate: int = option("TRACE_RATE", 100, "trace one in N requests")
     check: bool = option("", False, "only tell whether the server can run on this platform")
     health: bool = option("", False, "only tell whether a running server embeds its golden photo")
@@ -71,7 +75,9 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
     An empty variable counts as unset. Ends the process with exit code 2 if a value is invalid.
     """
-    parser = argparse.ArgumentParser(description="Serve npair's model repository with NVIDIA Triton.")
+    parser = argparse.ArgumentParser(
+        description="Serve npair's model repository with NVIDIA Triton."
+    )
     for each in fields(Options):
         settings: dict[str, Any] = dict(each.metadata)
         variable = settings.pop("variable")

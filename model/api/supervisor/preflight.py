@@ -50,7 +50,9 @@ def check_repository(options: Options) -> None:
     """Raises: ServeError if a folder holds no model; Triton itself checks an object store."""
     folder = options.model_folder
     if folder and not (folder / "config.pbtxt").is_file():
-        raise ServeError(f"no model repository at {options.model_repository}: it has no {folder.name}/config.pbtxt")
+        raise ServeError(
+            f"no model repository at {options.model_repository}: it has no {folder.name}/config.pbtxt"
+        )
 
 
 def address_of(host: str) -> str:
@@ -61,7 +63,9 @@ def address_of(host: str) -> str:
     try:
         found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise ServeError(f"cannot listen on {host}: {error}; set BIND_ADDRESS to an address of this machine") from error
+        raise ServeError(
+            f"cannot listen on {host}: {error}; set BIND_ADDRESS to an address of this machine"
+        ) from error
     return str(min(found, key=lambda entry: entry[0] == socket.AF_INET6)[4][0])
 
 
@@ -93,4 +97,6 @@ def check_ports(options: Options) -> None:
                 remedy = f"set {name} to a free port"
                 if getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
                     remedy = "set BIND_ADDRESS to an address of this machine"
-                raise ServeError(f"cannot listen on {in_url(host)}:{port}: {error}; {remedy}") from error
+                raise ServeError(
+                    f"cannot listen on {in_url(host)}:{port}: {error}; {remedy}"
+                ) from error

@@ -125,7 +125,9 @@ class Probe:
         try:
             folder = self._folder(version)
             golden = json.loads((folder / "manifest.json").read_bytes())["golden"]
-            photo, embeddings = ((folder / name).read_bytes() for name in (golden["photos"][0], golden["embeddings"]))
+            photo, embeddings = (
+                (folder / name).read_bytes() for name in (golden["photos"][0], golden["embeddings"])
+            )
             self.known = {version: Golden(photo, embeddings, golden["tolerance"])}
         except OSError:
             if version not in self.known:

@@ -114,7 +114,9 @@ class Watch:
         if time.monotonic() - self.began < seconds:
             return None
         reason = f"the model was not ready within START_SECONDS={seconds:g}"
-        return Verdict(f"{reason}, with the last log lines above; the server was ended", drain=False)
+        return Verdict(
+            f"{reason}, with the last log lines above; the server was ended", drain=False
+        )
 
     def _fall_back(self) -> str:
         """Load the version that was served before. Returns why that fails, or an empty string."""
@@ -131,7 +133,9 @@ class Watch:
             return f"{refused}, and no other was served before"
         except (RequestError, OSError, ValueError, LookupError) as error:
             return f"{refused}, and so was the one that was served before, by {path}: {error}"
-        log.warning(f"WARNING: {refused}; version {version}, which was served before, is served instead, until another is promoted")
+        log.warning(
+            f"WARNING: {refused}; version {version}, which was served before, is served instead, until another is promoted"
+        )
         return ""
 
     def _is_away(self) -> bool:

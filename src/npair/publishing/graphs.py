@@ -65,12 +65,16 @@ def write_graphs(folder: Path, photos: npt.NDArray[np.uint8]) -> dict[str, str]:
     Returns: the engines that have no graph, each with the reason.
     """
     nncf.set_log_level(logging.ERROR)
-    chosen = photos[np.linspace(0, len(photos) - 1, min(len(photos), CALIBRATION_PHOTOS)).astype(int)]
+    chosen = photos[
+        np.linspace(0, len(photos) - 1, min(len(photos), CALIBRATION_PHOTOS)).astype(int)
+    ]
     failed = {}
     try:
         model = openvino.convert_model(torch.export.load(folder / ENGINES[REFERENCE]["graph"]))
         model.reshape([-1, *photos.shape[1:]])
-        openvino.save_model(model, folder / ENGINES["openvino-fp32"]["graph"], compress_to_fp16=True)
+        openvino.save_model(
+            model, folder / ENGINES["openvino-fp32"]["graph"], compress_to_fp16=True
+        )
     except Exception as error:  # of any kind, where an operation of the network is not known
         reason = f"OpenVINO cannot take the graph: {error}"
         return {name: reason for name in ENGINES if name != REFERENCE}
@@ -89,7 +93,9 @@ def write_graphs(folder: Path, photos: npt.NDArray[np.uint8]) -> dict[str, str]:
                 overflow_fix=nncf.OverflowFix.DISABLE,  # for CPUs without VNNI, which int8 is not used on
             ),
         )
-        openvino.save_model(quantised, folder / ENGINES["openvino-int8"]["graph"], compress_to_fp16=False)
+        openvino.save_model(
+            quantised, folder / ENGINES["openvino-int8"]["graph"], compress_to_fp16=False
+        )
     except Exception as error:
         failed["openvino-int8"] = f"NNCF cannot quantise the graph: {error}"
     return failed
@@ -102,7 +108,9 @@ def choose(folder: Path, manifest: Manifest, dataset: Dataset, pixels: Pixels) -
     for coarse ones; without val there is nothing to judge them by.
     Returns: val and its gallery, embedded by the fastest. Raises: EnginesError, VersionError.
     """
-    older = {name: reference_distance(folder, settings) for name, settings in INSTRUCTION_SETS.items()}
+    older = {
+        name: reference_distance(folder, settings) for name, settings in INSTRUCTION_SETS.items()
+    }
     embedders: dict[str, Embedder] = {}
     refused: Manifest = manifest["engines_refused"]
     for name in manifest["engines"]:
@@ -113,11 +121,18 @@ def choose(folder: Path, manifest: Manifest, dataset: Dataset, pixels: Pixels) -
     if REFERENCE not in embedders:
         raise EnginesError(f"the exported graph does not work: {refused[REFERENCE]['reason']}")
     if not (off := embedders[REFERENCE].golden_distance) <= SMALLEST_TOLERANCE:
-        raise EnginesError(f"the exported graph is not the network: its golden embeddings are off by {off:.2g}")
+        raise EnginesError(
+            f"the exported graph is not the network: its golden embeddings are off by {off:.2g}"
+        )
     costs = milliseconds(
-        {name: each.embed for name, each in embedders.items()}, pixels.array[pixels.of(dataset.train)][: 8 * BATCH * cores()]
+        {name: each.embed for name, each in embedders.items()},
+        pixels.array[pixels.of(dataset.train)][: 8 * BATCH * cores()],
     )
-    comparisons = {name: _compare(embedder, dataset, pixels) for name, embedder in embedders.items()} if dataset.val else {}
+    comparisons = (
+        {name: _compare(embedder, dataset, pixels) for name, embedder in embedders.items()}
+        if dataset.val
+        else {}
+    )
     recalls = {name: compared.recall_at_1() for name, compared in comparisons.items()}
 
     def refusal(name: str) -> str:
@@ -130,14 +145,27 @@ def choose(folder: Path, manifest: Manifest, dataset: Dataset, pixels: Pixels) -
 
     kept: Manifest = {}
     for name in sorted(embedders, key=costs.__getitem__):
-        measured = (older if name == REFERENCE else {}) | {"native": embedders[name].golden_distance}
-        entry = {**ENGINES[name], "milliseconds": costs[name], "recall_at_1": recalls.get(name), "golden_distances": measured}
+        measured = (older if name == REFERENCE else {}) | {
+            "native": embedders[name].golden_distance
+        }
+        entry = {
+            **ENGINES[name],
+            "milliseconds": costs[name],
+            "recall_at_1": recalls.get(name),
+            "golden_distances": measured,
+        }
         if reason := refusal(name):
             refused[name] = {**entry, "reason": reason}
         else:
             margin = MARGINS[ENGINES[name]["precision"]]
-            kept[name] = {**entry, "tolerance": max(margin * max(measured.values()), SMALLEST_TOLERANCE)}
-    manifest["engines"], manifest["engines_measured_on"] = kept, f"{cores()} cores of {cpu_info('model name') or 'an unknown CPU'}"
+            kept[name] = {
+                **entry,
+                "tolerance": max(margin * max(measured.values()), SMALLEST_TOLERANCE),
+            }
+    manifest["engines"], manifest["engines_measured_on"] = (
+        kept,
+        f"{cores()} cores of {cpu_info('model name') or 'an unknown CPU'}",
+    )
     return comparisons.get(next(iter(kept)))
 
 
@@ -157,12 +185,25 @@ def reference_distance(folder: Path, environment: dict[str, str]) -> float:
 
     Raises: EnginesError where the version fails there.
     """
-    command = [sys.executable, "-m", "npair", "verify", str(folder), "--json", "--engine", REFERENCE]
-    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "npair",
+        "verify",
+        str(folder),
+        "--json",
+        "--engine",
+        REFERENCE,
+    ]
+    result = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
     if result.returncode:
         why = result.stderr.strip() or f"exit code {result.returncode}"
         raise EnginesError(f"the exported version fails its verification with {environment}: {why}")
-    distance: float = json.loads(result.stdout)["versions"][str(folder)][REFERENCE]["golden_distance"]
+    distance: float = json.loads(result.stdout)["versions"][str(folder)][REFERENCE][
+        "golden_distance"
+    ]
     return distance
 
 

@@ -27,7 +27,9 @@ from npair.scoring.retrieval import Vectors
 from npair.serving.embedder import UNLIMITED, Embedder, read_manifest
 from npair.serving.engine import cores
 
-RECALL_DROP = 0.01  # of Recall@1 on val, below the pinned version's, for fine labels or for coarse ones
+RECALL_DROP = (
+    0.01  # of Recall@1 on val, below the pinned version's, for fine labels or for coarse ones
+)
 COST_RISE = 1.5  # times the pinned version's milliseconds a photo, or bytes
 TIMED_PHOTOS = 64
 PINS = Path(__file__).parents[3] / "model/api"
@@ -62,7 +64,9 @@ def publish(
                 shutil.copytree(refused, folder, dirs_exist_ok=True)
                 manifest = read_manifest(folder)
             else:
-                dataset, manifest = write_version(folder, run, data, cache, model=repository.name, version=number, say=say)
+                dataset, manifest = write_version(
+                    folder, run, data, cache, model=repository.name, version=number, say=say
+                )
                 if served:
                     say(f"comparing with version {pin}")
                     manifest["compared_with"] = compare_with(served, folder, manifest, dataset)
@@ -74,9 +78,14 @@ def publish(
             _keep(folder, refused)
             why = "; ".join(problems[what] for what in unexplained)
             options = " ".join(f"{flags[what]} REASON" for what in unexplained)
-            raise PublishError(f"{why}; nothing was published ({options} publishes it all the same)")
+            raise PublishError(
+                f"{why}; nothing was published ({options} publishes it all the same)"
+            )
         for what, problem in problems.items():
-            manifest["compared_with"][f"accepted_{what}"] = {"problem": problem, "reason": reasons[what]}
+            manifest["compared_with"][f"accepted_{what}"] = {
+                "problem": problem,
+                "reason": reasons[what],
+            }
         write_manifest(folder, manifest)
         verify(folder)
     shutil.rmtree(refused, ignore_errors=True)
@@ -86,14 +95,33 @@ def publish(
 def _pin(repository: Repository) -> int | None:
     """The newest complete version that is pinned."""
     versions = repository.versions()
-    return next((pin for pin in reversed(pinned(repository.read("config.pbtxt").decode())) if versions.get(pin)), None)
+    return next(
+        (
+            pin
+            for pin in reversed(pinned(repository.read("config.pbtxt").decode()))
+            if versions.get(pin)
+        ),
+        None,
+    )
 
 
-def _fingerprint(run: Path, data: Path, repository: Repository, number: int, served: Path | None) -> str:
+def _fingerprint(
+    run: Path, data: Path, repository: Repository, number: int, served: Path | None
+) -> str:
     """Of everything that a version is made of and compared with."""
     network = run / "manifest.json" if (run / "manifest.json").exists() else run / "checkpoint.pt"
-    files = [network, *((served / "manifest.json",) if served else ()), *sorted(Path(__file__).parents[1].rglob("*.py"))]
-    parts = [str(data.absolute()), repository.name, number, cores(), *(installed(name) for name in LIBRARIES)]
+    files = [
+        network,
+        *((served / "manifest.json",) if served else ()),
+        *sorted(Path(__file__).parents[1].rglob("*.py")),
+    ]
+    parts = [
+        str(data.absolute()),
+        repository.name,
+        number,
+        cores(),
+        *(installed(name) for name in LIBRARIES),
+    ]
     digest = hashlib.sha256(json.dumps(parts).encode())
     for file in files:
         digest.update(hashlib.sha256(file.read_bytes() if file.is_file() else b"").digest())
@@ -117,13 +145,19 @@ def check_libraries() -> None:
             f"{PINS} is missing, which says what libraries serve: publish with the npair of a checkout (make install)"
         )
     for name in LIBRARIES:
-        pins = [re.search(rf"^{name}==([^\s;+]+)", file.read_text(), re.MULTILINE) for file in files]
+        pins = [
+            re.search(rf"^{name}==([^\s;+]+)", file.read_text(), re.MULTILINE) for file in files
+        ]
         for pin in filter(None, pins):
             if pin[1] != (here := installed(name).partition("+")[0]):
-                raise PublishError(f"{name} is {here} here and {pin[1]} where versions are served; run: make install")
+                raise PublishError(
+                    f"{name} is {here} here and {pin[1]} where versions are served; run: make install"
+                )
 
 
-def compare_with(served: Path, folder: Path, manifest: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+def compare_with(
+    served: Path, folder: Path, manifest: dict[str, Any], dataset: Dataset
+) -> dict[str, Any]:
     """What both versions find in val, what a photo costs each on this machine, from its bytes on, and how large they are.
 
     manifest: the new version's, which says what that finds.
@@ -134,17 +168,24 @@ def compare_with(served: Path, folder: Path, manifest: dict[str, Any], dataset: 
         old, new = code.Embedder(served, cores=cores()), Embedder(folder, cores=cores())
     photos = [read_photo(path) for path in dataset.train.paths[:TIMED_PHOTOS]]
     recalls = compare("", dataset, "val", embedding(old)).recall_at_1() if dataset.val else {}
-    calls = {"old": partial(old.embed_photos, limits=UNLIMITED), "new": partial(new.embed_photos, limits=UNLIMITED)}
+    calls = {
+        "old": partial(old.embed_photos, limits=UNLIMITED),
+        "new": partial(new.embed_photos, limits=UNLIMITED),
+    }
     costs = milliseconds(calls, photos)
     old.close()
     new.close()
     return {
         "version": old.manifest["version"],
         "recall_at_1": {
-            kind: [recall, manifest["metrics"]["val"][kind]["recall_at_1"]["value"]] for kind, recall in recalls.items()
+            kind: [recall, manifest["metrics"]["val"][kind]["recall_at_1"]["value"]]
+            for kind, recall in recalls.items()
         },
         "milliseconds": [costs["old"], costs["new"]],
-        "bytes": [sum(path.stat().st_size for path in each.rglob("*") if path.is_file()) for each in (served, folder)],
+        "bytes": [
+            sum(path.stat().st_size for path in each.rglob("*") if path.is_file())
+            for each in (served, folder)
+        ],
     }
 
 
@@ -152,8 +193,16 @@ def embedding(embedder: Any) -> Callable[[Photos], Vectors]:
     """By a version's own decoder, from the files on."""
 
     def embed(photos: Photos) -> Vectors:
-        parts = [photos.paths[start : start + TIMED_PHOTOS] for start in range(0, len(photos), TIMED_PHOTOS)]
-        return np.concatenate([np.stack(embedder.embed_photos(list(map(read_photo, part)), UNLIMITED)) for part in parts])
+        parts = [
+            photos.paths[start : start + TIMED_PHOTOS]
+            for start in range(0, len(photos), TIMED_PHOTOS)
+        ]
+        return np.concatenate(
+            [
+                np.stack(embedder.embed_photos(list(map(read_photo, part)), UNLIMITED))
+                for part in parts
+            ]
+        )
 
     return embed
 
@@ -163,9 +212,13 @@ def refusals(compared: dict[str, Any]) -> dict[str, str]:
     problems = {}
     for kind, (old, new) in compared["recall_at_1"].items():
         if old - new > RECALL_DROP:
-            problems["recall"] = f"Recall@1 on val, of {kind} labels, is {new:.3f}; version {compared['version']} has {old:.3f}"
+            problems["recall"] = (
+                f"Recall@1 on val, of {kind} labels, is {new:.3f}; version {compared['version']} has {old:.3f}"
+            )
     for what, unit in (("milliseconds", "ms a photo"), ("bytes", "bytes")):
         old, new = compared[what]
         if new > COST_RISE * old:
-            problems["cost"] = f"it takes {new:,} {unit}; version {compared['version']} takes {old:,}"
+            problems["cost"] = (
+                f"it takes {new:,} {unit}; version {compared['version']} takes {old:,}"
+            )
     return problems

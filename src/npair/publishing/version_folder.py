@@ -23,12 +23,13 @@ import npair.serving
 from npair.data.dataset import Dataset
 from npair.data.pixels import decode_dataset, decode_photos
 from npair.data.sources import read_dataset
-from npair.networks.network import EMBEDDING_DIM, EmbeddingNetwork, build_network, embed, load_network
+from npair.networks.network import EMBEDDING_DIM, EmbeddingNetwork, build_network, embed
 from npair.publishing.drawings import draw, encode
 from npair.publishing.graphs import ENGINES, REFERENCE, UNMEASURED, Manifest, choose, write_graphs
 from npair.serving.embedder import read_manifest, verify_files
 from npair.serving.engine import EngineError, refuse_pickles
 from npair.serving.preprocess import Preprocessing
+from npair.training.checkpoint import load_network
 from npair.training.run import TrainConfig, git_commit, read_run
 
 SCHEMA = 3
@@ -45,7 +46,14 @@ class PublishError(RuntimeError):
 
 
 def write_version(
-    folder: Path, run: Path, data: Path, cache: Path, *, model: str, version: int, say: Callable[[str], None]
+    folder: Path,
+    run: Path,
+    data: Path,
+    cache: Path,
+    *,
+    model: str,
+    version: int,
+    say: Callable[[str], None],
 ) -> tuple[Dataset, Manifest]:
     """Write a version into an empty folder: a run's averaged network, scored on val of ``data`` by the code that will serve it.
 
@@ -59,7 +67,9 @@ def write_version(
     network = restore(run) if (run / "manifest.json").exists() else load_network(run)
     config = TrainConfig(**training["train"])
     preprocessing = config.preprocessing()
-    dataset = read_dataset(data, split_by=config.split_by, val_share=config.val_share, seed=config.seed)
+    dataset = read_dataset(
+        data, split_by=config.split_by, val_share=config.val_share, seed=config.seed
+    )
     dataset, pixels, _ = decode_dataset(dataset, preprocessing, cache)
     if dataset.fingerprint() != training["data"]["fingerprint"]:
         raise PublishError(f"{run} was not trained on {data}")
@@ -76,8 +86,14 @@ def write_version(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "engines": {name: {**engine, "tolerance": UNMEASURED} for name, engine in ENGINES.items() if name not in failed},
-        "engines_refused": {name: {**ENGINES[name], "reason": reason} for name, reason in failed.items()},
+        "engines": {
+            name: {**engine, "tolerance": UNMEASURED}
+            for name, engine in ENGINES.items()
+            if name not in failed
+        },
+        "engines_refused": {
+            name: {**ENGINES[name], "reason": reason} for name, reason in failed.items()
+        },
         "preprocessing": asdict(preprocessing),
         "embedding": {"dimension": EMBEDDING_DIM},
         "training": training,
@@ -88,7 +104,9 @@ def write_version(
     say(f"measuring what {', '.join(manifest['engines'])} cost and find")
     compared = choose(folder, manifest, dataset, pixels)
     # For those who see only answers, and not which engine gave them.
-    manifest["golden"]["tolerance"] = max(engine["tolerance"] for engine in manifest["engines"].values())
+    manifest["golden"]["tolerance"] = max(
+        engine["tolerance"] for engine in manifest["engines"].values()
+    )
     if compared:
         evaluation = compared.evaluate()
         manifest["metrics"] = {"val": evaluation.as_dict()}
@@ -126,12 +144,16 @@ def export(network: EmbeddingNetwork, size: int, path: Path) -> None:
     torch.export.save(program, path)
 
 
-def write_golden(folder: Path, network: EmbeddingNetwork, preprocessing: Preprocessing) -> dict[str, Any]:
+def write_golden(
+    folder: Path, network: EmbeddingNetwork, preprocessing: Preprocessing
+) -> dict[str, Any]:
     """Draw a few photos, one for each way through the decoder, with their fp32 embeddings; returns the manifest's entry."""
     turned = Image.Exif()
     turned[0x0112] = 6
     cut_out = draw(1, 0)
-    cut_out.putalpha(Image.radial_gradient("L").resize(cut_out.size).point(lambda level: 255 - level))
+    cut_out.putalpha(
+        Image.radial_gradient("L").resize(cut_out.size).point(lambda level: 255 - level)
+    )
     golden = folder / "golden"
     golden.mkdir()
     photos = {
@@ -144,7 +166,10 @@ def write_golden(folder: Path, network: EmbeddingNetwork, preprocessing: Preproc
         (golden / name).write_bytes(photo)
     paths = [golden / name for name in photos]
     np.save(golden / "embeddings.npy", embed(network, decode_photos(paths, preprocessing)))
-    return {"photos": [str(path.relative_to(folder)) for path in paths], "embeddings": "golden/embeddings.npy"}
+    return {
+        "photos": [str(path.relative_to(folder)) for path in paths],
+        "embeddings": "golden/embeddings.npy",
+    }
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
-from tqdm import tqdm
 
-from npair.client import NpairClient
-from npair.client_cli import PATIENT_RETRIES, from_environment
 from npair.data.dataset import DataError, Dataset, Photos
-from npair.data.pixels import Pixels
 from npair.scoring.intervals import Estimate, bootstrap
 from npair.scoring.retrieval import (
     MEASURES,
@@ -31,13 +26,7 @@ from npair.scoring.retrieval import (
     nearest,
     score_queries,
 )
-from npair.scoring.verification import (
-    BINS,
-    OperatingPoint,
-    Verification,
-    count_pairs,
-    verification,
-)
+from npair.scoring.verification import BINS, OperatingPoint, Verification, count_pairs, verification
 
 # Queries against a gallery of other photos, or photos of unseen classes against each other.
 Protocol = Literal["gallery", "self"]
@@ -256,45 +245,3 @@ def compare(
     queries = embed(query_photos)
     gallery = queries if gallery_photos is query_photos else embed(gallery_photos)
     return Comparison(embedded_by, query_photos, queries, gallery_photos, gallery)
-
-
-def embed_run(run: Path, dataset: Dataset, pixels: Pixels, split: str) -> Comparison:
-    """Embed a split and its gallery with a run's network.
-
-    pixels: of all photos of the data set, decoded as the run's configuration says.
-    Raises: DataError for a split that is not there, RunError where the run holds no network.
-    """
-    from npair.networks.network import embed, load_network  # noqa: PLC0415  # scoring a server needs no torch
-
-    network = load_network(run)
-    return compare(
-        f"run {run.name}",
-        dataset,
-        split,
-        lambda photos: embed(network, pixels.array, pixels.of(photos)),
-    )
-
-
-def embed_served(dataset: Dataset, split: str, url: str) -> Comparison:
-    """Embed a split and its gallery through a running server, so that what is scored is what is served.
-
-    Raises: DataError for a split that is not there or a photo that the server refuses, client.NpairError.
-    """
-    query_photos, gallery_photos = sides(dataset, split)
-    alone = gallery_photos is query_photos
-    paths = [*query_photos.paths, *(() if alone else gallery_photos.paths)]
-    vectors = []
-    with NpairClient(url, retries=PATIENT_RETRIES, **from_environment()) as client:
-        stream = client.stream(paths)
-        for result in tqdm(stream, total=len(paths), desc="embed", unit="photo", disable=None):
-            if result.vector is None:
-                raise DataError(f"{paths[result.index]}: {result.reason}")
-            vectors.append(result.vector)
-    queries, gallery = np.split(np.stack(vectors), [len(query_photos)])
-    return Comparison(
-        f"version {stream.version} at {url}",
-        query_photos,
-        queries,
-        gallery_photos,
-        queries if alone else gallery,
-    )

@@ -30,17 +30,23 @@ def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return None
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        transform = ImageCms.buildTransform(source, SRGB, mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC)
+        transform = ImageCms.buildTransform(
+            source, SRGB, mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC
+        )
         if mode != "CMYK":
             steps = np.arange(0, 256, 17, dtype=np.uint8)
             colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, 16, 3)
             probe = Image.fromarray(colours if mode == "RGB" else colours[..., 0])
-            change = np.asarray(transform.apply(probe)).astype(int) - np.asarray(probe.convert("RGB"))
+            change = np.asarray(transform.apply(probe)).astype(int) - np.asarray(
+                probe.convert("RGB")
+            )
             if np.abs(change).max() <= ROUNDING:
                 return None
     except MemoryError:
         raise
-    except Exception:  # a broken profile does not spoil the pixels: browsers show such photos as if it had none
+    except (
+        Exception
+    ):  # a broken profile does not spoil the pixels: browsers show such photos as if it had none
         return None
     return transform
 
@@ -52,4 +58,6 @@ def _sound(profile: bytes, mode: str) -> bool:
     if profile[12:16] not in CLASSES or profile[16:20] != SPACES[mode]:
         return False
     (tags,) = struct.unpack_from(">I", profile, 128)
-    return tags <= 100 and not any(profile[132 + 12 * tag :].startswith(ELEMENTS) for tag in range(tags))
+    return tags <= 100 and not any(
+        profile[132 + 12 * tag :].startswith(ELEMENTS) for tag in range(tags)
+    )

@@ -58,7 +58,9 @@ class Work:
     norm: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+        return Work(
+            *(getattr(self, field.name) + getattr(other, field.name) for field in fields(self))
+        )
 
 
 class Embedder:
@@ -83,7 +85,9 @@ class Embedder:
         verify_files(folder, self.manifest)
         self.preprocessing = Preprocessing(**self.manifest["preprocessing"])
         if engine and engine not in self.manifest["engines"]:
-            raise VersionError(f"{folder} has no engine {engine}, only {', '.join(self.manifest['engines'])}")
+            raise VersionError(
+                f"{folder} has no engine {engine}, only {', '.join(self.manifest['engines'])}"
+            )
         self.cores, self.threads = cores, max(1, cores // instances)
         self.pool = ThreadPoolExecutor(self.threads)
         self.lock = (folder / "manifest.json").open("rb")
@@ -98,7 +102,11 @@ class Embedder:
                     raise
                 self.passed_over[name] = str(error)
             else:
-                self.engine, self.golden_norm, self.work = name, self.work.norm / self.work.photos, Work()
+                self.engine, self.golden_norm, self.work = (
+                    name,
+                    self.work.norm / self.work.photos,
+                    Work(),
+                )
                 return
         raise VersionError(f"{folder}: no engine works: " + "; ".join(self.passed_over.values()))
 
@@ -114,7 +122,9 @@ class Embedder:
             self._count(Work(decode=time.perf_counter() - began))
             good = [pixels for pixels in decoded if not isinstance(pixels, PhotoError)]
             vectors = iter(self._embed(good, alone))
-            return [pixels if isinstance(pixels, PhotoError) else next(vectors) for pixels in decoded]
+            return [
+                pixels if isinstance(pixels, PhotoError) else next(vectors) for pixels in decoded
+            ]
 
         return self._spread(embed, photos)
 
@@ -134,7 +144,13 @@ class Embedder:
         """
         engine, golden = self.manifest["engines"][name], self.manifest["golden"]
         try:
-            self.network = load(engine["library"], self.folder / engine["graph"], engine["precision"], self.threads, self.cores)
+            self.network = load(
+                engine["library"],
+                self.folder / engine["graph"],
+                engine["precision"],
+                self.threads,
+                self.cores,
+            )
         except EngineError as error:
             raise EngineError(f"engine {name}: {error}") from error
         expected = np.load(self.folder / golden["embeddings"], allow_pickle=False)
@@ -147,7 +163,9 @@ class Embedder:
             raise VersionError(
                 f"{self.folder}: golden embeddings have {actual.shape[1]} numbers, published ones {expected.shape[1]}"
             )
-        distance = float(np.linalg.norm(actual - np.tile(expected, (1 + self.threads, 1)), axis=1).max())
+        distance = float(
+            np.linalg.norm(actual - np.tile(expected, (1 + self.threads, 1)), axis=1).max()
+        )
         if not distance <= engine["tolerance"]:
             raise VersionError(
                 f"{self.folder}: engine {name}: golden embeddings differ by {distance:.2g}, more than {engine['tolerance']:.2g}"
@@ -160,8 +178,14 @@ class Embedder:
             if len(items) == 1:
                 return embed(items, alone)
             full = len(items) // (BATCH * self.threads) * BATCH * self.threads
-            parts = [items[i : i + BATCH] for i in range(0, full, BATCH)] + [items[i : i + 1] for i in range(full, len(items))]
-            return [answer for answers in self.pool.map(embed, parts, itertools.repeat(False)) for answer in answers]
+            parts = [items[i : i + BATCH] for i in range(0, full, BATCH)] + [
+                items[i : i + 1] for i in range(full, len(items))
+            ]
+            return [
+                answer
+                for answers in self.pool.map(embed, parts, itertools.repeat(False))
+                for answer in answers
+            ]
 
     @contextlib.contextmanager
     def _at_work(self, *, alone: bool) -> Iterator[bool]:
@@ -194,7 +218,11 @@ class Embedder:
             embeddings = self.network(np.stack(part), alone=alone)
             seconds = time.perf_counter() - began
             vectors.extend(unit(embeddings))
-            self._count(Work(len(part), network=seconds, norm=float(np.linalg.norm(embeddings, axis=1).sum())))
+            self._count(
+                Work(
+                    len(part), network=seconds, norm=float(np.linalg.norm(embeddings, axis=1).sum())
+                )
+            )
         return vectors
 
     def _count(self, work: Work) -> None:
@@ -227,4 +255,6 @@ def verify_files(folder: Path, manifest: dict[str, Any]) -> None:
         except OSError as error:
             raise VersionError(f"{folder}: {name} cannot be read: {error}") from error
         if actual != expected:
-            raise VersionError(f"{folder}: {name} has changed since it was published: SHA-256 {actual}, published {expected}")
+            raise VersionError(
+                f"{folder}: {name} has changed since it was published: SHA-256 {actual}, published {expected}"
+            )

@@ -53,7 +53,9 @@ def load(library: str, graph: Path, precision: str, threads: int, cores: int) ->
     except ImportError as error:
         raise EngineError(f"{library} is not installed ({error})") from error
     except RuntimeError as error:  # both libraries', for operations that this CPU has no kernel for
-        raise EngineError(f"{library} cannot run {graph.name} on this CPU: {str(error).splitlines()[-1]}") from error
+        raise EngineError(
+            f"{library} cannot run {graph.name} on this CPU: {str(error).splitlines()[-1]}"
+        ) from error
 
 
 def cpu_info(key: str) -> str:
@@ -72,12 +74,24 @@ def cores() -> int:
     cpus = os.sched_getaffinity(0)
     try:
         topology = Path("/sys/devices/system/cpu")
-        count = len({(topology / f"cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii") for cpu in cpus})
+        count = len(
+            {
+                (topology / f"cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")
+                for cpu in cpus
+            }
+        )
     except OSError:
         count = len(cpus)
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of versions 2 and 1
+    for files in (
+        ["cpu.max"],
+        ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"],
+    ):  # of versions 2 and 1
         with contextlib.suppress(OSError, ValueError):
-            quota, period = (int(number) for name in files for number in (Path("/sys/fs/cgroup") / name).read_text().split())
+            quota, period = (
+                int(number)
+                for name in files
+                for number in (Path("/sys/fs/cgroup") / name).read_text().split()
+            )
             if quota > 0:
                 count = min(count, -(-quota // period))
     return count
@@ -96,7 +110,9 @@ def _openvino(graph: Path, precision: str, threads: int, cores: int) -> Engine:
 
     def compiled(batch: int, alone: bool) -> Any:
         model = core.read_model(graph)
-        model.reshape([batch, *list(model.input().partial_shape)[1:]])  # a tenth faster than with any batch size
+        model.reshape(
+            [batch, *list(model.input().partial_shape)[1:]]
+        )  # a tenth faster than with any batch size
         properties = {
             "NUM_STREAMS": 1 if alone else threads,
             "INFERENCE_NUM_THREADS": cores if alone else threads,
@@ -112,9 +128,13 @@ def _openvino(graph: Path, precision: str, threads: int, cores: int) -> Engine:
 
     def engine(pixels: npt.NDArray[np.uint8], *, alone: bool) -> npt.NDArray[np.float32]:
         if not hasattr(requests, "of"):
-            requests.of = {kind: network.create_infer_request() for kind, network in networks.items()}
+            requests.of = {
+                kind: network.create_infer_request() for kind, network in networks.items()
+            }
         request = requests.of[len(pixels), alone and cores > 1]
-        embeddings: npt.NDArray[np.float32] = request.infer([pixels], share_inputs=True, share_outputs=True)[0]
+        embeddings: npt.NDArray[np.float32] = request.infer(
+            [pixels], share_inputs=True, share_outputs=True
+        )[0]
         return embeddings
 
     return engine
@@ -147,7 +167,12 @@ def refuse_pickles(graph: Path) -> None:
             item.filename
             for item in archive.infolist()
             if ("/sample_inputs/" in item.filename and item.file_size)
-            or (item.filename.endswith("_config.json") and b'"use_pickle": true' in archive.read(item))
+            or (
+                item.filename.endswith("_config.json")
+                and b'"use_pickle": true' in archive.read(item)
+            )
         ]
     if pickled:
-        raise EngineError(f"{graph} holds pickled data ({', '.join(pickled)}); publish it again with npair")
+        raise EngineError(
+            f"{graph} holds pickled data ({', '.join(pickled)}); publish it again with npair"
+        )

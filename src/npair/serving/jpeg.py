@@ -87,12 +87,16 @@ class Jpeg:
             padding = EXTRANEOUS.search(str(error))
             if not padding or int(padding[1]) > MAX_EXTRANEOUS:
                 raise
-            return self._decode(self.content[: -2 - int(padding[1])] + EOI, size, resample)  # all else may be wrong too
+            return self._decode(
+                self.content[: -2 - int(padding[1])] + EOI, size, resample
+            )  # all else may be wrong too
 
     def _decode(self, content: bytes, size: int, resample: str) -> Pixels:
         colours = {1: "GRAY", 3: "RGB", 4: "CMYK"}[len(self.components)]
         try:  # at so few eighths of width and height that neither is below size
-            pixels: Pixels = simplejpeg.decode_jpeg(content, colours, min_width=size, min_height=size)
+            pixels: Pixels = simplejpeg.decode_jpeg(
+                content, colours, min_width=size, min_height=size
+            )
         except ValueError as error:  # warnings too
             if "Could not determine subsampling" in str(error):
                 return self._decode_by_pillow(content, size, resample)
@@ -118,13 +122,19 @@ def _fit(pixels: Pixels, size: int, resample: str) -> Pixels:
     """
     height, width, channels = pixels.shape
     square = ImageData(size, size, CHANNELS[channels])
-    options = ResizeOptions(ResizeAlg.convolution(FILTERS[resample]), use_alpha=False, fit_into_destination=True)
-    Resizer().resize(ImageData(width, height, CHANNELS[channels], pixels.tobytes()), square, options)
+    options = ResizeOptions(
+        ResizeAlg.convolution(FILTERS[resample]), use_alpha=False, fit_into_destination=True
+    )
+    Resizer().resize(
+        ImageData(width, height, CHANNELS[channels], pixels.tobytes()), square, options
+    )
     return np.frombuffer(square.get_buffer(), np.uint8).reshape(size, size, channels)
 
 
 def damaged(why: str) -> PhotoError:
-    return PhotoError("damaged", f"the JPEG data is truncated or damaged ({why}); send the original file")
+    return PhotoError(
+        "damaged", f"the JPEG data is truncated or damaged ({why}); send the original file"
+    )
 
 
 def read(photo: bytes) -> Jpeg:
@@ -145,7 +155,10 @@ def read(photo: bytes) -> Jpeg:
             raise PhotoError("not_an_image", f"a {OTHER_FRAMES[kind]}, {REMEDY}")
         if kind not in SEGMENTS:
             raise damaged(f"marker {kind:02X} where none may be")
-        start, marker_to_find = marker.end() + int.from_bytes(photo[marker.end() : begin], "big"), MARKER
+        start, marker_to_find = (
+            marker.end() + int.from_bytes(photo[marker.end() : begin], "big"),
+            MARKER,
+        )
         if not begin <= start <= len(photo):
             raise damaged("a segment is cut off")
         content = photo[begin:start]
@@ -159,9 +172,14 @@ def read(photo: bytes) -> Jpeg:
             if not frame or len(content) < 4:
                 raise damaged("a scan without a frame")
             if len(jpeg.scans) > MAX_SCANS:
-                raise PhotoError("too_many_scans", f"the photo has more than the limit of {MAX_SCANS} scans; save it anew")
+                raise PhotoError(
+                    "too_many_scans",
+                    f"the photo has more than the limit of {MAX_SCANS} scans; save it anew",
+                )
             marker_to_find = END_OF_SCAN
-            if frame not in PROGRESSIVE:  # some cameras leave zeros here, which libjpeg ignores with a warning
+            if (
+                frame not in PROGRESSIVE
+            ):  # some cameras leave zeros here, which libjpeg ignores with a warning
                 parts.append(photo[marker.start() : start - 3] + b"\0\x3f\0")
                 continue
         if kind not in METADATA or (kind == 0xEE and content.startswith(b"Adobe")):
@@ -177,7 +195,9 @@ def read(photo: bytes) -> Jpeg:
     else:
         if marker_to_find is END_OF_SCAN:
             parts.append(photo[start:].rstrip(b"\xff"))
-        if frame in ARITHMETIC or not _complete(jpeg, frame):  # the decoder would not miss what arithmetic coding leaves out
+        if frame in ARITHMETIC or not _complete(
+            jpeg, frame
+        ):  # the decoder would not miss what arithmetic coding leaves out
             raise damaged("it ends too early")
     if not jpeg.scans:
         raise damaged("it has no scan")
@@ -197,14 +217,20 @@ def _read_frame(jpeg: Jpeg, content: bytes) -> None:
     jpeg.components = content[6::3]
     jpeg.size = int.from_bytes(content[3:5], "big"), int.from_bytes(content[1:3], "big")
     if not all(jpeg.size):
-        raise PhotoError("not_an_image", f"a JPEG that does not say its size before its pixels, {REMEDY}")
+        raise PhotoError(
+            "not_an_image", f"a JPEG that does not say its size before its pixels, {REMEDY}"
+        )
 
 
 def _complete(jpeg: Jpeg, frame: int) -> bool:
     """Whether the scans give every coefficient of every component, down to its last bit."""
-    missing = {(component, coefficient): 1 for component in jpeg.components for coefficient in range(64)}
+    missing = {
+        (component, coefficient): 1 for component in jpeg.components for coefficient in range(64)
+    }
     for scan in jpeg.scans:
-        first, last, low = (scan[-3], scan[-2], scan[-1] & 15) if frame in PROGRESSIVE else (0, 63, 0)
+        first, last, low = (
+            (scan[-3], scan[-2], scan[-1] & 15) if frame in PROGRESSIVE else (0, 63, 0)
+        )
         for component in scan[1:-3:2]:
             for coefficient in range(first, last + 1):
                 missing[component, coefficient] = low

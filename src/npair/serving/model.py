@@ -44,13 +44,19 @@ class TritonPythonModel:
         """Load and verify this version; any exception makes Triton refuse it with the message."""
         config = json.loads(args["model_config"])
         instances = sum(group["count"] for group in config["instance_group"])
-        self.limits = Limits(max_bytes=_number(config, "max_bytes"), max_pixels=_number(config, "max_pixels"))
+        self.limits = Limits(
+            max_bytes=_number(config, "max_bytes"), max_pixels=_number(config, "max_pixels")
+        )
         available = cores()
         os.environ["OMP_NUM_THREADS"] = str(available)  # before a library that reads it is imported
         folder = Path(args["model_repository"]) / args["model_version"]
-        self.embedder = Embedder(folder, cores=available, instances=instances, engine=_parameter(config, "engine"))
+        self.embedder = Embedder(
+            folder, cores=available, instances=instances, engine=_parameter(config, "engine")
+        )
         for name, reason in self.embedder.passed_over.items():
-            pb_utils.Logger.log_warn(f"version {folder.name} is served by {self.embedder.engine}, not by {name}: {reason}")
+            pb_utils.Logger.log_warn(
+                f"version {folder.name} is served by {self.embedder.engine}, not by {name}: {reason}"
+            )
         self.report = Report(self.embedder, folder.name)
         self.watchdog = Watchdog()
 
@@ -65,12 +71,22 @@ class TritonPythonModel:
         self.embedder.close()
 
     def _execute(self, requests: Sequence[Any]) -> list[Any]:
-        batches = [pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy().ravel() for request in requests]
+        batches = [
+            pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy().ravel()
+            for request in requests
+        ]
         try:
-            answers = self.embedder.embed_photos([photo for batch in batches for photo in batch], self.limits)
+            answers = self.embedder.embed_photos(
+                [photo for batch in batches for photo in batch], self.limits
+            )
         except Exception as error:
             for request in requests:
-                self.report.log(pb_utils.Logger.log_error, "request failed", request, error=str(error)[:LOGGED_LENGTH])
+                self.report.log(
+                    pb_utils.Logger.log_error,
+                    "request failed",
+                    request,
+                    error=str(error)[:LOGGED_LENGTH],
+                )
             raise
         vectors = iter(answers)
         parts = [list(itertools.islice(vectors, len(batch))) for batch in batches]
@@ -107,11 +123,17 @@ class Watchdog:
         while not self.closing.wait(1.0):
             if os.getppid() != self.server:
                 os._exit(1)  # Triton's own way out waits for ever where a metric was to be updated
-            moved = self.batches != batches or time.process_time() - computed > 0.01  # threads that wait take far less
+            moved = (
+                self.batches != batches or time.process_time() - computed > 0.01
+            )  # threads that wait take far less
             stalled = stalled + 1 if self.working and not moved else 0
             batches, computed = self.batches, time.process_time()
             if stalled == STALLED_FOR:
-                print(f"npair: a batch has made no progress for {STALLED_FOR} s; its process ends", file=sys.stderr, flush=True)
+                print(
+                    f"npair: a batch has made no progress for {STALLED_FOR} s; its process ends",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(1)
 
 
@@ -132,29 +154,54 @@ class Report:
 
         def family(kind: str, name: str, description: str) -> Any:
             kind = getattr(pb_utils.MetricFamily, kind)
-            self.families.append(pb_utils.MetricFamily(name=name, description=description, kind=kind))
+            self.families.append(
+                pb_utils.MetricFamily(name=name, description=description, kind=kind)
+            )
             return self.families[-1]
 
         rejected = family("COUNTER", "npair_photos_rejected_total", "Photos refused")
-        self.counters = [family("COUNTER", name, description).Metric(labels=labels) for name, description in WORK.items()]
-        self.counters += [rejected.Metric(labels={**labels, "reason": reason}) for reason in REASONS]
-        self.sizes = family("HISTOGRAM", "npair_batch_photos", "Photos in a batch").Metric(labels=labels, buckets=BATCHES)
-        norm = family("GAUGE", "npair_golden_norm", "Mean length of the golden photos' embeddings before they were scaled to 1")
+        self.counters = [
+            family("COUNTER", name, description).Metric(labels=labels)
+            for name, description in WORK.items()
+        ]
+        self.counters += [
+            rejected.Metric(labels={**labels, "reason": reason}) for reason in REASONS
+        ]
+        self.sizes = family("HISTOGRAM", "npair_batch_photos", "Photos in a batch").Metric(
+            labels=labels, buckets=BATCHES
+        )
+        norm = family(
+            "GAUGE",
+            "npair_golden_norm",
+            "Mean length of the golden photos' embeddings before they were scaled to 1",
+        )
         norm.Metric(labels=labels).set(embedder.golden_norm)
-        distance = family("GAUGE", "npair_golden_distance", "Largest distance of a golden photo's embedding from the published one")
+        distance = family(
+            "GAUGE",
+            "npair_golden_distance",
+            "Largest distance of a golden photo's embedding from the published one",
+        )
         distance.Metric(labels=labels).set(embedder.golden_distance)
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self._update, daemon=True)
         self.thread.start()
 
-    def batch(self, requests: Sequence[Any], answers: Sequence[Sequence[Vector | PhotoError]]) -> None:
+    def batch(
+        self, requests: Sequence[Any], answers: Sequence[Sequence[Vector | PhotoError]]
+    ) -> None:
         """Count a batch that was answered, and log what was refused: not its message, which may quote the photo."""
         self.batches.append(sum(map(len, answers)))
         for request, answer in zip(requests, answers, strict=True):
             for index, vector in enumerate(answer):
                 if isinstance(vector, PhotoError):
                     self.refused[vector.reason] += 1
-                    self.log(pb_utils.Logger.log_info, "photo refused", request, index=index, reason=vector.reason)
+                    self.log(
+                        pb_utils.Logger.log_info,
+                        "photo refused",
+                        request,
+                        index=index,
+                        reason=vector.reason,
+                    )
 
     def log(self, write: Callable[[str], None], event: str, request: Any, **facts: object) -> None:
         """A line about a request, as JSON after the event's name: whatever its sender made its id, it cannot look like another."""
@@ -165,7 +212,9 @@ class Report:
             request_id = request.request_id()[:LOGGED_LENGTH]
         except UnicodeDecodeError:
             request_id = "(not UTF-8)"
-        write(f"{event}: {json.dumps({'request_id': request_id, 'version': self.version, **facts})}")
+        write(
+            f"{event}: {json.dumps({'request_id': request_id, 'version': self.version, **facts})}"
+        )
 
     def close(self) -> None:
         """Update the metrics a last time, and have the server forget them."""
@@ -188,14 +237,22 @@ class Report:
             lines, self.lines = self.lines, Counter()
             for event, number in list(lines.items()):
                 if number > LOGGED:
-                    pb_utils.Logger.log_info(f"{event}: {json.dumps({'version': self.version, 'more': number - LOGGED})}")
+                    pb_utils.Logger.log_info(
+                        f"{event}: {json.dumps({'version': self.version, 'more': number - LOGGED})}"
+                    )
 
 
 def _response(vectors: Sequence[Vector | PhotoError]) -> Any:
     """The embeddings, or INVALID_ARG that names each bad photo as ``IMAGE[index]: reason``, joined by ``; ``."""
-    reasons = [f"IMAGE[{index}]: {vector}" for index, vector in enumerate(vectors) if isinstance(vector, PhotoError)]
+    reasons = [
+        f"IMAGE[{index}]: {vector}"
+        for index, vector in enumerate(vectors)
+        if isinstance(vector, PhotoError)
+    ]
     if reasons:
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError("; ".join(reasons), pb_utils.TritonError.INVALID_ARG))
+        return pb_utils.InferenceResponse(
+            error=pb_utils.TritonError("; ".join(reasons), pb_utils.TritonError.INVALID_ARG)
+        )
     return pb_utils.InferenceResponse([pb_utils.Tensor("EMBEDDING", np.stack(vectors))])  # type: ignore[arg-type]
 
 
@@ -209,5 +266,7 @@ def _number(config: dict[str, Any], key: str) -> int:
     """Raises: ValueError where the parameter is missing or not a positive whole number."""
     text = _parameter(config, key)
     if not text.isdecimal() or not int(text):
-        raise ValueError(f'config.pbtxt: parameter "{key}" must be a positive whole number, found "{text}"')
+        raise ValueError(
+            f'config.pbtxt: parameter "{key}" must be a positive whole number, found "{text}"'
+        )
     return int(text)

@@ -44,10 +44,14 @@ def _keep(metadata: Metadata, kind: bytes, content: bytes) -> None:
         metadata.xmp = _unpacked(text, MAX_METADATA) if value[:1] == b"\1" else text
     elif kind in (b"tEXt", b"zTXt") and key == XMP_TEXT:
         metadata.xmp = _unpacked(value[1:], MAX_METADATA) if kind == b"zTXt" else value
-    elif kind in (b"tEXt", b"zTXt") and key == EXIF_TEXT and not metadata.exif:  # as hexadecimal text: older than its chunk
+    elif (
+        kind in (b"tEXt", b"zTXt") and key == EXIF_TEXT and not metadata.exif
+    ):  # as hexadecimal text: older than its chunk
         text = (_unpacked(value[1:], MAX_METADATA) if kind == b"zTXt" else value)[:MAX_METADATA]
         try:
-            metadata.exif = bytes.fromhex("".join(text.decode("latin-1").split("\n")[3:])[: MAX_METADATA // 2 * 2])
+            metadata.exif = bytes.fromhex(
+                "".join(text.decode("latin-1").split("\n")[3:])[: MAX_METADATA // 2 * 2]
+            )
         except ValueError:
             return
 

@@ -34,7 +34,10 @@ def photo_of(sent: bytes, limits: Limits) -> bytes:
             f"base64 text of {len(sent)} bytes, more than a photo within the limit of {limits.max_bytes} has; send a smaller file",
         )
     if uri and not uri[1].lower().rstrip().endswith(b";base64"):
-        raise PhotoError("not_an_image", "a data: URI that is not base64; send data:image/jpeg;base64, and then the photo's base64")
+        raise PhotoError(
+            "not_an_image",
+            "a data: URI that is not base64; send data:image/jpeg;base64, and then the photo's base64",
+        )
     text = sent[uri.end() :] if uri else sent
     if uri and b"%" in text:
         text = unquote_to_bytes(text)
@@ -45,8 +48,13 @@ def photo_of(sent: bytes, limits: Limits) -> bytes:
             f"looks like base64, but character {other.start() + 1} of it is no part of that; send a JPEG, PNG or WebP",
         )
     if len(text) % 4 == 1:
-        raise PhotoError("not_an_image", "looks like base64, but is not whole: a character is missing or too many; send all of it")
+        raise PhotoError(
+            "not_an_image",
+            "looks like base64, but is not whole: a character is missing or too many; send all of it",
+        )
     photo = base64.b64decode(text + b"=" * (-len(text) % 4))
     if photo and not is_photo(photo):
-        raise PhotoError("not_an_image", f"looks like base64, but what it stands for is {no_photo(photo)}")
+        raise PhotoError(
+            "not_an_image", f"looks like base64, but what it stands for is {no_photo(photo)}"
+        )
     return photo

@@ -1,7 +1,7 @@
-"""Training in several processes, one for each GPU or machine, started by torchrun; in one process all of this does nothing.
+"""Training in several processes, one per GPU or machine, started by torchrun.
 
-Each process embeds its own rows of a batch and sees the embeddings of all, so that N pairs have N - 1 negatives however many
-processes share them.
+Each process embeds its own rows of a batch and gathers the embeddings of all, so N pairs have
+N - 1 negatives for any number of processes. In one process these functions do nothing.
 """
 
 from __future__ import annotations
@@ -19,29 +19,40 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next step; without effect under other C libraries.
+    """Make glibc reuse the memory that a step frees; do nothing under other C libraries.
 
-    By default it returns large blocks to the kernel, which then clears every page of every activation anew: a quarter of a step.
+    By default it returns large blocks to the kernel, which clears every page before it hands it
+    out again: a quarter of a step's time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
+        for parameter, value in (
+            (M_MMAP_MAX, 0),
+            (M_TRIM_THRESHOLD, 2**31 - 1),
+            (M_ARENA_MAX, 1),
+        ):
             mallopt(parameter, value)
 
 
 def rank() -> int:
+    """Return this process's number, 0 for the first or only one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
-    """Join the processes that torchrun started, if it did; yields this one's device: its GPU where there is one, else the CPU."""
+    """Join torchrun's processes, if it started this one.
+
+    Yields: this process's device: its GPU, or the CPU if there is none.
+    """
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", index) if cuda else torch.device("cpu")
     if "RANK" not in os.environ:
         yield device
         return
@@ -54,24 +65,25 @@ def process_group() -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def gather(embeddings: Tensor) -> Tensor:
-    """[n, ...] of this process -> [world_size * n, ...] of all, in the order of ranks; gradients reach this process's rows alone.
+def gather(rows: Tensor) -> Tensor:
+    """Concatenate the rows of all processes by rank: [n, ...] -> [world_size * n, ...].
 
-    Where every process then computes the loss over all rows, ``sum_gradients`` makes each parameter's gradient that of one process
-    with all rows: the derivative by a row is taken where that row was embedded.
+    Gradients flow only into this process's rows. If every process computes the loss of all rows,
+    each row's gradient is taken where the row was embedded, and ``sum_gradients`` then gives each
+    parameter the gradient that one process with all rows would compute.
     """
     if world_size() == 1:
-        return embeddings
-    rows = [torch.empty_like(embeddings) for _ in range(world_size())]
-    dist.all_gather(rows, embeddings.detach().contiguous())
-    rows[rank()] = embeddings
-    return torch.cat(rows)
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.detach().contiguous())
+    parts[rank()] = rows
+    return torch.cat(parts)
 
 
 def sum_gradients(network: nn.Module) -> None:
-    """Add up every parameter's gradient over all processes."""
+    """Replace every parameter's gradient by its sum over all processes."""
     if world_size() > 1:
-        gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         totals = torch.split(flat, [gradient.numel() for gradient in gradients])
@@ -80,7 +92,7 @@ def sum_gradients(network: nn.Module) -> None:
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process."""
+    """Return whether the flag is set in any process."""
     if world_size() == 1:
         return flag
     flags = torch.tensor(int(flag), device=device)
@@ -89,7 +101,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def from_first(values: Tensor) -> Tensor:
-    """The first process's values, in every process; [..] of the same shape and dtype in all."""
+    """Return the first process's values in every process; shapes and dtypes must agree."""
     if world_size() > 1:
         dist.broadcast(values, 0)
     return values

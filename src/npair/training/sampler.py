@@ -1,4 +1,4 @@
-"""N-pair batches: which photos of which classes meet in a step (Sohn, NeurIPS 2016, section 3.2)."""
+"""Choice of the photos in each N-pair batch (Sohn, NeurIPS 2016, section 3.2)."""
 
 from __future__ import annotations
 
@@ -8,77 +8,100 @@ import numpy as np
 import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
-Vectors = npt.NDArray[np.float32]
 
 
 class NPairSampler:
     """Draws batches of N distinct classes with two different photos of each.
 
-    What is drawn is a function of the seed and the step alone (and, in mining, of the network), so a resumed run draws what an
-    uninterrupted one would have drawn, and so does every process of a run.
+    A draw depends on the seed and the step alone (if classes are mined, on the network as well),
+    so a resumed run draws what an uninterrupted one would, and all processes draw the same.
     """
 
-    def __init__(self, labels: npt.NDArray[np.int64], classes_per_batch: int, seed: int, *, multiple_of: int = 1) -> None:
-        """labels: [n], the class of each photo. Classes with one photo are left out; N is at most the number of the others.
+    def __init__(
+        self, labels: Indices, classes_per_batch: int, seed: int, *, multiple_of: int = 1
+    ) -> None:
+        """labels: int64 [n], the class of each photo; classes with one photo are left out.
 
-        multiple_of: N is lowered to a multiple of it, so that as many processes can share a batch.
-        Raises: ValueError where fewer than two classes have two photos, or N is too small.
+        classes_per_batch: N, lowered to the number of classes and to a multiple of
+        ``multiple_of``, so that as many processes can share a batch.
+        Raises: ValueError if fewer than two classes have two photos, or if N is too small.
         """
         self.seed = seed
         members = (np.flatnonzero(labels == label) for label in np.unique(labels))
         self.members = [indices for indices in members if len(indices) >= 2]
-        if len(self.members) < 2:
-            raise ValueError(f"N-pair batches need at least two classes with two photos each, found {len(self.members)}")
-        self.classes_per_batch = min(classes_per_batch, len(self.members)) // multiple_of * multiple_of
+        count = len(self.members)
+        if count < 2:
+            raise ValueError(
+                f"N-pair batches need at least two classes with two photos each, found {count}"
+            )
+        self.classes_per_batch = min(classes_per_batch, count) // multiple_of * multiple_of
         if self.classes_per_batch < 2:
             raise ValueError(
-                f"a batch of {classes_per_batch} of {len(self.members)} classes is too small for {multiple_of} processes"
+                f"a batch of {classes_per_batch} of {count} classes is too small for"
+                f" {multiple_of} processes"
             )
 
     def pairs(self, step: int) -> Indices:
-        """[N, 2]: row i holds two photos of one class, and no two rows are of the same class."""
+        """Draw [N, 2]: each row holds two photos of one class, and all classes differ."""
         rng = self._rng(step)
-        return self._two_of_each(rng.choice(len(self.members), self.classes_per_batch, replace=False), rng)
+        return self._two_of_each(self._draw_classes(self.classes_per_batch, rng), rng)
 
     def tuplets(self, step: int) -> Indices:
-        """[N, 1 + N]: anchor, positive and a negative of each of the other N - 1 classes, drawn for this row."""
-        rng = self._rng(step)
-        chosen = rng.choice(len(self.members), self.classes_per_batch, replace=False)
-        pairs = self._two_of_each(chosen, rng)
-        negatives = [[rng.choice(self.members[other]) for other in chosen if other != own] for own in chosen]
-        return np.concatenate([pairs, np.array(negatives)], axis=1)
+        """Draw [N, 1 + N]: anchor, positive, and one negative of each of the other N - 1 classes.
 
-    def mined_pairs(self, step: int, candidates: int, embed: Callable[[Indices], Vectors]) -> Indices:
-        """[N, 2] as from ``pairs``, of classes that the network confuses: hard negative class mining (section 3.2.1).
-
-        candidates: C, the number of classes to choose from, N <= C. embed: int64 [2C] photos -> float32 [2C, D], not normalised.
+        Negatives are drawn anew for each row.
         """
         rng = self._rng(step)
-        drawn = rng.choice(len(self.members), min(max(candidates, self.classes_per_batch), len(self.members)), replace=False)
-        examples = self._two_of_each(drawn, rng)
-        embeddings = embed(examples.ravel()).reshape(len(drawn), 2, -1)
-        return self._two_of_each(drawn[hardest_classes(embeddings, self.classes_per_batch, rng)], rng)
+        drawn = self._draw_classes(self.classes_per_batch, rng)
+        pairs = self._two_of_each(drawn, rng)
+        negatives = [
+            [rng.choice(self.members[other]) for other in drawn if other != own] for own in drawn
+        ]
+        return np.concatenate([pairs, np.array(negatives)], axis=1)
+
+    def mined_pairs(
+        self, step: int, candidates: int, embed: Callable[[Indices], npt.NDArray[np.float32]]
+    ) -> Indices:
+        """Draw [N, 2] of classes that the network confuses: hard negative class mining.
+
+        Section 3.2.1. candidates: C >= N, the number of classes to mine from.
+        embed: photos int64 [2C] -> embeddings float32 [2C, D], not normalised.
+        """
+        rng = self._rng(step)
+        count = min(max(candidates, self.classes_per_batch), len(self.members))
+        drawn = self._draw_classes(count, rng)
+        embeddings = embed(self._two_of_each(drawn, rng).ravel()).reshape(count, 2, -1)
+        hardest = hardest_classes(embeddings, self.classes_per_batch, rng)
+        return self._two_of_each(drawn[hardest], rng)
 
     def _rng(self, step: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, step))
 
-    def _two_of_each(self, classes: npt.NDArray[np.int64], rng: np.random.Generator) -> Indices:
+    def _draw_classes(self, count: int, rng: np.random.Generator) -> Indices:
+        return rng.choice(len(self.members), count, replace=False)
+
+    def _two_of_each(self, classes: Indices, rng: np.random.Generator) -> Indices:
         return np.stack([rng.choice(self.members[i], 2, replace=False) for i in classes])
 
 
-def hardest_classes(embeddings: Vectors, n: int, rng: np.random.Generator) -> Indices:
-    """Grow a set of n classes from a random one, each time by the class that violates a triplet constraint with the set the most.
+def hardest_classes(
+    embeddings: npt.NDArray[np.float32], n: int, rng: np.random.Generator
+) -> Indices:
+    """Grow a set of n classes from a random one, adding the worst violator each time.
 
-    embeddings: float32 [C, 2, D], two photos of each class. With f_i and g_i those of class i, class c violates the constraint of
-    class i by f_i . f_c - f_i . g_i, the largest over both photos of either class. Ties go to a random one of the tied.
-    Returns: int64 [n], distinct, the random one first.
+    With f_i and g_i the embeddings of class i, class c violates the triplet constraint of class i
+    by f_i . f_c - f_i . g_i, at most over both photos of either class. The class that violates any
+    constraint in the set the most is next; ties are broken at random.
+
+    embeddings: float32 [C, 2, D], two photos of each class.
+    Returns: int64 [n], distinct, in the order of choice.
     """
     own = np.einsum("id,id->i", embeddings[:, 0], embeddings[:, 1])
     violation = np.einsum("iad,cbd->icab", embeddings, embeddings).max(axis=(2, 3)) - own[:, None]
-    chosen = [int(rng.integers(len(embeddings)))]
-    worst = violation[chosen[0]].copy()
-    while len(chosen) < n:
-        worst[chosen] = -np.inf
-        chosen.append(int(rng.choice(np.flatnonzero(worst == worst.max()))))
-        worst = np.maximum(worst, violation[chosen[-1]])
-    return np.array(chosen)
+    hardest = [int(rng.integers(len(embeddings)))]
+    worst = violation[hardest[0]].copy()
+    while len(hardest) < n:
+        worst[hardest] = -np.inf
+        hardest.append(int(rng.choice(np.flatnonzero(worst == worst.max()))))
+        worst = np.maximum(worst, violation[hardest[-1]])
+    return np.array(hardest)

@@ -1,0 +1,173 @@
+"""npair evaluate: score a run or a running server."""
+# ruff: noqa: PLC0415  # commands import their libraries when they run
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from npair.cli.options import Commands, add_command, add_data, add_splits, load_dataset
+from npair.client import DEFAULT_URL, NpairClient
+from npair.client_cli import PATIENT_RETRIES, from_environment
+from npair.training.run import TrainConfig, read_run
+
+if TYPE_CHECKING:
+    from npair.data.dataset import Dataset
+    from npair.data.pixels import Pixels
+    from npair.scoring.evaluate import Comparison
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An embedded split and, for the report, what is known of its photos and its network.
+
+    findings: how the splits were made and what the data's checks found.
+    run: the run's folder, None for a server.
+    """
+
+    comparison: Comparison
+    split: str
+    findings: list[str]
+    run: Path | None = None
+
+
+def add_commands(commands: Commands) -> None:
+    evaluate = add_command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "score a run or a running server: compare a split with the train photos",
+    )
+    add_data(evaluate)
+    add_splits(evaluate)
+    network = evaluate.add_mutually_exclusive_group()
+    network.add_argument(
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="score this run's network, with the splits that it was trained on",
+    )
+    network.add_argument(
+        "--url",
+        default=DEFAULT_URL,
+        help="score this server: http(s):// or grpc(s):// (%(default)s)",
+    )
+    evaluate.add_argument("--split", default="val", help="split to score (%(default)s)")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.add_argument(
+        "--report", type=Path, metavar="FILE", help="write a report, one HTML file"
+    )
+    evaluate.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw a few queries and their nearest photos"
+    )
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    score = score_run if arguments.run else _score_server
+    present(
+        score(arguments, arguments.split),
+        report=arguments.report,
+        picture=arguments.picture,
+        as_json=arguments.json,
+    )
+    return 0
+
+
+def score_run(arguments: argparse.Namespace, split: str) -> Scored:
+    """Embed a split by the run that ``--run`` names. Raises: DataError, RunError, NetworkError."""
+    config = TrainConfig(**read_run(arguments.run)["train"])
+    dataset, pixels, findings = load_dataset(arguments, config.preprocessing(), config)
+    comparison = embed_run(arguments.run, dataset, pixels, split)
+    return Scored(comparison, split, [dataset.made, *findings.lines()], arguments.run)
+
+
+def _score_server(arguments: argparse.Namespace, split: str) -> Scored:
+    from npair.data.pixels import PREVIEW
+
+    dataset, _, findings = load_dataset(arguments, PREVIEW)
+    comparison = embed_served(dataset, split, arguments.url)
+    return Scored(comparison, split, [dataset.made, *findings.lines()])
+
+
+def present(
+    scored: Scored,
+    *,
+    report: Path | None = None,
+    picture: Path | None = None,
+    as_json: bool = False,
+) -> None:
+    """Print the scores and write the report and the picture, if they are asked for."""
+    from npair.scoring.pictures import draw_neighbours
+    from npair.scoring.report import write_report
+
+    comparison, run = scored.comparison, scored.run
+    scores = comparison.evaluate()
+    if picture:
+        draw_neighbours(comparison, picture)
+    if report:
+        log = (run / "log.jsonl").read_text().splitlines() if run else []
+        write_report(
+            report,
+            comparison,
+            scores,
+            run=read_run(run) if run else None,
+            log=[json.loads(row) for row in log],
+            findings=scored.findings,
+        )
+    if as_json:
+        about = {"embedded_by": comparison.embedded_by, "split": scored.split}
+        print(json.dumps({**about, **scores.as_dict()}))
+        return
+    print(f"{comparison.embedded_by} on {scored.split}", *scores.lines(), sep="\n")
+    if report:
+        print(f"report: {report}")
+
+
+def embed_run(run: Path, dataset: Dataset, pixels: Pixels, split: str) -> Comparison:
+    """Embed a split and its gallery by a run's network.
+
+    pixels: of all photos of the data set, decoded as the run's configuration says.
+    Raises: DataError if there is no such split; RunError if the run holds no network;
+    NetworkError.
+    """
+    from npair.networks.network import embed
+    from npair.scoring.evaluate import compare
+    from npair.training.checkpoint import load_network
+
+    network = load_network(run)
+    return compare(
+        f"run {run.name}",
+        dataset,
+        split,
+        lambda photos: embed(network, pixels.array, pixels.of(photos)),
+    )
+
+
+def embed_served(dataset: Dataset, split: str, url: str) -> Comparison:
+    """Embed a split and its gallery by a running server, so that what is served is scored.
+
+    Raises: DataError if there is no such split or the server refuses a photo; client.NpairError.
+    """
+    import numpy as np
+    from tqdm import tqdm
+
+    from npair.data.dataset import DataError
+    from npair.scoring.evaluate import Comparison, sides
+
+    queries, gallery = sides(dataset, split)
+    among_themselves = gallery is queries
+    paths = [*queries.paths, *(() if among_themselves else gallery.paths)]
+    vectors = []
+    with NpairClient(url, retries=PATIENT_RETRIES, **from_environment()) as client:
+        results = client.stream(paths)
+        for result in tqdm(results, total=len(paths), desc="embed", unit="photo", disable=None):
+            if result.vector is None:
+                raise DataError(f"{paths[result.index]}: {result.reason}")
+            vectors.append(result.vector)
+    embedded_by = f"version {results.version} at {url}"
+    query_vectors, others = np.split(np.stack(vectors), [len(queries)])
+    gallery_vectors = query_vectors if among_themselves else others
+    return Comparison(embedded_by, queries, query_vectors, gallery, gallery_vectors)

@@ -1,0 +1,140 @@
+"""Options that several commands share, and what commands make of them."""
+# ruff: noqa: PLC0415  # commands import their libraries when they run
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from npair.client import DEFAULT_URL
+from npair.serving.preprocess import Preprocessing
+from npair.training.run import TrainConfig
+
+if TYPE_CHECKING:
+    from npair.data.checks import Findings
+    from npair.data.dataset import Dataset
+    from npair.data.pixels import Pixels
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+MODEL_FOLDER = "model_repository/npair"
+SPLIT_OPTIONS = ("seed", "split_by", "val_share")
+
+
+def add_command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], summary: str
+) -> argparse.ArgumentParser:
+    """Add a command; summary: what it does, imperative, without a full stop."""
+    command = add_parser(commands, name, summary)
+    command.set_defaults(command=run)
+    return command
+
+
+def add_group(commands: Commands, name: str, summary: str) -> Commands:
+    """Add a command that has commands of its own."""
+    return add_parser(commands, name, summary).add_subparsers(required=True, metavar="STEP")
+
+
+def add_parser(commands: Commands, name: str, summary: str) -> argparse.ArgumentParser:
+    description = f"{summary[0].upper()}{summary[1:]}."
+    return commands.add_parser(name, help=summary, description=description)
+
+
+def positive(text: str) -> float:
+    """Parse a positive number of at most 1e9. Raises: ValueError."""
+    number = float(text)
+    if not 0 < number <= 1e9:
+        raise ValueError
+    return number
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="SOURCE",
+        help="folder with a folder per class; table (.csv, .tsv) with the columns path and label,"
+        " optionally coarse and split; or folder with train.txt",
+    )
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    add_source(parser)
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="folder for decoded photos (user's cache folder)"
+    )
+
+
+def add_splits(parser: argparse.ArgumentParser) -> None:
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in SPLIT_OPTIONS:
+            add_config_option(parser, field)
+
+
+def add_config_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
+    shown = "chosen from the data" if field.metadata["from_data"] else field.default
+    default = f" ({shown})" if shown != "" else ""
+    parser.add_argument(
+        "--" + field.name.replace("_", "-"),
+        type=type(field.default),
+        default=field.default,
+        choices=field.metadata["choices"],
+        help=field.metadata["help"] + default,
+    )
+
+
+def add_repository(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--repository",
+        default=MODEL_FOLDER,
+        metavar="WHERE",
+        help="the model's folder, or its s3:// or gs:// address (%(default)s)",
+    )
+
+
+def add_servers(parser: argparse.ArgumentParser) -> None:
+    servers = parser.add_mutually_exclusive_group()
+    servers.add_argument(
+        "--url",
+        nargs="+",
+        default=[os.environ.get("NPAIR_URL", DEFAULT_URL)],
+        help="all running servers; a host name stands for all its addresses. Set"
+        " NPAIR_CONTROL_SECRET or NPAIR_CONTROL_SECRET_FILE as on the servers"
+        f" (NPAIR_URL; {DEFAULT_URL})",
+    )
+    servers.add_argument(
+        "--offline", dest="url", action="store_const", const=[], help="no server is running"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=positive,
+        default=120.0,
+        help="seconds to wait for each call to a server (%(default)g)",
+    )
+
+
+def load_dataset(
+    arguments: argparse.Namespace,
+    preprocessing: Preprocessing,
+    splits: argparse.Namespace | TrainConfig | None = None,
+) -> tuple[Dataset, Pixels, Findings]:
+    """Read, check and decode the data set that ``add_data``'s options name.
+
+    splits: what holds SPLIT_OPTIONS, by default the arguments.
+    """
+    from npair.data.pixels import decode_dataset, default_cache
+    from npair.data.sources import read_dataset
+
+    options = {name: getattr(splits or arguments, name) for name in SPLIT_OPTIONS}
+    dataset = read_dataset(arguments.data, **options)
+    return decode_dataset(dataset, preprocessing, arguments.cache or default_cache())
+
+
+def say(line: str) -> None:
+    """Print a line of progress on stderr."""
+    print(line, file=sys.stderr, flush=True)

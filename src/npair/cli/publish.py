@@ -1,0 +1,121 @@
+"""npair publish and verify: write a version of the model, and check versions."""
+# ruff: noqa: PLC0415  # commands import their libraries when they run
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from npair.cli.options import Commands, add_command, add_data, add_repository, say
+
+
+def add_commands(commands: Commands) -> None:
+    publish = add_command(
+        commands, "publish", _publish, "write a run's network as the model's next version"
+    )
+    publish.add_argument(
+        "--run",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a run's folder, or a version's to publish its network anew with this code",
+    )
+    add_data(publish)
+    add_repository(publish)
+    publish.add_argument(
+        "--accept-recall-drop",
+        default="",
+        metavar="REASON",
+        help="publish even if it finds less than the pinned version",
+    )
+    publish.add_argument(
+        "--accept-cost",
+        default="",
+        metavar="REASON",
+        help="publish even if it is slower or larger than the pinned version",
+    )
+
+    verify = add_command(
+        commands,
+        "verify",
+        _verify,
+        "check the hashes and golden sets of versions and, with --url, of what servers answer",
+    )
+    verify.add_argument(
+        "versions",
+        nargs="*",
+        metavar="N",
+        help="number or folder of a version (all versions, and config.pbtxt)",
+    )
+    verify.add_argument("--engine", default="", help="check only this one (all that run here)")
+    verify.add_argument("--json", action="store_true", help="print JSON")
+    add_repository(verify)
+    verify.add_argument("--url", nargs="+", default=[], help="running servers: http://")
+
+
+def _publish(arguments: argparse.Namespace) -> int:
+    from npair.data.pixels import default_cache
+    from npair.publishing.publish import publish
+    from npair.releasing.repository import open_repository
+    from npair.scoring.evaluate import Evaluation
+
+    repository = open_repository(arguments.repository)
+    number = publish(
+        arguments.run,
+        arguments.data,
+        repository,
+        cache=arguments.cache or default_cache(),
+        accept_recall_drop=arguments.accept_recall_drop,
+        accept_cost=arguments.accept_cost,
+        say=say,
+    )
+    manifest = json.loads(repository.read(f"{number}/manifest.json"))
+    if scores := manifest.get("metrics", {}).get("val"):
+        print("val", *Evaluation.from_dict(scores).lines(), sep="\n")
+    if compared := manifest.get("compared_with"):
+        for kind, (old, new) in compared["recall_at_1"].items():
+            print(f"Recall@1 {kind}: {new:.3f}; version {compared['version']} has {old:.3f}")
+    print(
+        f"published version {number} in {repository.location}; to serve it: npair promote {number}"
+    )
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from npair.releasing.control import Server
+    from npair.releasing.release import check_pins, check_server
+    from npair.releasing.repository import open_repository
+    from npair.releasing.verify import verify
+
+    numbers = [int(version) for version in arguments.versions if version.isdecimal()]
+    folders = [version for version in arguments.versions if not version.isdecimal()]
+    checked = {folder: verify(Path(folder), arguments.engine) for folder in folders}
+    served: dict[str, dict[int, float]] = {}
+    if numbers or arguments.url or not folders:
+        repository = open_repository(arguments.repository)
+        if not arguments.versions:
+            check_pins(repository)
+            numbers = [number for number, complete in repository.versions().items() if complete]
+        for number in numbers:
+            with repository.version(number) as folder:
+                checked[str(number)] = verify(folder, arguments.engine)
+        servers = [
+            server for url in arguments.url for server in Server.all_of(url, repository.name)
+        ]
+        served = {server.url: check_server(repository, server) for server in servers}
+    if arguments.json:
+        print(json.dumps({"versions": checked, "servers": served}))
+        return 0
+    for version, engines in checked.items():
+        print(f"version {version}: files as published")
+        for name, engine in engines.items():
+            if "tolerance" in engine:
+                text = "golden set off by {golden_distance:.2g} (tolerance {tolerance:.2g})"
+            else:
+                text = "{cannot_run}"
+            print(f"  {name}: {text.format(**engine)}")
+    for url, distances in served.items():
+        golden = [f"version {n}: golden set off by {d:.2g}" for n, d in distances.items()]
+        print(f"{url}: serves what is pinned", *golden, sep=", ")
+    return 0

@@ -1,0 +1,95 @@
+"""npair promote, rollback, versions and retire: choose which versions are served."""
+# ruff: noqa: PLC0415  # commands import their libraries when they run
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from npair.cli.options import Commands, add_command, add_repository, add_servers
+
+if TYPE_CHECKING:
+    from npair.releasing.control import Server
+    from npair.releasing.repository import Repository
+
+
+def add_commands(commands: Commands) -> None:
+    promote = add_command(
+        commands,
+        "promote",
+        _promote,
+        "verify version N and switch to it; on any failure the previous version keeps serving",
+    )
+    promote.add_argument("version", type=int, metavar="N")
+    promote.add_argument(
+        "--keep",
+        type=int,
+        metavar="M",
+        help="keep serving this lower version to requests that name it",
+    )
+    rollback = add_command(
+        commands, "rollback", _rollback, "switch back to the version that was served before"
+    )
+    versions = add_command(commands, "versions", _versions, "list versions and their state")
+    versions.add_argument("--json", action="store_true", help="print JSON")
+    retire = add_command(commands, "retire", _retire, "remove a version that is not served")
+    retire.add_argument("version", type=int, metavar="N")
+    for command in (promote, rollback, versions, retire):
+        add_repository(command)
+        add_servers(command)
+
+
+def _promote(arguments: argparse.Namespace) -> int:
+    from npair.releasing.release import promote
+
+    repository, servers = _connect(arguments)
+    promote(repository, arguments.version, servers, keep=arguments.keep)
+    print(f"version {arguments.version} is {_served_by(servers)}")
+    return 0
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    from npair.releasing.release import rollback
+
+    repository, servers = _connect(arguments)
+    print(f"version {rollback(repository, servers)} is {_served_by(servers)} again")
+    return 0
+
+
+def _versions(arguments: argparse.Namespace) -> int:
+    from npair.releasing.versions import listing, versions
+
+    lines = versions(*_connect(arguments))
+    print(json.dumps([asdict(line) for line in lines]) if arguments.json else listing(lines))
+    return 0
+
+
+def _retire(arguments: argparse.Namespace) -> int:
+    from npair.releasing.release import retire
+
+    repository, servers = _connect(arguments)
+    retire(repository, arguments.version, servers)
+    print(f"version {arguments.version} is removed")
+    return 0
+
+
+def _connect(arguments: argparse.Namespace) -> tuple[Repository, list[Server]]:
+    """Open the repository and find all servers at the addresses given."""
+    from npair.releasing.control import Server, control_secret
+    from npair.releasing.repository import open_repository
+
+    repository, secret = open_repository(arguments.repository), control_secret()
+    found = [
+        Server.all_of(url, repository.name, secret=secret, timeout=arguments.timeout)
+        for url in arguments.url
+    ]
+    return repository, [server for servers in found for server in servers]
+
+
+def _served_by(servers: Sequence[Server]) -> str:
+    if not servers:
+        return "what servers that start from now on serve"
+    return f"served by {', '.join(server.url for server in servers)}"

@@ -1,0 +1,53 @@
+"""npair train: train a network and report on it."""
+# ruff: noqa: PLC0415  # commands import their libraries when they run
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from npair.cli.evaluate import present, score_run
+from npair.cli.options import Commands, add_command, add_config_option, add_data, say
+from npair.training.run import TrainConfig
+
+
+def add_commands(commands: Commands) -> None:
+    train = add_command(
+        commands, "train", _train, "train a network on the train split and report on val"
+    )
+    add_data(train)
+    train.add_argument(
+        "--run",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for the configuration, log, checkpoint and report",
+    )
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the run's checkpoint, with the run's own configuration",
+    )
+    for field in dataclasses.fields(TrainConfig):
+        add_config_option(train, field)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from npair.training.train import train
+
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    config = TrainConfig(**{name: getattr(arguments, name) for name in names})
+    run: Path = arguments.run
+    if not train(arguments.data, run, config, resume=arguments.resume, cache=arguments.cache):
+        return 130
+    if int(os.environ.get("RANK", "0")):  # torchrun's first process alone reports
+        return 0
+    last_epoch = (run / "log.jsonl").read_text().splitlines()[-1]
+    if "val" not in json.loads(last_epoch):
+        say("val was not scored, so there is no report; npair evaluate makes one")
+        return 0
+    present(score_run(arguments, "val"), report=run / "report.html")
+    return 0
