@@ -1,4 +1,4 @@
-"""Clients that others wrote, on a real server with the present code: each block of docs/clients.md gets what NpairClient gets."""
+"""Other clients on a real server: each block of docs/clients.md gets what NpairClient gets."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,10 +22,7 @@ from npair.client import Embeddings, NpairClient
 CLIENTS = ROOT / ".venv/clients"
 PAGE = (ROOT / "docs/clients.md").read_text()
 BLOCKS = re.findall(r"^### (.*?)\n.*?^```(sh|python)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-PHOTOS = {
-    "photo.jpg": "photo.jpg",
-    "other.jpg": "turned.jpg",
-}  # as the page names them, and of the golden set
+PHOTOS = {"photo.jpg": "photo.jpg", "other.jpg": "turned.jpg"}  # golden photos, by the page's names
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +40,7 @@ def expected(urls: dict[str, str]) -> Embeddings:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """With the clients first on the path, and the libraries that perf_analyzer asks for, which the server's wheel has."""
+    """The clients first on the path, and perf_analyzer's libraries from the server's wheel."""
     if not (CLIENTS / "installed").exists():
         pytest.fail("these tests need other clients: make .venv/clients/installed")
     libraries = tmp_path_factory.mktemp("libraries")
@@ -50,10 +48,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name in ("libb64", "libcudart"):
         library = next(wheel.glob(f"{name}-*"))
         (libraries / re.sub(r"^(\w+)-\w+(\.so\.\w+).*", r"\1\2", library.name)).symlink_to(library)
-    return os.environ | {
-        "PATH": f"{CLIENTS}/bin:{os.environ['PATH']}",
-        "LD_LIBRARY_PATH": str(libraries),
-    }
+    path = f"{CLIENTS}/bin:{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "LD_LIBRARY_PATH": str(libraries)}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[title for title, _, _ in BLOCKS])
@@ -74,15 +70,8 @@ def test_block(
     else:
         code += "\nimport json\nprint(json.dumps(vectors.tolist()))\nprint(json.dumps(version))"
         command = [str(CLIENTS / "bin/python") if "KServe" in title else sys.executable, "-c", code]
-    result = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=environment,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    there: dict[str, Any] = {"cwd": tmp_path, "env": environment, "timeout": 120}
+    result = subprocess.run(command, check=False, capture_output=True, text=True, **there)
     assert result.returncode == 0, result.stdout + result.stderr
     if language == "python":
         vectors, version = map(json.loads, result.stdout.splitlines()[-2:])
@@ -98,12 +87,7 @@ def test_block(
 def test_clients_are_there() -> None:
     titles = " ".join(title for title, _, _ in BLOCKS)
     for client in (
-        "curl",
-        "JSON",
-        "aio over HTTP",
-        "aio over gRPC",
-        "KServe over REST",
-        "KServe over gRPC",
-        "perf_analyzer",
+        *("curl", "JSON", "aio over HTTP", "aio over gRPC"),
+        *("KServe over REST", "KServe over gRPC", "perf_analyzer"),
     ):
         assert client in titles

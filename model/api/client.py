@@ -534,6 +534,7 @@ class HttpTransport:
 
     tritonclient's own is gevent's, which other threads and forked processes cannot use.
 
+    tls: what https:// needs; the system's authorities if it is None.
     address: one of the addresses of the URL's host, to reach this server and no other.
     """
 
@@ -557,10 +558,9 @@ class HttpTransport:
         tensor = _tensor(tritonclient.http, photos)
         body, length = triton.generate_request_body([tensor], request_id=request)
         headers = {"Content-Type": "application/octet-stream", JSON_LENGTH: str(length)}
-        path = (
-            f"{self._model}/versions/{quote(version)}/infer" if version else f"{self._model}/infer"
-        )
+        pinned = f"/versions/{quote(version)}" if version else ""
         with mapped_errors(self.model, request):
+            path = f"{self._model}{pinned}/infer"
             content, received = self.request("POST", path, body, headers)
             with _reading():
                 answer = triton.parse_response_body(content, header_length=received[JSON_LENGTH])
@@ -588,6 +588,7 @@ class HttpTransport:
 
         Raises: InferenceServerException for a status other than 200, OSError, HTTPException.
         """
+        headers = {**self._headers, **headers}
         kept = self._connection.sock is not None
         try:
             if not kept:
@@ -595,21 +596,17 @@ class HttpTransport:
             if self._aborted:
                 raise ConnectionAbortedError("the client is closed")
             with contextlib.suppress(ConnectionError):  # a proxy may refuse a body it is still sent
-                self._connection.request(
-                    method, self._path + path, body, {**self._headers, **headers}
-                )
+                self._connection.request(method, self._path + path, body, headers)
             answer = self._connection.getresponse()
             content = answer.read()
             if not content and answer.getheader("Content-Length") is None:
-                raise http.client.IncompleteRead(
-                    content
-                )  # http.client takes a cut-off head for its end
+                # The connection broke off within the headers; http.client takes that for their end.
+                raise http.client.IncompleteRead(content)
         except BaseException as error:
             self._connection.close()
-            if kept and not self._aborted and isinstance(error, ConnectionError | ssl.SSLEOFError):
-                return self.request(
-                    method, path, body, headers
-                )  # the server has closed it while idle
+            closed = isinstance(error, ConnectionError | ssl.SSLEOFError)
+            if kept and closed and not self._aborted:  # the server closed it while it was idle
+                return self.request(method, path, body, headers)
             raise
         if answer.status != http.client.OK:
             try:
@@ -637,14 +634,17 @@ class _HttpConnection(http.client.HTTPConnection):
     def __init__(
         self, url: SplitResult, address: str | None, timeout: float, tls: ssl.SSLContext | None
     ) -> None:
-        self.default_port = 443 if url.scheme == "https" else 80
+        self._tls = None
+        if url.scheme == "https":
+            self.default_port = http.client.HTTPS_PORT
+            self._tls = tls or ssl.create_default_context()
         super().__init__(url.hostname or "", url.port, timeout=timeout)
-        self._address, self._tls = address or self.host, tls
+        self._address = address or self.host
 
     def connect(self) -> None:
         self.sock = socket.create_connection((self._address, self.port), self.timeout)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._tls:
+        if self._tls is not None:
             self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
 
 
