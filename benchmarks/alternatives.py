@@ -38,7 +38,7 @@ from torch import nn
 from npair.data.dataset import Dataset, each, read_dataset, read_photo
 from npair.scoring.evaluate import compare
 from npair.serving.embedder import UNLIMITED, Embedder, unit
-from npair.serving.engine import BATCH, EngineError, cores, load
+from npair.serving.engine import BATCH, EngineError, cores, load_graph
 from npair.serving.preprocess import Preprocessing, decode
 
 CALIBRATION_PHOTOS, TIMED_PHOTOS = 100, 12
@@ -62,10 +62,10 @@ def main() -> None:
     logging.disable(logging.WARNING)
     dataset = read_dataset(arguments.photos)
     embedder = Embedder(next((ROOT / "model_repository/npair").glob("[0-9]*")), cores=cores())
-    if dataset.fingerprint() != embedder.manifest["training"]["data"]["fingerprint"]:
+    if dataset.fingerprint() != embedder.manifest.training["data"]["fingerprint"]:
         sys.exit(f"{arguments.photos} is not what the version was trained on: the Recall@1 of its manifest would not compare")
     photos = {path: read_photo(path) for split in dataset.splits.values() for path in split.paths}
-    decoders, network = decoders_of(embedder.preprocessing), partial(embedder.network, alone=False)
+    decoders, network = decoders_of(embedder.preprocessing), partial(embedder.network, all_cores=False)
     costs = least({name: (decoder, list(photos.values())[::30]) for name, (decoder, _) in decoders.items()})
     rows = []
     for name, (decoder, packages) in decoders.items():
@@ -77,14 +77,14 @@ def main() -> None:
     # What follows takes the pixels of the last decoder, npair's.
     chosen = np.linspace(0, len(dataset.train) - 1, CALIBRATION_PHOTOS).astype(int)
     calibration = np.stack([pixels[dataset.train.paths[row]] for row in chosen])
-    engines, known = engines_of(embedder, calibration), embedder.manifest["engines"]
+    engines, known = engines_of(embedder, calibration), embedder.manifest.engines
     parts = {n: [calibration[i : i + n] for i in range(0, TIMED_PHOTOS, n)] for n in (1, BATCH)}
     costs = least({f"{name} {n}": (engine, parts[n]) for name, (engine, _) in engines.items() for n in parts})
     reference, rows = unit(engines["npair: torch"][0](parts[BATCH][0])), []
     for name, (engine, packages) in engines.items():
         distance = np.linalg.norm(unit(engine(parts[BATCH][0])) - reference, axis=1).max()
         same = known.get(name.removeprefix("npair: ")) or (known["torch"] if distance < SMALLEST_TOLERANCE else None)
-        recall = same["recall_at_1"] if same else recall_at_1(embedder, engine, dataset, pixels)
+        recall = (same and same.recall_at_1) or recall_at_1(embedder, engine, dataset, pixels)
         alone, together = (costs[f"{name} {n}"] / n for n in parts)
         rows.append(row(name, [alone, together], recall, packages))
     print(f"\n| engine | ms a photo | {BATCH} at a time {HEAD}\n|" + " --- |" * 6, *rows, sep="\n")
@@ -129,10 +129,10 @@ def decoders_of(preprocessing: Preprocessing) -> dict[str, tuple[Decoder, Sequen
 def engines_of(embedder: Embedder, calibration: Pixels) -> dict[str, tuple[Engine, Sequence[str]]]:
     """Each on one thread, with the packages that it needs."""
     engines: dict[str, tuple[Engine, Sequence[str]]] = {}
-    for name, entry in embedder.manifest["engines"].items():
+    for name, entry in embedder.manifest.engines.items():
         try:
-            engine = load(entry["library"], embedder.folder / entry["graph"], entry["precision"], 1, 1)
-            engines[f"npair: {name}"] = partial(engine, alone=False), [entry["library"]]
+            engine = load_graph(entry.library, embedder.folder / entry.graph, entry.precision, threads=1, cores=1)
+            engines[f"npair: {name}"] = partial(engine, all_cores=False), [entry.library]
         except EngineError as error:
             say(f"without {name}: {error}")
     graph = embedder.folder / "network.pt2"
@@ -206,7 +206,7 @@ def least(calls: Mapping[str, tuple[Callable[[Any], Any], Sequence[Any]]]) -> di
 
 def recall_at_1(embedder: Embedder, engine: Engine, dataset: Dataset, pixels: Mapping[Path, Pixels]) -> dict[str, float]:
     """Of fine and coarse labels, with train as the gallery; computed on all cores, which changes nothing."""
-    embedder.network = lambda some, alone: engine(some)  # noqa: ARG005
+    embedder.network = lambda pixels, all_cores: engine(pixels)  # noqa: ARG005
     return compare("", dataset, "val", lambda some: embedder.embed(np.stack([pixels[path] for path in some.paths]))).recall_at_1()
 
 

@@ -123,7 +123,7 @@ def measure(version: Path, dataset: Dataset) -> list[Row]:
         recall = replace(unchanged, queries=queries).recall_at_1()
         products = [unchanged.gallery_photos.fine[nearest(q, unchanged.gallery, 1)[0]] for q in (queries, unchanged.queries)]
         return {
-            "version": embedder.manifest["version"],
+            "version": embedder.manifest.version,
             "engine": embedder.engine,
             "photos": len(queries),
             "change": change,

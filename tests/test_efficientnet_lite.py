@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from npair.networks.efficientnet_lite import VARIANTS, EfficientNetLite, load_weights
 from npair.networks.network import build_network, embed, multiply_adds, new_network
-from npair.publishing.version_folder import export
+from npair.publishing.graphs import export
 from npair.training.run import RunError
 
 NAME = "efficientnet-lite0"

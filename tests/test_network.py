@@ -12,7 +12,7 @@ import transformers
 from conftest import ROOT
 
 from npair.networks.network import build_network, embed, multiply_adds, new_network
-from npair.publishing.version_folder import export
+from npair.publishing.graphs import export
 from npair.training.run import RunError
 
 VISION: Any = {"image_size": 64, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -97,9 +97,9 @@ def test_graph_needs_no_transformers(tmp_path: Path) -> None:
     export(network, 64, tmp_path / "network.pt2")
     code = (
         "import sys; sys.modules['transformers'] = None; import numpy as np; from pathlib import Path;"
-        "from npair.serving.engine import load;"
+        "from npair.serving.engine import load_graph;"
         f"engine = load('torch', Path({str(tmp_path / 'network.pt2')!r}), 'fp32', threads=1, cores=1);"
-        "print(engine(np.zeros((4, 64, 64, 3), np.uint8), alone=False).shape)"
+        "print(engine(np.zeros((4, 64, 64, 3), np.uint8), all_cores=False).shape)"
     )
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "(4, 128)" in result.stdout

@@ -19,6 +19,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ from conftest import PREPROCESSING, ROOT, certificate, eventually, free_ports, l
 from npair.client import NpairClient, Vectors, VersionGoneError
 from npair.networks.network import EmbeddingNetwork, load_network
 from npair.publishing import graphs as engines
-from npair.publishing.version_folder import export, write_golden, write_manifest
+from npair.publishing.golden import write_golden
+from npair.publishing.graphs import export
 from npair.releasing.config import ConfigError, parameters, pinned, with_release
 from npair.releasing.release import (
     ReleaseError,
@@ -47,6 +49,7 @@ from npair.releasing.release import (
     versions,
 )
 from npair.releasing.repository import RepositoryError, open_repository
+from npair.serving.manifest import Manifest
 
 CONFIG = (ROOT / "model_repository/npair/config.pbtxt").read_text()
 SECRET = "a-secret"
@@ -113,7 +116,7 @@ def digest(version: Path) -> str:
 def forge(folder: Path, change: Callable[[Path], None]) -> None:
     """A version whose hashes are right although it is not what was published."""
     change(folder)
-    write_manifest(folder, json.loads((folder / "manifest.json").read_text()))
+    Manifest.read(folder).write(folder)
 
 
 def graph_of(change: Callable[[EmbeddingNetwork], None], run: Path) -> Callable[[Path], None]:
@@ -142,7 +145,7 @@ def other_network(folder: Path, run: Path) -> None:
     shutil.rmtree(folder / "golden")
     tolerance = {"tolerance": manifest["golden"]["tolerance"]}
     one = {"openvino-fp32": manifest["engines"]["openvino-fp32"] | tolerance}
-    rewrite_manifest(folder, version=2, engines=one, golden=write_golden(folder, network, PREPROCESSING) | tolerance)
+    rewrite_manifest(folder, version=2, engines=one, golden=asdict(write_golden(folder, network, PREPROCESSING)) | tolerance)
 
 
 def not_a_number(network: EmbeddingNetwork) -> None:

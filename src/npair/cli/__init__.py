@@ -325,26 +325,27 @@ def _say(line: str) -> None:
 
 
 def _publish(arguments: argparse.Namespace) -> int:
+    from npair.cli.publish import publish_next
     from npair.data.pixels import default_cache
-    from npair.publishing.publish import publish
     from npair.releasing.repository import open_repository
     from npair.scoring.metrics import Evaluation
 
     repository = open_repository(arguments.repository)
-    number = publish(
+    manifest = publish_next(
+        repository,
         arguments.run,
         arguments.data,
-        repository,
         cache=arguments.cache or default_cache(),
         accept_recall_drop=arguments.accept_recall_drop,
         accept_cost=arguments.accept_cost,
         say=_say,
     )
-    manifest = json.loads(repository.read(f"{number}/manifest.json"))
-    if scores := manifest.get("metrics", {}).get("val"):
-        print("val", *Evaluation.from_dict(scores).lines(), sep="\n")
-    for what, pair in manifest.get("compared_with", {}).get("recall_at_1", {}).items():
-        print(f"Recall@1 {what}: {pair[1]:.3f}; version {manifest['compared_with']['version']} has {pair[0]:.3f}")
+    number, compared = manifest.version, manifest.compared_with
+    if manifest.metrics:
+        print("val", *Evaluation.from_dict(manifest.metrics["val"]).lines(), sep="\n")
+    if compared:
+        for kind, (old, new) in compared.recall_at_1.items():
+            print(f"Recall@1 {kind}: {new:.3f}; version {compared.version} has {old:.3f}")
     print(f"published version {number} in {repository.location}; to serve it: npair promote {number}")
     return 0
 

@@ -1,7 +1,7 @@
-"""Drawn pictures of made-up products and characters: the project's own photos, for golden sets and tests.
+"""Draw pictures of invented products and characters, for golden sets and tests.
 
-A product is a shape with colours and stripes; each of its photos shows it in another place, size, turn and light. Everything is a
-function of the two numbers, so nothing needs to be stored.
+A product is a shape with colours and stripes; each of its photos has another position, size,
+rotation and light. A picture is a function of two numbers, so nothing needs to be stored.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ SHAPES = ("ellipse", "box", "bottle", "pear")
 
 
 def draw(product: int, photo: int, size: int = 348) -> Image.Image:
-    """Photo number ``photo`` of product number ``product``; RGB, size x size pixels."""
+    """Draw photo number ``photo`` of product number ``product``; RGB, size x size pixels."""
     look = np.random.default_rng((1, product))
     pose = np.random.default_rng((2, product, photo))
-    hue, shape, stripes = look.random(), SHAPES[int(look.integers(len(SHAPES)))], int(look.integers(0, 5))
+    hue, shape, stripes = (
+        look.random(),
+        SHAPES[int(look.integers(len(SHAPES)))],
+        int(look.integers(0, 5)),
+    )
     body, mark = _rgb(hue, 0.75, 0.85), _rgb((hue + look.uniform(0.2, 0.8)) % 1, 0.8, 0.7)
 
     thing = Image.new("RGBA", (size, size))
@@ -29,10 +33,14 @@ def draw(product: int, photo: int, size: int = 348) -> Image.Image:
     if shape == "ellipse":
         pen.ellipse([15 * unit, 25 * unit, 85 * unit, 75 * unit], fill=body)
     elif shape == "box":
-        pen.rounded_rectangle([20 * unit, 20 * unit, 80 * unit, 80 * unit], radius=6 * unit, fill=body)
+        pen.rounded_rectangle(
+            [20 * unit, 20 * unit, 80 * unit, 80 * unit], radius=6 * unit, fill=body
+        )
     elif shape == "bottle":
         pen.rectangle([43 * unit, 5 * unit, 57 * unit, 35 * unit], fill=mark)
-        pen.rounded_rectangle([30 * unit, 30 * unit, 70 * unit, 95 * unit], radius=8 * unit, fill=body)
+        pen.rounded_rectangle(
+            [30 * unit, 30 * unit, 70 * unit, 95 * unit], radius=8 * unit, fill=body
+        )
     else:
         pen.ellipse([25 * unit, 40 * unit, 75 * unit, 95 * unit], fill=body)
         pen.ellipse([36 * unit, 10 * unit, 64 * unit, 65 * unit], fill=body)
@@ -43,17 +51,21 @@ def draw(product: int, photo: int, size: int = 348) -> Image.Image:
     thing.putalpha(outline)
 
     scale = pose.uniform(0.6, 1.0)
-    thing = thing.rotate(pose.uniform(-40, 40), Image.Resampling.BICUBIC).resize([int(scale * size)] * 2)
+    thing = thing.rotate(pose.uniform(-40, 40), Image.Resampling.BICUBIC).resize(
+        [int(scale * size)] * 2
+    )
     ground = pose.integers(90, 230, (6, 6, 3), dtype=np.uint8)
     scene = Image.fromarray(ground).resize((size, size), Image.Resampling.BICUBIC)
     left, top = (int(pose.uniform(0, size - thing.width + 1)) for _ in range(2))
     scene.paste(thing, (left, top), thing)
     light = pose.uniform(0.6, 1.2) + pose.normal(0, 0.04, (size, size, 1))
-    return Image.fromarray((np.asarray(scene) * light).clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.6))
+    return Image.fromarray((np.asarray(scene) * light).clip(0, 255).astype(np.uint8)).filter(
+        ImageFilter.GaussianBlur(0.6)
+    )
 
 
 def draw_character(character: int, drawing: int, size: int = 105) -> Image.Image:
-    """Drawing number ``drawing`` of a made-up character; mode "1", size x size pixels, black strokes on white."""
+    """Draw an invented character in one of many hands; mode "1", size x size, black on white."""
     shape = np.random.default_rng((3, character))
     hand = np.random.default_rng((4, character, drawing))
     image = Image.new("1", (size, size), 1)
@@ -61,22 +73,28 @@ def draw_character(character: int, drawing: int, size: int = 105) -> Image.Image
     turn, stretch = np.radians(hand.normal(0, 6)), hand.normal(1, 0.08, 2)
     turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     for _ in range(int(shape.integers(2, 5))):
-        points = shape.uniform(-0.36, 0.36, (3, 2)) + hand.normal(0, 0.025, (3, 2))  # of a quadratic Bezier curve
+        points = shape.uniform(-0.36, 0.36, (3, 2)) + hand.normal(
+            0, 0.025, (3, 2)
+        )  # of a quadratic Bezier curve
         t = np.linspace(0, 1, 24)[:, None]
         curve = (1 - t) ** 2 * points[0] + 2 * t * (1 - t) * points[1] + t**2 * points[2]
-        pen.line([tuple(at) for at in size * (0.5 + (curve * stretch) @ turned.T)], fill=0, width=max(2, size // 35))
+        pen.line(
+            [tuple(at) for at in size * (0.5 + (curve * stretch) @ turned.T)],
+            fill=0,
+            width=max(2, size // 35),
+        )
     return image
 
 
 def encode(image: Image.Image, image_format: str, **options: object) -> bytes:
-    """The bytes of an image file; options as for Pillow's ``Image.save``."""
+    """Encode an image as a file; options as for Pillow's ``Image.save``."""
     buffer = io.BytesIO()
     image.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
 def write_dataset(root: Path, *, products: int, train: int, val: int, size: int = 128) -> None:
-    """Write drawn JPEG photos with ``train.txt`` and ``val.txt``, each product with that many photos in either split."""
+    """Write JPEG photos, so many of each product in train and val, with the two lists."""
     for split, numbers in (("train", range(train)), ("val", range(train, train + val))):
         lines = []
         for product in range(products):
@@ -89,12 +107,14 @@ def write_dataset(root: Path, *, products: int, train: int, val: int, size: int 
 
 
 def write_characters(root: Path, *, characters: int, drawings: int, size: int = 105) -> None:
-    """Write drawn characters as 1-bit PNG files, a folder per character inside a folder per alphabet of 30."""
+    """Write 1-bit PNG files, a folder per character inside a folder per alphabet of 30."""
     for character in range(characters):
         folder = root / f"alphabet-{character // 30:02}" / f"character-{character % 30:02}"
         folder.mkdir(parents=True)
         for drawing in range(drawings):
-            (folder / f"{drawing:02}.png").write_bytes(encode(draw_character(character, drawing, size), "PNG"))
+            (folder / f"{drawing:02}.png").write_bytes(
+                encode(draw_character(character, drawing, size), "PNG")
+            )
 
 
 def _rgb(hue: float, saturation: float, value: float) -> tuple[int, int, int]:

@@ -35,13 +35,9 @@ from npair.client import THRESHOLD_PARAMETERS, Vectors
 from npair.releasing.config import as_json, parameters, pinned, with_release
 from npair.releasing.repository import Repository
 from npair.serve import CONTROL_HEADER, FALLBACK
-from npair.serving.embedder import VersionError, read_manifest, verify_files
 from npair.serving.engine import cores
+from npair.serving.manifest import Manifest, VersionError
 
-SCHEMA: dict[str, type | tuple[type, ...]] = {
-    **{"schema": int, "model": str, "version": int, "created": str, "libraries": dict, "engines": dict, "engines_refused": dict},
-    **{"preprocessing": dict, "embedding": dict, "training": dict, "golden": dict, "files": dict, "git_commit": (str, type(None))},
-}
 REMEMBERED = 10  # versions served before
 
 
@@ -162,10 +158,8 @@ class Server:
 
         Raises: ReleaseError where it does not answer within the timeout, or the distance is beyond the tolerance.
         """
-        manifest = read_manifest(folder)
-        golden, number = manifest["golden"], manifest["version"]
-        expected, deadline = np.load(folder / golden["embeddings"], allow_pickle=False), time.monotonic() + self.timeout
-        photos = [(folder / photo).read_bytes() for photo in golden["photos"]]
+        manifest, deadline = Manifest.read(folder), time.monotonic() + self.timeout
+        number, (photos, expected) = manifest.version, manifest.golden.read(folder)
         while True:
             try:
                 vectors = self._embed(photos, number)
@@ -175,7 +169,7 @@ class Server:
                     raise ReleaseError(f"{self.url} does not answer the golden set of version {number}: {error}") from error
                 time.sleep(0.1)
         distance = float(np.linalg.norm(vectors - expected, axis=1).max()) if vectors.shape == expected.shape else np.inf
-        if not distance <= golden["tolerance"]:
+        if not distance <= manifest.golden.tolerance:
             raise ReleaseError(f"{self.url} answers the golden set of version {number} wrong: off by {distance:.2g}")
         return distance
 
@@ -253,25 +247,21 @@ def verify(folder: Path, engine: str = "") -> dict[str, dict[str, float | str]]:
     Raises: ReleaseError that says what is wrong.
     """
     try:
-        manifest = read_manifest(folder)
+        manifest = Manifest.read(folder)
     except VersionError as error:
         raise ReleaseError(str(error)) from error
-    if not isinstance(manifest, dict):
-        raise ReleaseError(f"{folder}: manifest.json cannot be read: it is no object")
-    if wrong := [key for key, kind in SCHEMA.items() if not isinstance(manifest.get(key), kind)]:
-        raise ReleaseError(f"{folder}: manifest.json lacks {', '.join(wrong)}, or has them of another type")
     check_files(folder, manifest)
     engines: dict[str, dict[str, float | str]] = {}
     try:
         with published_code(folder) as code:
-            for name in [engine] if engine else manifest["engines"]:
+            for name in [engine] if engine else manifest.engines:
                 try:
                     loaded = code.Embedder(folder, cores=cores(), engine=name)
                 except code.EngineError as error:
                     engines[name] = {"cannot_run": str(error)}
                     continue
                 loaded.close()
-                engines[name] = {"golden_distance": loaded.golden_distance, "tolerance": manifest["engines"][name]["tolerance"]}
+                engines[name] = {"golden_distance": loaded.golden_distance, "tolerance": manifest.engines[name].tolerance}
     except Exception as error:  # whatever published code raises; its classes are not this code's
         raise ReleaseError(f"{folder}: {error}") from error
     if not any("golden_distance" in outcome for outcome in engines.values()):
@@ -280,14 +270,14 @@ def verify(folder: Path, engine: str = "") -> dict[str, dict[str, float | str]]:
     return engines
 
 
-def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+def check_files(folder: Path, manifest: Manifest) -> None:
     """Raises: ReleaseError where a file is missing, changed or not the manifest's, or ``model.py`` is no Python."""
     try:
-        verify_files(folder, manifest)
+        manifest.check(folder)
     except VersionError as error:
         raise ReleaseError(str(error)) from error
     present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.parent.name != "__pycache__"}
-    if strange := present - set(manifest["files"]) - {"manifest.json"}:
+    if strange := present - set(manifest.files) - {"manifest.json"}:
         raise ReleaseError(f"{folder}: {', '.join(sorted(strange))} was not published; delete it")
     try:
         compile((folder / "model.py").read_bytes(), "model.py", "exec")  # to run it takes a server
@@ -317,11 +307,11 @@ def client_parameters(text: bytes) -> dict[str, str | None]:
 
     text: its manifest.json.
     """
-    manifest = json.loads(text)
-    thresholds = {name: cosine for name, cosine in manifest.get("thresholds", {}).items() if cosine is not None}
-    version = {"thresholds_version": str(manifest["version"])} if thresholds else {}
+    manifest = Manifest.parse(text)
+    thresholds = {name: cosine for name, cosine in (manifest.thresholds or {}).items() if cosine is not None}
+    version = {"thresholds_version": str(manifest.version)} if thresholds else {}
     values = version | {f"threshold_{name}": f"{cosine:.4f}" for name, cosine in thresholds.items()}
-    of_manifest = {"manifest_version": str(manifest["version"]), "manifest_sha256": hashlib.sha256(text).hexdigest()}
+    of_manifest = {"manifest_version": str(manifest.version), "manifest_sha256": hashlib.sha256(text).hexdigest()}
     return of_manifest | {key: values.get(key) for key in THRESHOLD_PARAMETERS}
 
 
@@ -385,23 +375,20 @@ def versions(repository: Repository, servers: Sequence[Server]) -> list[Version]
             lines.append(Version(str(number), "staged", number in pins))
             continue
         with repository.version(number) as folder:
-            reason, manifest = None, {}
+            reason, manifest = None, None
             try:
-                manifest = json.loads((folder / "manifest.json").read_bytes())
+                manifest = Manifest.read(folder)
                 check_files(folder, manifest)
-            except (ReleaseError, ValueError, KeyError, AttributeError, TypeError) as error:
+            except (ReleaseError, VersionError) as error:
                 reason = str(error)
-        if not isinstance(manifest, dict):
-            manifest = {}
-        recall = manifest.get("metrics", {}).get("val", {}).get("fine", {}).get("recall_at_1", {}).get("value")
         lines.append(
             Version(
                 str(number),
                 "broken" if reason else "serving" if number in serving else "ready",
                 number in pins,
-                recall,
-                manifest.get("created"),
-                manifest.get("git_commit"),
+                manifest.recall_at_1().get("fine") if manifest else None,
+                manifest.created if manifest else None,
+                manifest.git_commit if manifest else None,
                 repository.size(number),
                 reason,
             )

@@ -1,1 +1,1 @@
-"""The code of a published version, as it stands in every version folder: nothing here imports the rest of npair."""
+"""The code that every version folder holds a copy of. It imports nothing else of npair."""

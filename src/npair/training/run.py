@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from npair.serving.preprocess import Preprocessing
+from npair.serving.manifest import NAME, Manifest, Preprocessing, VersionError
 
 
 class RunError(RuntimeError):
@@ -75,11 +75,10 @@ def read_run(run: Path) -> dict[str, Any]:
     Raises: RunError where there is none.
     """
     try:
-        version = run / "manifest.json"
-        started: dict[str, Any] = json.loads((version if version.exists() else run / "config.json").read_text())
-        started = started.get("training", started)
+        version = (run / NAME).exists()
+        started = Manifest.read(run).training if version else json.loads((run / "config.json").read_text())
         TrainConfig(**started["train"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, VersionError) as error:
         raise RunError(f"{run} is not a run of this npair: {error}") from error
     return started
 
