@@ -22,8 +22,8 @@ from npair.publishing import version_folder as artifact
 from npair.publishing.drawings import write_dataset
 from npair.publishing.graphs import ENGINES, REFERENCE
 from npair.publishing.publish import check_libraries, refusals
+from npair.releasing import ReleaseError
 from npair.releasing.config import with_release
-from npair.releasing.release import ReleaseError
 from npair.releasing.repository import RepositoryError, open_repository
 from npair.serving.manifest import Comparison, VersionError
 from npair.training.run import RunError

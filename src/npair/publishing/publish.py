@@ -19,7 +19,7 @@ from npair.data.dataset import Dataset, Photos, read_photo
 from npair.publishing import PublishError
 from npair.publishing.graphs import milliseconds
 from npair.publishing.version_folder import LIBRARIES, write_version
-from npair.releasing.release import published_code, verify
+from npair.releasing.verify import published_code, verify
 from npair.scoring.evaluate import compare
 from npair.scoring.metrics import Vectors
 from npair.serving.embedder import UNLIMITED, Embedder

@@ -1,1 +1,5 @@
-"""From a version folder to servers that serve it."""
+"""Verify published versions, have servers serve them, go back, and retire them."""
+
+
+class ReleaseError(RuntimeError):
+    """A version or a server failed a check. The previous version keeps serving."""

@@ -10,17 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
-import importlib
 import json
-import shutil
 import socket
 import ssl
-import sys
-import tempfile
 import threading
 import time
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from email.message import Message
 from pathlib import Path
@@ -32,17 +27,14 @@ from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
 from npair.client import THRESHOLD_PARAMETERS, Vectors
+from npair.releasing import ReleaseError
 from npair.releasing.config import as_json, parameters, pinned, with_release
 from npair.releasing.repository import Repository
+from npair.releasing.verify import check_files, verify
 from npair.serve import CONTROL_HEADER, FALLBACK
-from npair.serving.engine import cores
 from npair.serving.manifest import Manifest, VersionError
 
 REMEMBERED = 10  # versions served before
-
-
-class ReleaseError(RuntimeError):
-    """A release that was refused, and why; what was served before goes on being served."""
 
 
 @dataclass(frozen=True)
@@ -236,69 +228,6 @@ def _all(step: Callable[[Server], object], servers: Sequence[Server]) -> None:
     """Take a step with all servers at the same time. Raises: ReleaseError that names each server that failed."""
     if failed := _at_once(step, servers):
         raise ReleaseError("; ".join(failed.values()))
-
-
-def verify(folder: Path, engine: str = "") -> dict[str, dict[str, float | str]]:
-    """Everything that can be known of a version without a server: the manifest's schema, the files' hashes, and, through the
-    version's own code, the golden set by each of its engines.
-
-    engine: the only one to try.
-    Returns: by engine, ``golden_distance`` and ``tolerance``, or ``cannot_run`` with the reason on this machine.
-    Raises: ReleaseError that says what is wrong.
-    """
-    try:
-        manifest = Manifest.read(folder)
-    except VersionError as error:
-        raise ReleaseError(str(error)) from error
-    check_files(folder, manifest)
-    engines: dict[str, dict[str, float | str]] = {}
-    try:
-        with published_code(folder) as code:
-            for name in [engine] if engine else manifest.engines:
-                try:
-                    loaded = code.Embedder(folder, cores=cores(), engine=name)
-                except code.EngineError as error:
-                    engines[name] = {"cannot_run": str(error)}
-                    continue
-                loaded.close()
-                engines[name] = {"golden_distance": loaded.golden_distance, "tolerance": manifest.engines[name].tolerance}
-    except Exception as error:  # whatever published code raises; its classes are not this code's
-        raise ReleaseError(f"{folder}: {error}") from error
-    if not any("golden_distance" in outcome for outcome in engines.values()):
-        reasons = "; ".join(f"{name}: {outcome['cannot_run']}" for name, outcome in engines.items())
-        raise ReleaseError(f"{folder}: none of its engines runs here to embed the golden set: {reasons}")
-    return engines
-
-
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Raises: ReleaseError where a file is missing, changed or not the manifest's, or ``model.py`` is no Python."""
-    try:
-        manifest.check(folder)
-    except VersionError as error:
-        raise ReleaseError(str(error)) from error
-    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.parent.name != "__pycache__"}
-    if strange := present - set(manifest.files) - {"manifest.json"}:
-        raise ReleaseError(f"{folder}: {', '.join(sorted(strange))} was not published; delete it")
-    try:
-        compile((folder / "model.py").read_bytes(), "model.py", "exec")  # to run it takes a server
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ReleaseError(f"{folder}: model.py cannot be run: {error}") from error
-
-
-@contextlib.contextmanager
-def published_code(folder: Path) -> Iterator[types.ModuleType]:
-    """The version's own embedder.py, from its source and not from byte code that lies there, and with no trace in this process."""
-    package = types.ModuleType("npair_published")
-    package.__path__ = [str(folder)]
-    before, sys.pycache_prefix = sys.pycache_prefix, tempfile.mkdtemp(prefix="npair-verify-")
-    sys.modules[package.__name__] = package
-    try:
-        yield importlib.import_module(f"{package.__name__}.embedder")
-    finally:
-        shutil.rmtree(sys.pycache_prefix, ignore_errors=True)
-        sys.pycache_prefix = before
-        for name in [name for name in sys.modules if name.partition(".")[0] == package.__name__]:
-            del sys.modules[name]
 
 
 def client_parameters(text: bytes) -> dict[str, str | None]:
