@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from npair.cli.publish import publish_next
+from npair.cli.next_version import publish_next
 from npair.data.dataset import Dataset
 from npair.data.pixels import default_cache
 from npair.publishing.drawings import draw, encode, write_dataset

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, publish_into
 
 import npair.serving
-from npair.cli.publish import publish_next
+from npair.cli.next_version import publish_next
 from npair.networks.network import EmbeddingNetwork, load_network
 from npair.publishing import PublishError, publish
 from npair.publishing import graphs as engines

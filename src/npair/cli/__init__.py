@@ -325,7 +325,7 @@ def _say(line: str) -> None:
 
 
 def _publish(arguments: argparse.Namespace) -> int:
-    from npair.cli.publish import publish_next
+    from npair.cli.next_version import publish_next
     from npair.data.pixels import default_cache
     from npair.releasing.repository import open_repository
     from npair.scoring.metrics import Evaluation

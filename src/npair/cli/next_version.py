@@ -1,4 +1,4 @@
-"""The command ``publish``: write the next version of a repository, completely or not at all."""
+"""Write the next version of a repository, completely or not at all."""
 
 from __future__ import annotations
 
