@@ -40,7 +40,7 @@ from npair.data.files import parallel_map, read_photo
 from npair.data.sources import read_dataset
 from npair.scoring.evaluate import compare
 from npair.serving.embedder import UNLIMITED, Embedder, unit
-from npair.serving.engine import BATCH, EngineError, cores, load
+from npair.serving.engine import BATCH, EngineError, cores, load_graph
 from npair.serving.preprocess import Preprocessing, decode
 
 CALIBRATION_PHOTOS, TIMED_PHOTOS = 100, 12
@@ -77,12 +77,15 @@ def main() -> None:
     logging.disable(logging.WARNING)
     dataset = read_dataset(arguments.photos)
     embedder = Embedder(next((ROOT / "model_repository/npair").glob("[0-9]*")), cores=cores())
-    if dataset.fingerprint() != embedder.manifest["training"]["data"]["fingerprint"]:
+    if dataset.fingerprint() != embedder.manifest.training["data"]["fingerprint"]:
         sys.exit(
             f"{arguments.photos} is not what the version was trained on: the Recall@1 of its manifest would not compare"
         )
     photos = {path: read_photo(path) for split in dataset.splits.values() for path in split.paths}
-    decoders, network = decoders_of(embedder.preprocessing), partial(embedder.network, alone=False)
+    decoders, network = (
+        decoders_of(embedder.preprocessing),
+        partial(embedder.network, all_cores=False),
+    )
     costs = least(
         {name: (decoder, list(photos.values())[::30]) for name, (decoder, _) in decoders.items()}
     )
@@ -103,7 +106,7 @@ def main() -> None:
     # What follows takes the pixels of the last decoder, npair's.
     chosen = np.linspace(0, len(dataset.train) - 1, CALIBRATION_PHOTOS).astype(int)
     calibration = np.stack([pixels[dataset.train.paths[row]] for row in chosen])
-    engines, known = engines_of(embedder, calibration), embedder.manifest["engines"]
+    engines, known = engines_of(embedder, calibration), embedder.manifest.engines
     parts = {n: [calibration[i : i + n] for i in range(0, TIMED_PHOTOS, n)] for n in (1, BATCH)}
     costs = least(
         {f"{name} {n}": (engine, parts[n]) for name, (engine, _) in engines.items() for n in parts}
@@ -114,7 +117,7 @@ def main() -> None:
         same = known.get(name.removeprefix("npair: ")) or (
             known["torch"] if distance < SMALLEST_TOLERANCE else None
         )
-        recall = same["recall_at_1"] if same else recall_at_1(embedder, engine, dataset, pixels)
+        recall = (same and same.recall_at_1) or recall_at_1(embedder, engine, dataset, pixels)
         alone, together = (costs[f"{name} {n}"] / n for n in parts)
         rows.append(row(name, [alone, together], recall, packages))
     print(f"\n| engine | ms a photo | {BATCH} at a time {HEAD}\n|" + " --- |" * 6, *rows, sep="\n")
@@ -178,12 +181,12 @@ def decoders_of(preprocessing: Preprocessing) -> dict[str, tuple[Decoder, Sequen
 def engines_of(embedder: Embedder, calibration: Pixels) -> dict[str, tuple[Engine, Sequence[str]]]:
     """Each on one thread, with the packages that it needs."""
     engines: dict[str, tuple[Engine, Sequence[str]]] = {}
-    for name, entry in embedder.manifest["engines"].items():
+    for name, entry in embedder.manifest.engines.items():
         try:
-            engine = load(
-                entry["library"], embedder.folder / entry["graph"], entry["precision"], 1, 1
+            engine = load_graph(
+                entry.library, embedder.folder / entry.graph, entry.precision, threads=1, cores=1
             )
-            engines[f"npair: {name}"] = partial(engine, alone=False), [entry["library"]]
+            engines[f"npair: {name}"] = partial(engine, all_cores=False), [entry.library]
         except EngineError as error:
             say(f"without {name}: {error}")
     graph = embedder.folder / "network.pt2"
@@ -287,7 +290,7 @@ def recall_at_1(
     embedder: Embedder, engine: Engine, dataset: Dataset, pixels: Mapping[Path, Pixels]
 ) -> dict[str, float]:
     """Of fine and coarse labels, with train as the gallery; computed on all cores, which changes nothing."""
-    embedder.network = lambda some, alone: engine(some)  # noqa: ARG005
+    embedder.network = lambda pixels, all_cores: engine(pixels)  # noqa: ARG005
     return compare(
         "",
         dataset,

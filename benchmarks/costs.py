@@ -37,9 +37,10 @@ from npair.networks.network import build_network, multiply_adds
 from npair.releasing.traffic import Measurement, closed, paced
 from npair.releasing.tune import CONNECTIONS, LocalServer, markdown, serving
 from npair.scoring.evaluate import compare
-from npair.serving.embedder import UNLIMITED, Embedder, read_manifest
+from npair.serving.embedder import UNLIMITED, Embedder
 from npair.serving.engine import BATCH, cores, import_openvino
-from npair.serving.preprocess import Preprocessing, decode
+from npair.serving.manifest import Manifest
+from npair.serving.preprocess import decode
 
 PERF_ANALYZER = "tritonclient==2.50.0"  # the last wheel that has it
 MANY = 32  # connections
@@ -300,10 +301,10 @@ def profile(photos: Sequence[bytes], seconds: int) -> str:
 def layers(photos: Sequence[bytes]) -> str:
     """Where the int8 network's time goes on one core, by kind of layer, as OpenVINO counts it."""
     openvino = import_openvino()
-    manifest = read_manifest(VERSION)
-    trained = manifest["training"]
+    manifest = Manifest.read(VERSION)
+    trained = manifest.training
     adds = multiply_adds(build_network(trained["network"]), trained["train"]["size"])
-    model = openvino.Core().read_model(VERSION / manifest["engines"]["openvino-int8"]["graph"])
+    model = openvino.Core().read_model(VERSION / manifest.engines["openvino-int8"].graph)
     model.reshape([BATCH, *list(model.input().partial_shape)[1:]])
     options = {
         "INFERENCE_NUM_THREADS": 1,
@@ -312,7 +313,7 @@ def layers(photos: Sequence[bytes]) -> str:
         "PERF_COUNT": True,
     }
     request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
-    preprocessing = Preprocessing(**manifest["preprocessing"])
+    preprocessing = manifest.preprocessing
     pixels = np.stack([decode(photo, preprocessing, UNLIMITED) for photo in photos[:BATCH]])
     runs: dict[str, list[float]] = {}
     for _ in range(20):

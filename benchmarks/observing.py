@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,10 +18,11 @@ from PIL import Image, ImageFilter
 import npair.serving
 from npair.data.sources import read_dataset
 from npair.publishing.drawings import encode
-from npair.publishing.version_folder import CODE, write_manifest
+from npair.publishing.version_folder import CODE
 from npair.releasing.traffic import closed
 from npair.releasing.tune import serving
 from npair.serving.embedder import UNLIMITED, Embedder
+from npair.serving.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 CONNECTIONS = (1, 16)
@@ -127,7 +127,7 @@ def prepared(models: Path, code: str) -> Path:
         shutil.copyfile(Path(npair.serving.__path__[0]) / name, version / name)
     with (version / "model.py").open("a") as file:
         file.write(code)
-    write_manifest(version, json.loads((version / "manifest.json").read_text()))
+    Manifest.read(version).write(version)
     return models
 
 

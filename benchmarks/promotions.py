@@ -32,7 +32,7 @@ from npair.releasing.release import check_pins, check_server, promote, rollback
 from npair.releasing.repository import Repository, open_repository
 from npair.releasing.tune import serving
 from npair.releasing.verify import verify
-from npair.serving.embedder import read_manifest
+from npair.serving.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "benchmark"
@@ -116,12 +116,9 @@ def under_load(
     golden = {}
     for number in (1, 2):
         with repository.version(number) as folder:
-            manifest = read_manifest(folder)
-            photos = [(folder / photo).read_bytes() for photo in manifest["golden"]["photos"]]
-            golden[str(number)] = (
-                np.load(folder / manifest["golden"]["embeddings"]),
-                manifest["golden"]["tolerance"],
-            )
+            manifest = Manifest.read(folder)
+            photos, vectors = manifest.golden.read(folder)
+            golden[str(number)] = vectors, manifest.golden.tolerance
     stop, count, problems = threading.Event(), Counter[str](), list[str]()
 
     def work(url: str, batch: list[bytes]) -> None:

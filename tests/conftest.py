@@ -26,16 +26,15 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from npair.cli.next_version import publish_next
 from npair.data.dataset import Dataset
 from npair.data.pixels import default_cache
 from npair.publishing.drawings import draw, encode, write_dataset
-from npair.publishing.publish import publish
-from npair.publishing.version_folder import write_manifest
 from npair.releasing.config import with_release
 from npair.releasing.control import Server
 from npair.releasing.release import promote
 from npair.releasing.repository import open_repository
-from npair.serving.embedder import read_manifest
+from npair.serving.manifest import Manifest
 from npair.serving.preprocess import Limits, Preprocessing
 from npair.training.run import TrainConfig
 from npair.training.train import train
@@ -157,15 +156,15 @@ def publish_into(
     repository: Path, run: Path, data: Path, *, accept_recall_drop: str = "", accept_cost: str = ""
 ) -> Path:
     """The folder of the next version."""
-    number = publish(
+    manifest = publish_next(
+        open_repository(repository),
         run,
         data,
-        open_repository(repository),
         cache=default_cache(),
         accept_recall_drop=accept_recall_drop,
         accept_cost=accept_cost,
     )
-    return repository / str(number)
+    return repository / str(manifest.version)
 
 
 @pytest.fixture
@@ -274,7 +273,7 @@ def let_fail(version: Path) -> None:
     """Change a version so that it is served, fails on BREAKS and hangs on HANGS."""
     with (version / "embedder.py").open("a") as code:
         code.write(BROKEN)
-    write_manifest(version, read_manifest(version))
+    Manifest.read(version).write(version)
 
 
 def free_ports() -> dict[str, str]:

@@ -32,11 +32,10 @@ from observing import prepared
 
 from npair.client import NpairClient, Vectors
 from npair.publishing.drawings import draw, encode
-from npair.publishing.version_folder import write_manifest
 from npair.releasing.control import Server
 from npair.releasing.release import promote
 from npair.releasing.repository import open_repository
-from npair.serving.embedder import read_manifest
+from npair.serving.manifest import Manifest
 
 CHANGES = int(os.environ.get("CHANGES", "2"))
 SECRET = "a-secret"
@@ -127,10 +126,11 @@ def two_versions(folder: Path) -> Path:
     newer = Path(shutil.copytree(model / str(OLDER), model / str(NEWER)))
     with (newer / "embedder.py").open("a") as code:
         code.write(NEGATIVE)
-    manifest = read_manifest(newer)
-    golden = newer / manifest["golden"]["embeddings"]
+    manifest = Manifest.read(newer)
+    golden = newer / manifest.golden.embeddings
     np.save(golden, -np.load(golden))
-    write_manifest(newer, manifest | {"version": NEWER})
+    manifest.version = NEWER
+    manifest.write(newer)
     promote(open_repository(model), OLDER, [])
     return model
 

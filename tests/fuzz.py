@@ -43,7 +43,7 @@ from tritonclient.grpc import service_pb2
 
 from npair.client import NpairClient, NpairError
 from npair.publishing.drawings import draw, encode
-from npair.serving.embedder import read_manifest
+from npair.serving.manifest import Manifest
 
 BLOCK = 200  # requests between two checks of the server
 AT_ONCE = 8
@@ -590,9 +590,9 @@ class Server:
         self.process, self.ports = process, ports
         self.triton, *_ = procfs.children(process.pid)
         self.stubs = sorted(procfs.children(self.triton))
-        golden = read_manifest(SHIPPED)["golden"]
-        self.photos = [SHIPPED / photo for photo in golden["photos"]]
-        self.expected, self.tolerance = np.load(SHIPPED / golden["embeddings"]), golden["tolerance"]
+        golden = Manifest.read(SHIPPED).golden
+        self.photos = [SHIPPED / photo for photo in golden.photos]
+        (_, self.expected), self.tolerance = golden.read(SHIPPED), golden.tolerance
         self.limit = MEGABYTES if protocol == "grpc" else MEGABYTES_HTTP
         url = (
             f"grpc://127.0.0.1:{ports['GRPC_PORT']}"

@@ -14,8 +14,7 @@ import torch
 from npair.client import Vectors
 from npair.data.pixels import decode_photos
 from npair.networks.network import EmbeddingNetwork, embed
-from npair.publishing.graphs import write_graphs
-from npair.publishing.version_folder import export
+from npair.publishing.graphs import export, write_graphs
 from npair.releasing.config import pinned
 from npair.releasing.control import Server
 from npair.serving.manifest import Engine, Manifest

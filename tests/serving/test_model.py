@@ -111,7 +111,7 @@ def test_counts_what_it_embeds(served: Served, published: Path) -> None:
 
     def norm(photo: bytes) -> float:
         pixels = decode(photo, embedder.preprocessing, UNLIMITED)[np.newaxis]
-        return float(np.linalg.norm(embedder.network(pixels, alone=False)))
+        return float(np.linalg.norm(embedder.network(pixels, all_cores=False)))
 
     def counted() -> tuple[float, ...]:
         names, series = (

@@ -55,27 +55,27 @@ def add_commands(commands: Commands) -> None:
 
 
 def _publish(arguments: argparse.Namespace) -> int:
+    from npair.cli.next_version import publish_next
     from npair.data.pixels import default_cache
-    from npair.publishing.publish import publish
     from npair.releasing.repository import open_repository
     from npair.scoring.evaluate import Evaluation
 
     repository = open_repository(arguments.repository)
-    number = publish(
+    manifest = publish_next(
+        repository,
         arguments.run,
         arguments.data,
-        repository,
         cache=arguments.cache or default_cache(),
         accept_recall_drop=arguments.accept_recall_drop,
         accept_cost=arguments.accept_cost,
         say=say,
     )
-    manifest = json.loads(repository.read(f"{number}/manifest.json"))
-    if scores := manifest.get("metrics", {}).get("val"):
-        print("val", *Evaluation.from_dict(scores).lines(), sep="\n")
-    if compared := manifest.get("compared_with"):
-        for kind, (old, new) in compared["recall_at_1"].items():
-            print(f"Recall@1 {kind}: {new:.3f}; version {compared['version']} has {old:.3f}")
+    if manifest.metrics:
+        print("val", *Evaluation.from_dict(manifest.metrics["val"]).lines(), sep="\n")
+    if compared := manifest.compared_with:
+        for kind, (old, new) in compared.recall_at_1.items():
+            print(f"Recall@1 {kind}: {new:.3f}; version {compared.version} has {old:.3f}")
+    number = manifest.version
     print(
         f"published version {number} in {repository.location}; to serve it: npair promote {number}"
     )

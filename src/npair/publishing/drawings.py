@@ -1,7 +1,7 @@
-"""Drawn pictures of made-up products and characters: the project's own photos, for golden sets and tests.
+"""Draw pictures of invented products and characters, for golden sets and tests.
 
-A product is a shape with colours and stripes; each of its photos shows it in another place, size, turn and light. Everything is a
-function of the two numbers, so nothing needs to be stored.
+A product is a shape with colours and stripes; each of its photos has another position, size,
+rotation and light. A picture is a function of two numbers, so nothing needs to be stored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SHAPES = ("ellipse", "box", "bottle", "pear")
 
 
 def draw(product: int, photo: int, size: int = 348) -> Image.Image:
-    """Photo number ``photo`` of product number ``product``; RGB, size x size pixels."""
+    """Draw photo number ``photo`` of product number ``product``; RGB, size x size pixels."""
     look = np.random.default_rng((1, product))
     pose = np.random.default_rng((2, product, photo))
     hue, shape, stripes = (
@@ -65,7 +65,7 @@ def draw(product: int, photo: int, size: int = 348) -> Image.Image:
 
 
 def draw_character(character: int, drawing: int, size: int = 105) -> Image.Image:
-    """Drawing number ``drawing`` of a made-up character; mode "1", size x size pixels, black strokes on white."""
+    """Draw an invented character in one of many hands; mode "1", size x size, black on white."""
     shape = np.random.default_rng((3, character))
     hand = np.random.default_rng((4, character, drawing))
     image = Image.new("1", (size, size), 1)
@@ -87,14 +87,14 @@ def draw_character(character: int, drawing: int, size: int = 105) -> Image.Image
 
 
 def encode(image: Image.Image, image_format: str, **options: object) -> bytes:
-    """The bytes of an image file; options as for Pillow's ``Image.save``."""
+    """Encode an image as a file; options as for Pillow's ``Image.save``."""
     buffer = io.BytesIO()
     image.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
 def write_dataset(root: Path, *, products: int, train: int, val: int, size: int = 128) -> None:
-    """Write drawn JPEG photos with ``train.txt`` and ``val.txt``, each product with that many photos in either split."""
+    """Write JPEG photos, so many of each product in train and val, with the two lists."""
     for split, numbers in (("train", range(train)), ("val", range(train, train + val))):
         lines = []
         for product in range(products):
@@ -107,7 +107,7 @@ def write_dataset(root: Path, *, products: int, train: int, val: int, size: int 
 
 
 def write_characters(root: Path, *, characters: int, drawings: int, size: int = 105) -> None:
-    """Write drawn characters as 1-bit PNG files, a folder per character inside a folder per alphabet of 30."""
+    """Write 1-bit PNG files, a folder per character inside a folder per alphabet of 30."""
     for character in range(characters):
         folder = root / f"alphabet-{character // 30:02}" / f"character-{character % 30:02}"
         folder.mkdir(parents=True)

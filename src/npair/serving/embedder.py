@@ -1,21 +1,20 @@
-"""One published version: a folder that is verified before it answers, and then turns photos into embeddings.
+"""One published version: a folder that is verified, and then turns photos into embeddings.
 
-Layout of a version folder, all of it listed with SHA-256 in ``manifest.json``::
+Layout of a version folder; ``manifest.json`` lists every other file with its SHA-256::
 
-    model.py embedder.py engine.py                 the code that serves it
+    model.py embedder.py manifest.py engine.py     the code that serves it
     text.py preprocess.py jpeg.py png.py metadata.py colour.py refusal.py
-    network.pt2                                    the reference graph with its weights: uint8 [N, size, size, 3] -> fp32 [N, D]
-    network.xml network-int8.xml                   the same for OpenVINO, with their weights in .bin
-    golden/                                        photos and, in embeddings.npy, the fp32 reference embeddings of each
+    network.pt2                     the reference graph and its weights:
+                                    uint8 [N, size, size, 3] -> fp32 [N, D]
+    network.xml network-int8.xml    the same for OpenVINO, with their weights in .bin
+    golden/                         photos, and their fp32 reference embeddings
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import itertools
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +26,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .engine import BATCH, EngineError, load
-from .preprocess import Limits, Preprocessing, decode
+from .engine import BATCH, EngineError, load_graph
+from .manifest import NAME, Manifest, VersionError
+from .preprocess import Limits, decode
 from .refusal import PhotoError
 from .text import photo_of
 
@@ -40,16 +40,14 @@ Vectors = npt.NDArray[np.float32]
 UNLIMITED = Limits(max_bytes=1 << 40, max_pixels=1 << 40)
 
 
-class VersionError(RuntimeError):
-    """A version folder that must not serve; the message says which part of it is wrong."""
-
-
 @dataclass(frozen=True)
 class Work:
-    """What was done for some photos.
+    """What embedding some photos took.
 
-    photos: how many embeddings were made. decode, network: seconds that threads spent in each, summed over those at work at once.
-    norm: the sum of the embeddings' lengths before they were scaled to 1, whose mean moves when another kind of photos arrives.
+    photos: number of embeddings.
+    decode, network: seconds in each, summed over threads.
+    norm: sum of the embeddings' lengths before normalisation. Its mean shifts when a different
+    kind of photo arrives.
     """
 
     photos: int = 0
@@ -59,140 +57,145 @@ class Work:
 
     def __add__(self, other: Work) -> Work:
         return Work(
-            *(getattr(self, field.name) + getattr(other, field.name) for field in fields(self))
+            *(getattr(self, each.name) + getattr(other, each.name) for each in fields(self))
         )
 
 
 class Embedder:
-    """A verified version, loaded for inference on the CPU by the first of its engines that works here as it did when published.
+    """A verified version, ready to embed on the CPU with the first of its engines that works here.
 
-    engine: that engine's name. passed_over: the reasons why those before it did not do, by name.
-    golden_distance: the largest Euclidean distance between a golden photo's embedding and the published one.
-    golden_norm: the mean length of the golden photos' embeddings before they were scaled to 1.
-    work: all that was done since the version was loaded.
+    engine: the name of that engine.
+    passed_over: why each engine before it does not work, by name.
+    golden_distance: the largest Euclidean distance of a golden photo's embedding from the
+    published one.
+    golden_norm: mean length of the golden embeddings before normalisation.
+    work: the total since the version was loaded.
     """
 
     def __init__(self, folder: Path, *, cores: int, instances: int = 1, engine: str = "") -> None:
-        """Verify the files' hashes, load a graph and embed the golden set.
+        """Verify the hashes of the files, load a graph and embed the golden set.
 
-        cores: how many CPU cores there are for this and the other instances of the version, which are processes of their own.
-        engine: the only one to try; else the manifest's, in their order.
-        Raises: VersionError where the folder is incomplete or changed, or no engine works as it did when the version was published;
-        EngineError where the one that was asked for cannot run on this machine.
+        cores: CPU cores for all instances of the version together; each is a process.
+        engine: the only engine to try; by default, the manifest's in their order.
+        Raises: VersionError if the folder is incomplete or changed, or no engine works as it did
+        when published; EngineError if the given engine cannot run on this machine.
         """
         self.folder = folder
-        self.manifest = read_manifest(folder)
-        verify_files(folder, self.manifest)
-        self.preprocessing = Preprocessing(**self.manifest["preprocessing"])
-        if engine and engine not in self.manifest["engines"]:
-            raise VersionError(
-                f"{folder} has no engine {engine}, only {', '.join(self.manifest['engines'])}"
-            )
+        self.manifest = Manifest.read(folder)
+        self.manifest.check(folder)
+        self.preprocessing = self.manifest.preprocessing
+        engines = self.manifest.engines
+        if engine and engine not in engines:
+            raise VersionError(f"{folder} has no engine {engine}, only {', '.join(engines)}")
         self.cores, self.threads = cores, max(1, cores // instances)
         self.pool = ThreadPoolExecutor(self.threads)
-        self.lock = (folder / "manifest.json").open("rb")
-        self.working, self.large = threading.Lock(), threading.Lock()
+        self.lock_file = (folder / NAME).open("rb")
+        self.work_lock, self.large_photo_lock = threading.Lock(), threading.Lock()
         self.passed_over: dict[str, str] = {}
-        for name in [engine] if engine else self.manifest["engines"]:
+        for name in [engine] if engine else engines:
             self.work = Work()
             try:
-                self.golden_distance = self._load(name)
+                self.golden_distance = self._start(name)
             except (EngineError, VersionError, ArithmeticError) as error:
                 if engine:
                     raise
                 self.passed_over[name] = str(error)
             else:
-                self.engine, self.golden_norm, self.work = (
-                    name,
-                    self.work.norm / self.work.photos,
-                    Work(),
-                )
+                self.engine = name
+                self.golden_norm, self.work = self.work.norm / self.work.photos, Work()
                 return
         raise VersionError(f"{folder}: no engine works: " + "; ".join(self.passed_over.values()))
 
     def embed_photos(self, photos: Sequence[bytes], limits: Limits) -> list[Vector | PhotoError]:
-        """Decode and embed encoded photos, or their base64 text: for each its float32 [D] of unit length, or why there is none.
+        """Decode and embed encoded photos, or their base64 text.
 
-        Raises: ArithmeticError where the network's output has no direction.
+        Returns: for each photo its embedding, float32 [D] of unit length, or why there is none.
+        Raises: ArithmeticError if the network's output has no direction.
         """
 
-        def embed(photos: Sequence[bytes], alone: bool) -> list[Vector | PhotoError]:
+        def decode_and_embed(photos: Sequence[bytes], all_cores: bool) -> list[Vector | PhotoError]:
             began = time.perf_counter()
             decoded = [self._decode(photo, limits) for photo in photos]
             self._count(Work(decode=time.perf_counter() - began))
             good = [pixels for pixels in decoded if not isinstance(pixels, PhotoError)]
-            vectors = iter(self._embed(good, alone))
-            return [
-                pixels if isinstance(pixels, PhotoError) else next(vectors) for pixels in decoded
-            ]
+            vectors = iter(self._run(good, all_cores))
+            return [each if isinstance(each, PhotoError) else next(vectors) for each in decoded]
 
-        return self._spread(embed, photos)
+        return self._spread(decode_and_embed, photos)
 
-    def embed(self, pixels: npt.NDArray[np.uint8]) -> Vectors:
-        """uint8 [N, size, size, 3] -> float32 [N, D], rows of unit length. Raises: ArithmeticError where a row has no direction."""
-        vectors: list[Vector] = self._spread(self._embed, pixels)
+    def embed(self, pixels: Pixels) -> Vectors:
+        """Embed decoded photos: uint8 [N, size, size, 3] -> float32 [N, D], rows of unit length.
+
+        Raises: ArithmeticError if a row has no direction.
+        """
+        vectors: list[Vector] = self._spread(self._run, pixels)
         return np.stack(vectors)
 
     def close(self) -> None:
+        """End the threads and release the lock file."""
         self.pool.shutdown()
-        self.lock.close()
+        self.lock_file.close()
 
-    def _load(self, name: str) -> float:
-        """Load an engine's graph and measure its golden distance.
+    def _start(self, name: str) -> float:
+        """Load an engine's graph and return its golden distance.
 
-        Raises: EngineError where it cannot run on this machine, VersionError where the distance is beyond the published tolerance.
+        Raises: EngineError if it cannot run on this machine; VersionError if the distance exceeds
+        the published tolerance.
         """
-        engine, golden = self.manifest["engines"][name], self.manifest["golden"]
+        engine = self.manifest.engines[name]
         try:
-            self.network = load(
-                engine["library"],
-                self.folder / engine["graph"],
-                engine["precision"],
-                self.threads,
-                self.cores,
+            self.network = load_graph(
+                engine.library,
+                self.folder / engine.graph,
+                engine.precision,
+                threads=self.threads,
+                cores=self.cores,
             )
         except EngineError as error:
             raise EngineError(f"engine {name}: {error}") from error
-        expected = np.load(self.folder / golden["embeddings"], allow_pickle=False)
-        photos = [(self.folder / photo).read_bytes() for photo in golden["photos"]]
+        photos, expected = self.manifest.golden.read(self.folder)
         pixels = np.stack([decode(photo, self.preprocessing, UNLIMITED) for photo in photos])
-        # Each photo alone, then all of them on every thread: there are graphs for both, and after this they are warm.
-        alone = [self._embed([photo], True) for photo in pixels]
-        actual = np.concatenate([*alone, self.embed(np.tile(pixels, (self.threads, 1, 1, 1)))])
+        # Run both the graph for all cores and the graphs of every thread, which warms them up.
+        one_by_one = [self._run([photo], True) for photo in pixels]
+        actual = np.concatenate([*one_by_one, self.embed(np.tile(pixels, (self.threads, 1, 1, 1)))])
         if actual.shape[1] != expected.shape[1]:
             raise VersionError(
-                f"{self.folder}: golden embeddings have {actual.shape[1]} numbers, published ones {expected.shape[1]}"
+                f"{self.folder}: golden embeddings have {actual.shape[1]} numbers,"
+                f" published ones {expected.shape[1]}"
             )
-        distance = float(
-            np.linalg.norm(actual - np.tile(expected, (1 + self.threads, 1)), axis=1).max()
-        )
-        if not distance <= engine["tolerance"]:
+        differences: Vectors = actual - np.tile(expected, (1 + self.threads, 1))
+        distance = float(np.linalg.norm(differences, axis=1).max())
+        if not distance <= engine.tolerance:
             raise VersionError(
-                f"{self.folder}: engine {name}: golden embeddings differ by {distance:.2g}, more than {engine['tolerance']:.2g}"
+                f"{self.folder}: engine {name}: golden embeddings differ by {distance:.2g},"
+                f" more than {engine.tolerance:.2g}"
             )
         return distance
 
     def _spread(self, embed: Callable[[Any, bool], list[Answer]], items: Any) -> list[Answer]:
-        """Answers of parts of the items, in order: of BATCH items as long as there are enough for every thread, then of one."""
-        with self._at_work(alone=len(items) == 1) as alone:
+        """Embed items on all threads, in batches of BATCH while every thread gets one, then singly.
+
+        Returns: the answers, in order.
+        """
+        with self._working(want_all_cores=len(items) == 1) as all_cores:
             if len(items) == 1:
-                return embed(items, alone)
+                return embed(items, all_cores)
             full = len(items) // (BATCH * self.threads) * BATCH * self.threads
-            parts = [items[i : i + BATCH] for i in range(0, full, BATCH)] + [
-                items[i : i + 1] for i in range(full, len(items))
-            ]
-            return [
-                answer
-                for answers in self.pool.map(embed, parts, itertools.repeat(False))
-                for answer in answers
-            ]
+            batches = [items[start : start + BATCH] for start in range(0, full, BATCH)]
+            singles = [items[start : start + 1] for start in range(full, len(items))]
+            parts = self.pool.map(embed, batches + singles, itertools.repeat(False))
+            return [answer for answers in parts for answer in answers]
 
     @contextlib.contextmanager
-    def _at_work(self, *, alone: bool) -> Iterator[bool]:
-        """Lets the other instances know, by a lock on the manifest, and yields whether none of them is: then all cores are free."""
-        for kind in [fcntl.LOCK_EX, fcntl.LOCK_SH] if alone else [fcntl.LOCK_SH]:
-            with contextlib.suppress(OSError):  # another has it, or the file system knows no locks
-                fcntl.flock(self.lock, kind | fcntl.LOCK_NB)
+    def _working(self, *, want_all_cores: bool) -> Iterator[bool]:
+        """Tell the other instances that this one works, by a lock on the manifest.
+
+        Yields whether no other instance works, so that all cores are free; False unless wanted.
+        """
+        for kind in [fcntl.LOCK_EX, fcntl.LOCK_SH] if want_all_cores else [fcntl.LOCK_SH]:
+            # Another instance has the lock, or the file system does not support locks.
+            with contextlib.suppress(OSError):
+                fcntl.flock(self.lock_file, kind | fcntl.LOCK_NB)
                 break
         else:
             kind = fcntl.LOCK_UN
@@ -200,61 +203,38 @@ class Embedder:
             yield kind == fcntl.LOCK_EX
         finally:
             with contextlib.suppress(OSError):
-                fcntl.flock(self.lock, fcntl.LOCK_UN)
+                fcntl.flock(self.lock_file, fcntl.LOCK_UN)
 
     def _decode(self, photo: bytes, limits: Limits) -> Pixels | PhotoError:
         try:
-            return decode(photo_of(photo, limits), self.preprocessing, limits, self.large)
+            return decode(
+                photo_of(photo, limits), self.preprocessing, limits, self.large_photo_lock
+            )
         except PhotoError as error:
-            # A new one: the frames of its traceback, and of its cause's, would keep the photos, and the memory that the server
-            # shares, until the garbage collector comes.
+            # A copy without traceback: its frames would keep the photo's memory, which is shared
+            # with the server, until the next garbage collection.
             return PhotoError(error.reason, str(error))
 
-    def _embed(self, pixels: Sequence[Pixels], alone: bool) -> list[Vector]:
-        """The vectors of BATCH photos at once, or of any other number one by one."""
+    def _run(self, pixels: Sequence[Pixels], all_cores: bool) -> list[Vector]:
+        """Run the network on a batch of BATCH photos, or on any other number one by one."""
         vectors: list[Vector] = []
         for part in [pixels] if len(pixels) == BATCH else [[photo] for photo in pixels]:
             began = time.perf_counter()
-            embeddings = self.network(np.stack(part), alone=alone)
+            embeddings = self.network(np.stack(part), all_cores=all_cores)
             seconds = time.perf_counter() - began
             vectors.extend(unit(embeddings))
-            self._count(
-                Work(
-                    len(part), network=seconds, norm=float(np.linalg.norm(embeddings, axis=1).sum())
-                )
-            )
+            norm = float(np.linalg.norm(embeddings, axis=1).sum())
+            self._count(Work(len(part), network=seconds, norm=norm))
         return vectors
 
     def _count(self, work: Work) -> None:
-        with self.working:
+        with self.work_lock:
             self.work += work
 
 
 def unit(embeddings: Vectors) -> Vectors:
-    """Rows scaled to length 1. Raises: ArithmeticError where one has no direction."""
+    """Scale rows to length 1. Raises: ArithmeticError if a row is zero or not finite."""
     norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
     if not (np.isfinite(norms).all() and norms.all()):
         raise ArithmeticError("the network's output is zero or not finite")
     return np.divide(embeddings, norms)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises: VersionError where it is missing or not JSON."""
-    try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise VersionError(f"{folder}: manifest.json cannot be read: {error}") from error
-    return manifest
-
-
-def verify_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raises: VersionError where a file is missing or its SHA-256 is not the manifest's."""
-    for name, expected in manifest["files"].items():
-        try:
-            actual = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        except OSError as error:
-            raise VersionError(f"{folder}: {name} cannot be read: {error}") from error
-        if actual != expected:
-            raise VersionError(
-                f"{folder}: {name} has changed since it was published: SHA-256 {actual}, published {expected}"
-            )

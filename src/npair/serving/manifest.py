@@ -1,4 +1,4 @@
-"""``manifest.json``: what a version consists of, how it was made and measured, and how it must be served."""
+"""``manifest.json``: the files of a version, how it was made and measured, and how to serve it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class VersionError(RuntimeError):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How photos are turned into the network's input. No defaults: the values are the trained network's.
+    """How photos become the network's input; without defaults, since training fixed the values.
 
     size: width and height of the input, in pixels.
-    resample: Pillow's name of the resampling filter: ``BOX``, ``BILINEAR``, ``BICUBIC`` or ``LANCZOS``.
+    resample: Pillow's resampling filter: ``BOX``, ``BILINEAR``, ``BICUBIC`` or ``LANCZOS``.
     background: grey level (0 to 255) behind transparent pixels.
     """
 

@@ -1,23 +1,19 @@
-"""Why a photo is refused, in words for whoever sent it."""
+"""Why a photo is refused, in words for its sender."""
 
 from __future__ import annotations
 
 import re
 
 REASONS = (
-    "empty",
-    "too_many_bytes",
-    "too_many_pixels",
-    "too_many_scans",
-    "not_an_image",
-    "damaged",
+    *("empty", "too_many_bytes", "too_many_pixels", "too_many_scans"),
+    *("not_an_image", "damaged"),
 )
 
 
 class PhotoError(ValueError):
     """A photo that cannot be embedded; the message says why and what to do.
 
-    reason: the same in one word, of REASONS, for whatever counts.
+    reason: one of REASONS, for counters.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -26,7 +22,7 @@ class PhotoError(ValueError):
 
 
 CONVERT, PICTURE = "convert it to one of these", "send one picture of it"
-# How files begin, what they are then, and what to do about it; the first that fits counts.
+# How files begin, their kind, and the remedy; the first match counts.
 KINDS = [
     (rb"GIF8[79]a", "a GIF", CONVERT),
     (rb"BM.{4}\0{4}", "a BMP", CONVERT),
@@ -43,7 +39,8 @@ KINDS = [
     ),
     (rb".{4}ftypavi[fs]", "an AVIF", CONVERT),
     (
-        rb".{4}(?:ftyp|moov|mdat|wide)|\x1aE\xdf\xa3|FLV\x01|OggS|\0\0\x01[\xb3\xba]|RIFF.{4}AVI ",
+        rb".{4}(?:ftyp|moov|mdat|wide)|\x1aE\xdf\xa3|FLV\x01|OggS"
+        rb"|\0\0\x01[\xb3\xba]|RIFF.{4}AVI ",
         "a video",
         PICTURE,
     ),
@@ -57,7 +54,7 @@ KINDS = [
     (
         rb"(?i)\s*(?:<[?!][^>]*>\s*)*<(?:html|head|body)|\s*<!doctype html",
         "a web page",
-        "look what it says, and download the photo",
+        "look at what it says, and download the photo",
     ),
     (
         rb"version https://git-lfs",
@@ -82,7 +79,7 @@ PATTERNS = [(re.compile(pattern, re.DOTALL), name, remedy) for pattern, name, re
 
 
 def no_photo(content: bytes) -> str:
-    """What a file is that is no JPEG, PNG or WebP, and what to do about it."""
+    """Describe a file that is not a JPEG, PNG or WebP, and the remedy."""
     start = content[:512]
     found = ((name, remedy) for pattern, name, remedy in PATTERNS if pattern.match(start))
     name, remedy = next(found, ("of a kind that is not known here", CONVERT))
