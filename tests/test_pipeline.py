@@ -19,17 +19,11 @@ PUBLISH = (ROOT / ".github/workflows/docker-publish-model.yml").read_text()
 PAGE = (ROOT / "docs/ci-cd.md").read_text()
 
 
-def test_the_page_shows_the_workflow() -> None:
+def test_the_page_quotes_the_workflow() -> None:
     blocks = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    position = 0
+    assert blocks
     for block in blocks:
-        assert block in PUBLISH[position:], (
-            f"docs/ci-cd.md shows, out of date or out of order:\n{block}"
-        )
-        position = PUBLISH.index(block, position) + len(block)
-    shown = "".join(blocks)
-    for line in PUBLISH[PUBLISH.index("\njobs:\n") :].splitlines()[2:]:
-        assert line in shown or line.startswith("  #"), f"docs/ci-cd.md does not show: {line}"
+        assert block in PUBLISH, f"docs/ci-cd.md quotes, out of date:\n{block}"
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ class TestSecret:
                 client.get_model_repository_index(headers=headers)
         client.close()
 
-    @pytest.mark.parametrize("page", ["README.md", "docs/security.md"])
+    @pytest.mark.parametrize("page", ["docs/clients.md", "docs/security.md"])
     def test_both_protocols_names_for_it_are_told(self, page: str) -> None:
         text = (ROOT / page).read_text()
         assert f"`{CONTROL_HEADER}`" in text
