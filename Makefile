@@ -47,8 +47,11 @@ serve: .venv/serve ## Start Triton with model_repository/ (HTTP_PORT, GRPC_PORT,
 test: .venv/dev .venv/clients/installed ## Run all tests, on real servers
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
+test-fast: .venv/dev ## Run the tests that need no server
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit $(ARGS)
+
 test-faults: .venv/dev ## Cause faults on a real server under load (needs root, faketime, nginx, haproxy and prometheus)
-	$(BIN)/python -m pytest tests/faults*.py $(ARGS)
+	$(BIN)/python -m pytest tests/faults $(ARGS)
 
 soak: .venv/dev ## Put a server under mixed load for MINUTES (60), and tell whether all stays as it is
 	PYTHONPATH=model/api $(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),60) $(ARGS)

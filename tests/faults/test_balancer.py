@@ -1,0 +1,266 @@
+"""Two servers behind HAProxy, restarted in turn or promoted together, under load: no call fails, and none mixes versions.
+
+    make test-faults
+    CHANGES=20 CHANGES_TABLE=FILE .venv/bin/python -m pytest tests/faults/test_balancer.py
+
+Needs Debian's haproxy. It balances TCP connections, as a Kubernetes Service does: a connection stays with its server, and a
+server that fails its health check gets no new ones. CHANGES is how many rolling restarts and how many promotions there are (2);
+CHANGES_TABLE is a file into which the table of results is written, as docs/releasing.md has it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from observing import prepared
+from support.models import SHIPPED
+from support.servers import eventually, free_ports, lines_until_ready, start
+
+from npair.client import NpairClient, Vectors
+from npair.publishing.drawings import draw, encode
+from npair.releasing.control import Server
+from npair.releasing.release import promote
+from npair.releasing.repository import open_repository
+from npair.serving.manifest import Manifest
+
+CHANGES = int(os.environ.get("CHANGES", "2"))
+SECRET = "a-secret"
+OLDER, NEWER = int(SHIPPED.name), int(SHIPPED.name) + 1
+PHOTOS = [encode(draw(product, 0, 64), "JPEG") for product in range(24)]
+BATCH = 4  # so that a call of all photos takes six requests, on several connections at once
+NEGATIVE = """
+
+positive = unit
+
+
+def unit(embeddings):
+    return -positive(embeddings)
+"""
+BALANCER = """
+defaults
+  mode tcp
+  retries 0
+  timeout connect 1s
+  timeout client 1m
+  timeout server 1m
+  option httpchk GET /v2/models/npair/ready
+  default-server check inter 500ms fall 1 rise 1
+
+frontend stats
+  mode http
+  bind 127.0.0.1:{METRICS_PORT}
+  stats enable
+"""
+
+
+@dataclass
+class Replica:
+    """serve.py, which is restarted on the same ports."""
+
+    models: Path
+    ports: dict[str, str] = field(default_factory=free_ports)
+
+    def __post_init__(self) -> None:
+        self.url = f"http://127.0.0.1:{self.ports['HTTP_PORT']}"
+
+    def start(self) -> None:
+        self.process = start(
+            **self.ports, MODEL_REPOSITORY=str(self.models), NPAIR_CONTROL_SECRET=SECRET
+        )
+        lines_until_ready(self.process)
+
+    def stop(self) -> int:
+        self.process.terminate()
+        return self.process.wait(timeout=30)
+
+
+@dataclass
+class Fleet:
+    """Two replicas of one repository, and the balancer before them. urls: the balancer's, by protocol."""
+
+    repository: Path
+    replicas: list[Replica]
+    urls: dict[str, str]
+    stats: str
+    versions: Iterator[int] = field(default_factory=lambda: itertools.cycle([NEWER, OLDER]))
+
+    def balanced(self) -> bool:
+        """Whether all replicas get new connections, of both protocols."""
+        with socket.create_connection(("127.0.0.1", int(self.stats))) as connection:
+            connection.sendall(b"GET /haproxy?stats;csv HTTP/1.0\r\n\r\n")
+            page = b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
+        return len(re.findall(r"^\w+_PORT,\d,.*,UP,", page, re.MULTILINE)) == len(self.urls) * len(
+            self.replicas
+        )
+
+    def restart(self) -> None:
+        """Restart one replica after the other, each once the one before gets connections again."""
+        promote(open_repository(self.repository), next(self.versions), [])
+        for replica in self.replicas:
+            assert replica.stop() == 0, "what was accepted was not answered"
+            replica.start()
+            eventually(self.balanced)
+
+    def promote(self) -> None:
+        servers = [Server(replica.url, "npair", secret=SECRET) for replica in self.replicas]
+        promote(open_repository(self.repository), next(self.versions), servers)
+
+
+def two_versions(folder: Path) -> Path:
+    """The shipped network with the present code, and one whose embeddings are the negatives of its. Returns: the model's folder."""
+    model = prepared(folder, "") / "npair"
+    newer = Path(shutil.copytree(model / str(OLDER), model / str(NEWER)))
+    with (newer / "embedder.py").open("a") as code:
+        code.write(NEGATIVE)
+    manifest = Manifest.read(newer)
+    golden = newer / manifest.golden.embeddings
+    np.save(golden, -np.load(golden))
+    manifest.version = NEWER
+    manifest.write(newer)
+    promote(open_repository(model), OLDER, [])
+    return model
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    haproxy = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
+    if haproxy is None:
+        pytest.fail("these tests need haproxy: apt-get install --no-install-recommends haproxy")
+    folder = tmp_path_factory.mktemp("fleet")
+    repository = two_versions(folder / "models")
+    replicas, ports = [Replica(folder / "models") for _ in range(2)], free_ports()
+    configuration = BALANCER.format(**ports)
+    for name in ("HTTP_PORT", "GRPC_PORT"):
+        configuration += f"\nlisten {name}\n  bind 127.0.0.1:{ports[name]}\n"
+        for number, replica in enumerate(replicas):
+            configuration += f"  server {number} 127.0.0.1:{replica.ports[name]} port {replica.ports['HTTP_PORT']}\n"
+    (folder / "haproxy.cfg").write_text(configuration)
+    urls = {
+        "http": f"http://127.0.0.1:{ports['HTTP_PORT']}",
+        "grpc": f"grpc://127.0.0.1:{ports['GRPC_PORT']}",
+    }
+    fleet = Fleet(repository, replicas, urls, ports["METRICS_PORT"])
+    with ExitStack() as running:
+        for replica in replicas:
+            replica.start()
+            running.callback(replica.stop)
+        balancer = subprocess.Popen([haproxy, "-q", "-db", "-f", folder / "haproxy.cfg"])
+        running.callback(balancer.wait, 30)
+        running.callback(balancer.kill)
+        time.sleep(0.5)
+        assert balancer.poll() is None, "haproxy did not start"
+        eventually(fleet.balanced)
+        yield fleet
+
+
+@dataclass
+class Traffic:
+    """Calls of one photo and of all, each over both protocols, through clients as they are by default.
+
+    They pause a little, so that servers find time to start.
+
+    answered: how many of each kind, and right. failed: how many were not. problems: what went wrong, and when.
+    """
+
+    urls: dict[str, str]
+    expected: dict[str, Vectors]
+    answered: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+    def __enter__(self) -> Traffic:
+        self.stopping, self.began = threading.Event(), time.monotonic()
+        self.threads = [
+            threading.Thread(target=self._call, args=(f"{name}, {protocol}", url, photos))
+            for protocol, url in self.urls.items()
+            for name, photos in (("one photo", PHOTOS[:1]), ("six batches", PHOTOS))
+        ]
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopping.set()
+        for thread in self.threads:
+            thread.join()
+
+    def _call(self, kind: str, url: str, photos: list[bytes]) -> None:
+        with NpairClient(url, batch_size=BATCH) as client:
+            while not self.stopping.is_set():
+                time.sleep(0.05)
+                sent = time.monotonic() - self.began
+                try:
+                    vectors, version = client.embed(photos)
+                    cosines = (vectors * self.expected[version][: len(photos)]).sum(1)
+                    if cosines.min() > 0.99:
+                        self.answered[kind] += 1
+                        continue
+                    problem = f"wrong vectors of version {version}: {cosines}"
+                except Exception as error:
+                    problem = repr(error)
+                self.failed[kind] += 1
+                self.problems.append(
+                    f"{kind}, {sent:.2f} to {time.monotonic() - self.began:.2f} s: {problem}"
+                )
+
+
+@pytest.fixture(scope="module")
+def expected(fleet: Fleet) -> dict[str, Vectors]:
+    with NpairClient(fleet.urls["http"]) as client:
+        vectors, version = client.embed(PHOTOS)
+    assert version == str(OLDER)
+    return {str(OLDER): vectors, str(NEWER): -vectors}
+
+
+@pytest.fixture(scope="module")
+def rows() -> Iterator[list[str]]:
+    """Of the table."""
+    rows = [
+        "| change | times | call | answered | failed or mixed |",
+        "| --- | ---: | --- | ---: | ---: |",
+    ]
+    yield rows
+    if path := os.environ.get("CHANGES_TABLE"):
+        Path(path).write_text("\n".join(rows) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [("rolling restart", Fleet.restart), ("promotion", Fleet.promote)]
+)
+def test_no_call_fails(
+    fleet: Fleet,
+    expected: dict[str, Vectors],
+    rows: list[str],
+    name: str,
+    change: Callable[[Fleet], None],
+) -> None:
+    with Traffic(fleet.urls, expected) as traffic:
+        for number in range(CHANGES):
+            began = time.monotonic() - traffic.began
+            change(fleet)
+            print(
+                f"{name} {number + 1}: {began:.2f} to {time.monotonic() - traffic.began:.2f} s",
+                file=sys.stderr,
+            )
+        time.sleep(1)
+    rows += [
+        f"| {name} | {CHANGES} | {kind} | {traffic.answered[kind]:,} | {traffic.failed[kind]:,} |"
+        for kind in sorted(traffic.answered | traffic.failed)
+    ]
+    assert not traffic.problems, "\n".join(traffic.problems)
+    assert len(traffic.answered) == len(traffic.threads), "every kind of call was answered"

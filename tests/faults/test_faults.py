@@ -1,0 +1,530 @@
+"""Faults, caused for real on a real server under load: what clients see, how long until all is well, and what was lost.
+
+    make test-faults
+
+Needs root (mount namespaces, a memory control group) and Debian's faketime. FAULTS_SECONDS is how long the load goes on before and
+after each fault (3); FAULTS_TABLE is a file into which the table of results is written, as docs/reliability.md has it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pytest
+from machine import descendants
+from supervisor import procfs
+from support.models import HANGS, ROOT
+from support.service import Service, broken_models, until
+
+from npair.client import (
+    NpairClient,
+    NpairError,
+    RequestTimeoutError,
+    ServerFaultError,
+    UnavailableError,
+)
+from npair.publishing.drawings import draw, encode
+
+SECONDS = float(os.environ.get("FAULTS_SECONDS", "3"))
+TIMEOUT = (
+    20.0  # seconds after which a client takes silence for an answer; no request may come to that
+)
+REFUSED = "has no available versions"  # what Triton says to whom it did not accept
+PHOTOS = [encode(draw(product, 0, 200), "JPEG") for product in range(16)]
+LARGE = encode(draw(0, 0, 6000), "PNG")  # 36 megapixels, which take 108 MB decoded
+
+
+@dataclass(frozen=True)
+class Answer:
+    """When a request was sent and answered, in seconds of the monotonic clock; error: of an answer that is none."""
+
+    sent: float
+    ended: float
+    error: str = ""
+
+
+class Traffic:
+    """Clients that ask without pause or retries, for one photo or for eight, over both protocols. Every vector is compared
+    with what the server answered before."""
+
+    def __init__(self, urls: dict[str, str]) -> None:
+        self.answers: list[Answer] = []
+        self.stopping = threading.Event()
+        with NpairClient(urls["http"]) as client:
+            self.expected = np.stack([client.embed(photo).vectors[0] for photo in PHOTOS])
+        self.threads = [
+            threading.Thread(target=self._ask, args=(url, size, seed))
+            for seed, (url, size) in enumerate(
+                (url, size) for url in urls.values() for size in (1, 1, 8)
+            )
+        ]
+
+    def __enter__(self) -> Traffic:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopping.set()
+        for thread in self.threads:
+            thread.join(TIMEOUT + 5)
+
+    def _ask(self, url: str, size: int, seed: int) -> None:
+        draws = np.random.default_rng(seed)
+        with NpairClient(url, retries=0, timeout=TIMEOUT) as client:
+            while not self.stopping.is_set():
+                chosen, sent, error = draws.integers(len(PHOTOS), size=size), time.monotonic(), ""
+                try:
+                    vectors = client.embed([PHOTOS[index] for index in chosen]).vectors
+                    if (vectors * self.expected[chosen]).sum(1).min() < 0.999:
+                        error = "wrong vectors"
+                except NpairError as failure:
+                    error = f"{type(failure).__name__}: {failure}"
+                self.answers.append(Answer(sent, time.monotonic(), error))
+                if error:
+                    time.sleep(0.05)
+
+    def well(self) -> bool:
+        """Whether every client was answered in the last second, and none with an error."""
+        last = [answer for answer in self.answers if answer.ended > time.monotonic() - 1]
+        return len(last) >= len(self.threads) and not any(answer.error for answer in last)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of the requests that ended after the fault: all of them; of those that failed, what had been sent before it, what came later,
+    and what was not answered at all. back: seconds until the last of them. unhealthy, healthy: seconds until serve.py --health was
+    asked and told that something is wrong, and that all is well again."""
+
+    asked: int
+    lost: int
+    refused: int
+    silent: int
+    back: float
+    errors: Counter[str]
+    unhealthy: float | None = None
+    healthy: float | None = None
+
+    def row(self, fault: str, seen: str) -> str:
+        back = f"{self.back:.1f} s" if self.errors else "never away"
+        health = (
+            "true"
+            if self.unhealthy is None
+            else f"false after {self.unhealthy:.1f} s, true after {self.healthy:.1f} s"
+        )
+        return f"| {fault} | {seen} | {back} | {health} | {self.asked:,} | {self.lost} | {self.refused:,} | {self.silent} |"
+
+
+HEAD = (
+    "| fault | what clients see | all well again after | health probe | asked | lost | refused | silent |",
+    "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
+)
+
+
+@pytest.fixture(scope="module")
+def table(pytestconfig: pytest.Config) -> Iterator[list[str]]:
+    rows: list[str] = [*HEAD]
+    yield rows
+    text = "\n".join(rows) + "\n"
+    if path := os.environ.get("FAULTS_TABLE"):
+        Path(path).write_text(text)
+    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n\n{text}")
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """For all faults that need no surroundings of their own."""
+    with Service(tmp_path_factory.mktemp("service")) as running:
+        yield running
+
+
+def cause(service: Service, fault: Callable[[], object], *, code: int | None = None) -> Outcome:
+    """The fault, under load. code: which serve.py ends with by it, where it does."""
+    told: list[tuple[float, bool]] = []  # by the probe, and when
+    with Traffic(service.urls) as traffic:
+        until(traffic.well, "clients are not answered", service.log.read_text)
+        time.sleep(SECONDS)
+        at, ended, watching = time.monotonic(), len(service.codes), threading.Event()
+
+        def watch() -> None:
+            while not watching.wait(0.5):
+                told.append((time.monotonic() - at, service.healthy()))
+
+        probes = threading.Thread(target=watch)
+        probes.start()
+        try:
+            fault()
+            if code is not None:
+                until(
+                    lambda: service.codes[ended:] == [code],
+                    "serve.py goes on",
+                    service.log.read_text,
+                )
+            time.sleep(SECONDS)
+            until(traffic.well, "all was not well again", service.log.read_text)
+            settled = time.monotonic() - at
+            until(
+                lambda: bool(told) and told[-1][0] > settled and told[-1][1],
+                "the probe does not see that all is well again",
+            )
+        finally:
+            watching.set()
+            probes.join()
+    result = outcome(traffic.answers, at)
+    if code is None:
+        assert all(well for _, well in told)
+        return result
+    unhealthy = next(when for when, well in told if not well)
+    healthy = next(when for when, well in told if well and when > result.back)
+    assert healthy < result.back + 10
+    return replace(result, unhealthy=unhealthy, healthy=healthy)
+
+
+def outcome(answers: Sequence[Answer], at: float) -> Outcome:
+    after = [answer for answer in answers if answer.ended >= at]
+    failed = [answer for answer in after if answer.error]
+    assert not [answer for answer in answers if answer.error and answer.ended < at], (
+        "nothing failed before"
+    )
+    assert not [answer for answer in answers if answer.error == "wrong vectors"]
+    silent = [answer for answer in failed if answer.error.startswith(RequestTimeoutError.__name__)]
+    lost = [
+        answer
+        for answer in failed
+        if answer.sent < at and answer not in silent and REFUSED not in answer.error
+    ]
+    return Outcome(
+        len(after),
+        len(lost),
+        len(failed) - len(lost) - len(silent),
+        len(silent),
+        max((answer.ended for answer in failed), default=at) - at,
+        Counter(answer.error for answer in failed),
+    )
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def stop(pids: Sequence[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+
+
+class TestKilled:
+    """Requests inside a process that is killed are lost, and their clients are told: nobody waits in vain."""
+
+    def test_stub(self, service: Service, table: list[str]) -> None:
+        result = cause(service, lambda: kill(service.stubs[0]), code=1)
+        table.append(
+            result.row(
+                "a Python stub is killed (-9)",
+                "errors of requests inside it; then the server is begun anew",
+            )
+        )
+        assert result.errors
+        assert not result.silent
+
+    def test_server(self, service: Service, table: list[str]) -> None:
+        result = cause(service, lambda: kill(service.server), code=1)
+        table.append(result.row("the server is killed (-9)", "connections break off"))
+        assert result.errors
+        assert not result.silent
+
+    def test_supervisor(self, service: Service, table: list[str]) -> None:
+        """Its server dies with it, or would hold the ports."""
+        result = cause(service, lambda: kill(service.process.pid), code=-signal.SIGKILL)
+        table.append(result.row("serve.py is killed (-9)", "connections break off"))
+        assert result.errors
+        assert not result.silent
+
+
+def test_all_stubs_hang(service: Service, table: list[str]) -> None:
+    result = cause(service, lambda: stop(service.stubs), code=1)
+    table.append(
+        result.row(
+            "all stubs hang (SIGSTOP)", "no answer for 10 to 15 s, then connections break off"
+        )
+    )
+    assert "the golden photo has failed" in service.log.read_text()
+    assert result.errors
+    assert not result.silent
+
+
+def test_one_stub_hangs(tmp_path: Path, table: list[str]) -> None:
+    models = broken_models(tmp_path)
+    with Service(tmp_path, environment={"MODEL_REPOSITORY": str(models)}) as service:
+
+        def fault() -> None:
+            with (
+                NpairClient(service.urls["http"], retries=0, timeout=TIMEOUT) as client,
+                pytest.raises(ServerFaultError),
+            ):
+                client.embed(HANGS)
+
+        result = cause(service, fault, code=1)
+        assert "a batch has made no progress for 10 s" in service.log.read_text()
+    table.append(
+        result.row(
+            "one stub hangs",
+            "no answer to requests inside it for 10 s, then errors; the server is begun anew",
+        )
+    )
+    assert result.errors
+    assert not result.silent
+
+
+@contextmanager
+def memory_group(pid: int, room: int) -> Iterator[None]:
+    """The process and its descendants in a control group that has this many bytes beyond what they have."""
+    root = Path("/sys/fs/cgroup")
+    version_1 = (root / "memory").is_dir()
+    group = root / (f"memory/npair-{pid}" if version_1 else f"npair-{pid}")
+    limit = group / ("memory.limit_in_bytes" if version_1 else "memory.max")
+    group.mkdir()
+    try:
+        for process in [pid, *descendants(pid)]:
+            (group / "cgroup.procs").write_text(str(process))
+        limit.write_text(
+            str(room)
+        )  # what they have already stays with the group in which it was touched first
+        yield
+        limit.write_text("-1" if version_1 else "max")
+        for member in (group / "cgroup.procs").read_text().split():
+            with suppress(ProcessLookupError):
+                (group.parent / "cgroup.procs").write_text(member)
+    finally:
+        until(
+            lambda: not (group / "cgroup.procs").read_text(),
+            "processes are left in the memory group",
+        )
+        group.rmdir()
+
+
+class TestMemory:
+    def test_no_room(self, tmp_path: Path, table: list[str]) -> None:
+        """Of a container with too small a limit: the kernel kills what takes it."""
+        with Service(tmp_path) as service:
+            group = ExitStack()
+
+            def fault() -> None:
+                group.enter_context(memory_group(service.process.pid, 64 << 20))
+                with (
+                    NpairClient(service.urls["http"], retries=0, timeout=TIMEOUT) as client,
+                    pytest.raises(NpairError),
+                ):
+                    client.embed([LARGE] * 8)
+
+            with group:
+                result = cause(service, fault, code=1)
+        table.append(result.row("out of memory: the kernel kills a stub", "as with a killed stub"))
+        assert result.errors
+        assert not result.silent
+
+
+def with_mounts(mounts: str) -> list[str]:
+    """A command that runs another after these, which others do not see."""
+    return [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-c",
+        f'{mounts} && exec "$@"',
+        "sh",
+    ]
+
+
+class TestDisk:
+    @pytest.mark.parametrize("folder", ["/dev/shm", "/tmp"])
+    def test_full(
+        self, tmp_path_factory: pytest.TempPathFactory, table: list[str], folder: str
+    ) -> None:
+        # A checkout that lies below the folder stays where it is.
+        small = with_mounts(
+            f"mount --bind {ROOT} /mnt && mount -t tmpfs -o size=64m,mode=1777 tmpfs {folder} "
+            f"&& mkdir -p {ROOT} && mount --move /mnt {ROOT}"
+        )
+        with Service(tmp_path_factory.mktemp("full"), small) as service:
+            there = Path(f"/proc/{service.process.pid}/root{folder}/filler")
+
+            def fault() -> None:
+                with suppress(OSError), there.open("wb", buffering=0) as filler:
+                    while True:
+                        filler.write(bytes(1 << 20))
+                assert not os.statvfs(there.parent).f_bavail
+                time.sleep(SECONDS)
+                there.unlink()
+
+            result = cause(service, fault)
+        table.append(result.row(f"{folder} is full", "nothing"))
+        assert not result.errors
+
+    def test_read_only(self, tmp_path: Path, table: list[str]) -> None:
+        models = shutil.copytree(ROOT / "model_repository", tmp_path / "models")
+        mounts = f"mount --bind {models} {models} && mount -o remount,bind,ro {models}"
+        with Service(tmp_path, with_mounts(mounts), {"MODEL_REPOSITORY": str(models)}) as service:
+            result = cause(service, lambda: None)
+        table.append(result.row("the repository is read-only", "nothing"))
+        assert not result.errors
+
+
+class TestClients:
+    """Others notice nothing."""
+
+    def connections(self, service: Service, send: bytes, number: int) -> list[socket.socket]:
+        made = []
+        for _ in range(number):
+            made.append(socket.create_connection(("127.0.0.1", int(service.ports["HTTP_PORT"]))))
+            made[-1].sendall(send)
+        return made
+
+    def request(self, length: int) -> bytes:
+        lines = (
+            "POST /v2/models/npair/infer HTTP/1.1",
+            "Host: a",
+            "Inference-Header-Content-Length: 0",
+            f"Content-Length: {length}",
+        )
+        return "\r\n".join([*lines, "", ""]).encode()
+
+    def test_slow_and_half_open(self, service: Service, table: list[str]) -> None:
+        photo = PHOTOS[0]
+        held = []
+
+        def fault() -> None:
+            held.extend(
+                self.connections(service, b"POST /v2/models/npair/infer HTTP/1.1\r\nHost:", 200)
+            )
+            held.extend(
+                self.connections(service, self.request(len(photo)) + photo[: len(photo) // 2], 200)
+            )
+
+        result = cause(service, fault)
+        slow = held[-1]
+        slow.sendall(photo[len(photo) // 2 :])
+        assert slow.recv(100).startswith(b"HTTP/1.1 200"), "it waits for slow clients"
+        for connection in held:
+            connection.close()
+        table.append(result.row("400 clients that send half a request and wait", "nothing"))
+        assert not result.errors
+
+    def test_vanishing(self, service: Service, table: list[str]) -> None:
+        photo = PHOTOS[0]
+
+        def fault() -> None:
+            for length in (0, len(photo) // 2, len(photo)):
+                for connection in self.connections(
+                    service, self.request(len(photo)) + photo[:length], 100
+                ):
+                    connection.close()
+
+        result = cause(service, fault)
+        table.append(result.row("300 clients that vanish within a request", "nothing"))
+        assert not result.errors
+        until(
+            lambda: sockets(service.server) < 50,
+            "the server keeps the connections of clients that are gone",
+        )
+
+
+def sockets(pid: int) -> int:
+    return sum(link.is_socket() for link in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def test_flood(service: Service, table: list[str]) -> None:
+    """Three times as many clients as may wait, beyond which requests are refused at once."""
+    answers: list[Answer] = []
+    stopping = threading.Event()
+
+    def ask() -> None:
+        with NpairClient(service.urls["http"], retries=0, timeout=TIMEOUT) as client:
+            while not stopping.is_set():
+                sent, error = time.monotonic(), ""
+                try:
+                    client.embed(PHOTOS[0])
+                except UnavailableError as failure:
+                    error = str(failure)
+                    time.sleep(0.05)
+                answers.append(Answer(sent, time.monotonic(), error))
+
+    threads = [threading.Thread(target=ask) for _ in range(400)]
+    process = service.process.pid
+    for thread in threads:
+        thread.start()
+    time.sleep(max(SECONDS, 3))
+    healthy = service.healthy()
+    stopping.set()
+    for thread in threads:
+        thread.join()
+    refused = [answer for answer in answers if answer.error]
+    waited = [
+        median(answer.ended - answer.sent for answer in some)
+        for some in (refused, [a for a in answers if not a.error])
+    ]
+    seen = f"{waited[0] * 1e3:.0f} ms until a refusal and {waited[1] * 1e3:.0f} ms until an answer, medians"
+    table.append(
+        Outcome(len(answers), 0, len(refused), 0, 0, Counter()).row("400 clients at once", seen)
+    )
+    assert any("Exceeds maximum queue size" in answer.error for answer in refused)
+    assert all(
+        "queue size" in answer.error or "timeout expired" in answer.error for answer in refused
+    )
+    assert healthy
+    assert service.process.pid == process
+
+
+def test_stop(tmp_path: Path, table: list[str]) -> None:
+    """SIGTERM under load: what was accepted is answered, and who comes later finds nobody."""
+    with Service(tmp_path) as service, Traffic(service.urls) as traffic:
+        until(traffic.well, "clients are not answered")
+        time.sleep(SECONDS)
+        at = time.monotonic()
+        service.stop()
+        took = time.monotonic() - at
+    result = outcome(traffic.answers, at)
+    seen = f"ended after {took:.1f} s with exit code {service.codes[-1]}; whoever comes later finds nobody"
+    table.append(result.row("SIGTERM", seen))
+    assert service.codes == [0], service.log.read_text() + str(result)
+    assert not result.lost
+    assert not result.silent
+
+
+@pytest.mark.parametrize("jump", ["+1d", "-1d"])
+def test_clock_jumps(tmp_path: Path, table: list[str], jump: str) -> None:
+    """The wall clock of the server and its stubs, by faketime; the monotonic one never jumps."""
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+    assert library, "apt-get install faketime"
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    environment = {
+        "LD_PRELOAD": str(library),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+    with Service(
+        tmp_path, ["env", *(f"{key}={value}" for key, value in environment.items())]
+    ) as service:
+        result = cause(service, lambda: clock.write_text(jump))
+        port = int(service.ports["HTTP_PORT"])
+    # serve.py does not come to that: faketime takes an absolute time that has passed for a bad one.
+    until(lambda: not procfs.server_at(port), "the server outlives serve.py")
+    procfs.remove_remains(port)
+    table.append(result.row(f"the clock jumps by {jump}", "nothing"))
+    assert not result.errors

@@ -1,0 +1,442 @@
+"""The client's commands, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.fake_server import (
+    DENIED,
+    PHOTOS,
+    UNHEALTHY,
+    always,
+    changing,
+    echo,
+    embeddings,
+    of_version,
+    serving,
+)
+from support.models import ROOT, SHIPPED
+from support.servers import running
+from support.tls import certificate
+
+from npair.client import NpairClient, Thresholds
+
+CLIENT = ROOT / "model/api/client.py"
+NOBODY = "http://127.0.0.1:9"
+Run = subprocess.CompletedProcess[str]
+
+
+def python(*arguments: str | Path, cwd: Path | None = None) -> Run:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=cwd)
+
+
+def run(url: str, *arguments: str | Path) -> Run:
+    result = python(CLIENT, *arguments, "--url", url)
+    assert "Traceback" not in result.stderr
+    return result
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three photos, with lengths from 2 to 4, and another file."""
+    for name, length in (("b.jpg", 2), ("a.png", 3), ("deep/c.WEBP", 4), ("notes.txt", 5)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * length)
+    return tmp_path
+
+
+@pytest.fixture
+def hundred(tmp_path: Path) -> Path:
+    """Photos 001.jpg to 100.jpg, named by their lengths, in two folders."""
+    for length in range(1, 101):
+        path = tmp_path / "shop" / ("a" if length < 40 else "b") / f"{length:03}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * length)
+    return tmp_path / "shop"
+
+
+class TestScript:
+    @pytest.mark.parametrize(
+        ("start", "module"),
+        [
+            (f"run_path({str(CLIENT)!r}", "client"),
+            (f"run_path({str(CLIENT.with_name('client_cli.py'))!r}", "client"),
+            ("run_module('npair.client', alter_sys=True", "npair.client"),
+            ("run_module('npair.client_cli', alter_sys=True", "npair.client"),
+        ],
+    )
+    def test_no_module_is_loaded_twice(self, start: str, module: str) -> None:
+        """If it were, there would be two classes of a name."""
+        script = (
+            "import gc, runpy, sys\n"
+            f"sys.path.insert(0, {str(CLIENT.parent)!r})\n"
+            f"sys.argv = ['client.py', 'ready', '--url', {NOBODY!r}]\n"
+            f"try: runpy.{start}, run_name='__main__')\n"
+            "except SystemExit as ended: code = ended.code\n"
+            "classes = [each for each in gc.get_objects() if type(each) is type]\n"
+            "print([each.__module__ for each in classes if each.__name__ == 'NpairError'], code)"
+        )
+        result = python("-c", script)
+        assert result.stdout.splitlines()[-1:] == [f"[{module!r}] 3"], result.stderr
+
+    def test_the_library_alone(self, tmp_path: Path) -> None:
+        shutil.copy(CLIENT, tmp_path)
+        assert python("-c", "from client import NpairClient", cwd=tmp_path).returncode == 0
+        result = python(tmp_path / "client.py", "ready")
+        assert result.returncode == 2
+        assert "client.py: the commands are in client_cli.py" in result.stderr
+
+
+class TestEmbed:
+    def test_folders_in_order(self, photos: Path) -> None:
+        with serving() as (url, _):
+            result = run(url, "embed", photos)
+        rows = [json.loads(line) for line in result.stdout.splitlines()]
+        assert result.returncode == 0
+        assert [Path(row["photo"]).name for row in rows] == ["a.png", "b.jpg", "c.WEBP"]
+        assert [row["embedding"][0] for row in rows] == [3, 2, 4]
+        assert {row["version"] for row in rows} == {"1"}
+
+    def test_bad_files_are_named_and_counted_and_the_rest_is_kept(
+        self, photos: Path, tmp_path: Path
+    ) -> None:
+        def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
+            lengths = enumerate(map(len, photos))
+            bad = [f"IMAGE[{index}]: broken" for index, length in lengths if length == 2]
+            return (400, json.dumps({"error": "; ".join(bad)})) if bad else echo(photos, path)
+
+        out, missing = tmp_path / "out.npz", photos / "missing.jpg"
+        with serving(answer) as (url, _):
+            result = run(url, "embed", photos, missing, "--out", out, "--json")
+        assert result.returncode == 1
+        assert "b.jpg: broken" in result.stderr
+        assert "missing.jpg: cannot be read: No such file" in result.stderr
+        assert "2 of 4 photos left out" in result.stderr
+        counts = {"embedded": 2, "left_out": 2}
+        expected = {"out": str(out), **counts, "model": "npair", "version": "1"}
+        assert json.loads(result.stdout) == expected
+        with np.load(out) as saved:
+            assert saved["vectors"].shape == (2, 128)
+            assert [Path(name).name for name in saved["names"]] == ["a.png", "c.WEBP"]
+
+    def test_which_files_of_folders_are_photos(self, tmp_path: Path) -> None:
+        wanted = ["1.jpg", "2.JPE", "3.jfif", "4.webp", "sub/5.jpeg"]
+        litter = [
+            *("@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "#recycle/1.jpg", "@Recycle/1.jpg"),
+            *("__MACOSX/._1.jpg", "$RECYCLE.BIN/1.jpg", ".hidden/1.jpg", "._1.jpg", ".DS_Store"),
+        ]
+        for name in (*wanted, *litter, "a.HEIC", "sub/b.heic", "Thumbs.db", "README"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"x")
+        with serving() as (url, _):
+            result = run(url, "embed", tmp_path)
+            named = run(url, "embed", tmp_path / "@eaDir", tmp_path / "README")
+        assert result.returncode == 0
+        found = [Path(json.loads(line)["photo"]) for line in result.stdout.splitlines()]
+        assert [str(path.relative_to(tmp_path)) for path in found] == wanted
+        kinds = "2 .heic, 1 .db, 1 without a suffix"
+        assert result.stderr == f"4 other files in folders passed over: {kinds}\n"
+        assert len(named.stdout.splitlines()) == 2, "what is named is not passed over"
+        assert named.stderr == ""
+
+    def test_photos_that_nobody_answered_are_named(self, hundred: Path) -> None:
+        """One of them may be what stops the server."""
+
+        def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
+            if photos and len(photos[0]) == 33:
+                time.sleep(1)  # the other batches are answered meanwhile
+                return UNHEALTHY(photos, path)
+            return echo(photos, path)
+
+        with serving(answer) as (url, _):
+            result = run(url, "embed", hundred)
+        assert result.returncode == 3
+        assert len(result.stdout.splitlines()) == 32
+        names = map(str, sorted(hundred.rglob("*.jpg"))[32:64])
+        assert f"no answer for these photos: {', '.join(names)}\n" in result.stderr
+
+    @pytest.mark.parametrize(("scheme", "answered"), [("http", 0), ("http", 1), ("grpc", 0)])
+    def test_an_interrupt_does_not_wait_for_answers(
+        self, hundred: Path, scheme: str, answered: int
+    ) -> None:
+        """Neither for a first batch nor for those that threads have sent."""
+        asked = threading.Event()
+
+        def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
+            if photos and len(photos[0]) > 32 * answered:
+                asked.set()
+                time.sleep(60)
+            return echo(photos, path)
+
+        with ExitStack() as stack:
+            if scheme == "http":
+                url, _ = stack.enter_context(serving(answer))
+            else:
+                silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+                url = f"grpc://127.0.0.1:{silent.getsockname()[1]}"
+            process = subprocess.Popen(
+                [sys.executable, CLIENT, "embed", hundred, "--url", url],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            if scheme == "http":
+                assert asked.wait(60)
+            else:
+                stack.enter_context(silent.accept()[0])
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=20)
+        assert process.returncode == 130
+        assert "Traceback" not in said
+
+    def test_memory_does_not_grow_with_the_photos(self, tmp_path: Path) -> None:
+        """8,000 photos more, of 20 kB, whose vectors and names alone have 5 MB."""
+        (tmp_path / "photo").write_bytes(b"x" * 20_000)
+        # Not getrusage, whose maximum a process inherits from the one that starts it.
+        script = (
+            f"import sys\nsys.path.insert(0, {str(CLIENT.parent)!r})\nimport client_cli\n"
+            "code = client_cli.main()\nwith open('/proc/self/status') as status:\n"
+            "    print(*(line for line in status if 'VmHWM' in line))\nsys.exit(code)"
+        )
+
+        def peak(number: int) -> int:
+            folder = tmp_path / str(number)
+            for index in range(number):
+                path = folder / f"{index // 1000}" / f"{index}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.hardlink_to(tmp_path / "photo")
+            out = tmp_path / f"{number}.npz"
+            result = python("-c", script, "embed", folder, "--out", out, "--url", url)
+            assert result.returncode == 0, result.stderr
+            return int(result.stdout.split()[-2])
+
+        _, reply = embeddings([b"photo"] * 32)  # of a full batch, which all are
+        with serving(always(200, reply)) as (url, _):
+            assert peak(8320) - peak(320) < 3000  # kB
+
+
+class TestResume:
+    def interrupted(self, folder: Path, out: Path) -> Run:
+        """The server fails from the third batch on."""
+
+        def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
+            return (UNHEALTHY if photos and len(photos[0]) > 64 else echo)(photos, path)
+
+        with serving(answer) as (url, _):
+            return run(url, "embed", folder, "--out", out)
+
+    @pytest.mark.parametrize("suffix", ["npz", "jsonl"])
+    def test_goes_on_after_an_interruption(self, hundred: Path, suffix: str) -> None:
+        out = hundred.parent / f"out.{suffix}"
+        unfinished = hundred.parent / f"out.{suffix}.unfinished"
+        first = self.interrupted(hundred, out)
+        assert first.returncode == 3
+        assert f"64 photos are in {unfinished}" in first.stderr
+        assert not out.exists()
+        with unfinished.open("a") as lines:
+            lines.write('{"photo": "cut o')  # as by a full disk
+        with serving() as (url, server):
+            second = run(url, "embed", hundred, "--out", out)
+        assert second.returncode == 0, second.stderr
+        assert sum(map(len, server.batches)) == 100 - 64
+        assert all("/versions/1/" in path for path in server.paths), "that of the first 64"
+        assert not unfinished.exists()
+        if suffix == "npz":
+            with np.load(out) as saved:
+                names, vectors, version = (saved[key] for key in ("names", "vectors", "version"))
+            assert vectors.dtype == np.float32
+        else:
+            rows = [json.loads(line) for line in out.read_text().splitlines()]
+            names, version = [row["photo"] for row in rows], rows[0]["version"]
+            vectors = np.array([row["embedding"] for row in rows])
+        assert [Path(name).name for name in names] == [f"{n:03}.jpg" for n in range(1, 101)]
+        assert vectors[:, 0].tolist() == list(range(1, 101))
+        assert str(version) == "1"
+
+    def test_all_photos_are_embedded_anew_if_the_version_is_gone(self, hundred: Path) -> None:
+        out = hundred.parent / "out.npz"
+        with serving(changing(after=2)) as (url, _):
+            result = run(url, "embed", hundred, "--out", out)
+        assert result.returncode == 0
+        assert "all photos are embedded anew" in result.stderr
+        with np.load(out) as saved:
+            assert (str(saved["version"]), str(saved["manifest_sha256"])) == ("2", "abc")
+            assert saved["vectors"][:, 0].tolist() == list(range(1, 101))
+
+    def test_does_not_mix_what_it_goes_on_from(self, hundred: Path) -> None:
+        out = hundred.parent / "out.npz"
+        self.interrupted(hundred, out)
+        unfinished = hundred.parent / "out.npz.unfinished"
+        kept = unfinished.read_bytes()
+        for arguments, reason in (
+            ([hundred / "b"], "is of another command"),
+            ([hundred, "--version", "2"], "has vectors of npair version 1"),
+        ):
+            result = run(NOBODY, "embed", *arguments, "--out", out)
+            assert result.returncode == 2
+            assert reason in result.stderr
+        assert run(NOBODY, "embed", hundred, "--out", out).returncode == 3
+        assert unfinished.read_bytes() == kept
+        unfinished.write_text("[]\n")
+        assert "is damaged" in run(NOBODY, "embed", hundred, "--out", out).stderr
+
+
+class TestSavedVectors:
+    @pytest.mark.parametrize("command", ["rank", "compare"])
+    def test_of_another_version_are_refused(
+        self, photos: Path, tmp_path: Path, command: str
+    ) -> None:
+        photo = photos / "a.png"
+        one, two = saved = [tmp_path / "one.npz", tmp_path / "two.npz"]
+        for version, path in zip("12", saved, strict=True):
+            with serving(of_version(version)) as (url, _):
+                assert run(url, "embed", photo, "--out", path).returncode == 0
+        elsewhere, strange = tmp_path / "elsewhere.npz", tmp_path / "strange.npz"
+        with np.load(two) as arrays:
+            np.savez(elsewhere, **{**arrays, "manifest_sha256": "another"})
+            np.savez(strange, **{**arrays, "model": "another"})
+        beside = [photo] if command == "rank" else []
+
+        def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
+            return of_version("2" if "/versions/2/" in path else "9")(photos, path)
+
+        with serving(answer) as (url, _), serving(changing(after=0)) as (other, _):
+            pinned = run(url, command, photo, two, "--json")
+            assert json.loads(pinned.stdout)["version"] == "2"
+            for reason, refused in (
+                ("version 2, not 1", run(url, command, *beside, one, two)),
+                ("version 2, not 1", run(url, command, photo, two, "--version", "1")),
+                (
+                    "another version 2 than is served or saved beside it",
+                    run(url, command, *beside, two, elsewhere),
+                ),
+                ("another version 2 than is served", run(other, command, photo, two)),
+                ("model another, not npair", run(url, command, photo, strange)),
+            ):
+                assert refused.returncode == 2
+                assert f".npz holds vectors of {reason}" in refused.stderr
+
+    def test_compare_takes_those_of_one_photo(self, photos: Path, tmp_path: Path) -> None:
+        a, b, many = (tmp_path / name for name in ("a.npz", "b.npz", "many.npz"))
+        with serving() as (url, server):
+            for source, out in ((photos / "a.png", a), (photos / "b.jpg", b), (photos, many)):
+                assert run(url, "embed", source, "--out", out).returncode == 0
+            before = len(server.batches)
+            both = run(url, "compare", a, b, "--json")
+            assert len(server.batches) == before, "saved vectors are not embedded again"
+            one = run(url, "compare", photos / "b.jpg", a, "--json")
+            several = run(url, "compare", photos / "b.jpg", many)
+        expected = {"cosine": 6.0, "version": "1", "same_product": None}
+        assert json.loads(both.stdout) == json.loads(one.stdout) == expected
+        assert several.returncode == 2
+        reason = "many.npz holds the vectors of 3 photos, and compare takes one"
+        assert reason in several.stderr
+
+
+class TestCompare:
+    def test_gives_a_verdict_with_the_served_thresholds(self, tmp_path: Path) -> None:
+        """A real server whose configuration has thresholds, over both protocols."""
+        shutil.copytree(ROOT / "model_repository", tmp_path / "models")
+        config = tmp_path / "models/npair/config.pbtxt"
+        golden = sorted((tmp_path / "models/npair").glob("[0-9]*/golden/*.jpg"))
+        version = golden[0].parts[-3]
+        values = {
+            "thresholds_version": version,
+            "threshold_far_1_percent": "0.25",
+            "threshold_far_01_percent": "1.5",
+        }
+        lines = [line for line in config.read_text().splitlines() if "threshold" not in line]
+        for key, value in values.items():
+            lines.append(f'parameters {{ key: "{key}" value: {{ string_value: "{value}" }} }}')
+        config.write_text("\n".join(lines))
+        with running(MODEL_REPOSITORY=str(tmp_path / "models")) as (_, urls):
+            for url in urls.values():
+                with NpairClient(url) as client:
+                    assert client.thresholds() == Thresholds(version, 0.25, 1.5)
+                same = run(url, "compare", golden[0], golden[0]).stdout
+                reach = "which 1 % of pairs of different products reach"
+                assert same == f"same product: cosine 1.0000 >= 0.2500, {reach}\n"
+                told = run(url, "compare", golden[0], golden[0], "--far", "0.1", "--json").stdout
+                strict = json.loads(told)
+                assert strict["same_product"] is False
+                assert (strict["threshold"], strict["far"]) == (1.5, 0.001)
+
+    def test_gives_no_verdict_without_thresholds(self) -> None:
+        photo = SHIPPED / "golden/photo.jpg"
+        with serving() as (url, _):
+            result = run(url, "compare", photo, photo)
+        assert result.returncode == 0
+        reason = "the server's configuration has no such threshold for version 1"
+        assert f"no verdict: {reason}" in result.stdout
+
+
+class TestEnvironment:
+    def test_has_the_key_and_the_authority(
+        self, photos: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("NPAIR_API_KEY", "abc")
+        with serving() as (url, server):
+            assert run(url, "ready").returncode == 0
+        assert server.authorizations == ["Bearer abc"]
+        monkeypatch.setenv("NPAIR_CA", "/nowhere.pem")
+        result = run("https://127.0.0.1:9", "ready")
+        assert result.returncode == 2
+        assert "/nowhere.pem is not: " in result.stderr
+        assert "abc" not in result.stderr
+        monkeypatch.delenv("NPAIR_CA")
+        with serving(DENIED) as (url, _):
+            denied = run(url, "embed", photos)
+        assert denied.returncode == 3
+        assert "AccessDeniedError: a key is needed" in denied.stderr
+
+    def test_has_the_certificate(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        cert, key = certificate(tmp_path)
+        both = tmp_path / "both.pem"
+        both.write_text(cert.read_text() + key.read_text())
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=cert)
+        tls.load_cert_chain(cert, key)
+        tls.verify_mode = ssl.CERT_REQUIRED
+        monkeypatch.setenv("NPAIR_CA", str(cert))
+        with serving(tls=tls) as (url, _):
+            for shown, its_key in ((cert, str(key)), (both, "")):
+                monkeypatch.setenv("NPAIR_CERT", str(shown))
+                monkeypatch.setenv("NPAIR_KEY", its_key)
+                assert run(url, "ready").returncode == 0
+
+
+def test_server_failures(photos: Path) -> None:
+    two = photos / "a.png", photos / "b.jpg"
+    with serving(UNHEALTHY) as (url, _):
+        for arguments in (("embed", photos), ("compare", *two), ("ready",)):
+            assert run(url, *arguments).returncode == 3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("embed", "{}", "--out", "x.csv"),
+        ("embed", "{}", "--out", "{}/no/x.npz"),
+        ("rank", "{}/a.png", "{}", "-k", "0"),
+        ("rank", "{}/a.png", "{}/notes.npz"),
+        ("rank", "{}/a.png", "{}/empty.npz"),
+        (),
+    ],
+)
+def test_wrong_usage(photos: Path, arguments: tuple[str, ...]) -> None:
+    (photos / "notes.npz").write_bytes(b"text")
+    (photos / "empty.npz").touch()
+    assert run(NOBODY, *(argument.format(photos) for argument in arguments)).returncode == 2

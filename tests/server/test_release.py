@@ -1,0 +1,284 @@
+"""Releases on the real server: sound versions are served, broken ones never."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import threading
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.releases import SECRET, Standing, digest, flip, golden, pins, truncate
+from support.servers import controlled, free_ports, lines_until_ready, running, start
+from tritonclient.utils import InferenceServerException
+
+from npair.client import HttpTransport, NpairClient, VersionGoneError
+from npair.releasing import ReleaseError
+from npair.releasing.config import parameters, pinned
+from npair.releasing.control import Server
+from npair.releasing.release import check_server, promote, retire, rollback
+from npair.releasing.repository import RepositoryError, open_repository
+from npair.releasing.versions import listing, versions
+
+
+class TestPromote:
+    def test_there_and_back(self, models: Path) -> None:
+        repository = open_repository(models)
+        before = (models / "config.pbtxt").read_text()
+        with controlled(models) as (server, urls), NpairClient(urls["grpc"]) as client:
+            photos, first = golden(models, 1)
+            _, second = golden(models, 2)
+            assert client.embed(photos).version == "1"
+            promote(repository, 2, [server])
+            vectors, version = client.embed(photos)
+            assert version == "2"
+            np.testing.assert_allclose(vectors @ second.T, second @ second.T, atol=0.1)
+            assert client.manifest_sha256("2") == digest(models / "2")
+            assert client.manifest_sha256("1") is None
+            assert set(check_server(repository, server)) == {2}
+            assert [(line.name, line.status) for line in versions(repository, [server])] == [
+                ("1", "ready"),
+                ("2", "serving"),
+            ]
+            assert re.search(
+                r"^2 \*\s+serving", listing(versions(repository, [server])), re.MULTILINE
+            )
+            with pytest.raises(ReleaseError, match="version 2 is pinned by config"):
+                retire(repository, 2, [server])
+            assert rollback(repository, [server]) == 1
+            vectors, version = client.embed(photos)
+            assert version == "1"
+            np.testing.assert_allclose(vectors @ first.T, first @ first.T, atol=0.1)
+            assert sorted((models / "config.pbtxt").read_text().splitlines()) == sorted(
+                before.splitlines()
+            )
+            with pytest.raises(ReleaseError, match="nothing was served before"):
+                rollback(repository, [server])
+            retire(repository, 2, [server])
+            assert [line.name for line in versions(repository, [server])] == ["1"]
+            assert {path.name for path in models.iterdir()} == {"config.pbtxt", "1"}
+
+    def test_two_side_by_side(self, models: Path) -> None:
+        repository = open_repository(models)
+        with controlled(models) as (server, urls), NpairClient(urls["http"]) as client:
+            photos, _ = golden(models, 1)
+            with pytest.raises(ReleaseError, match="--keep must be a version below 2"):
+                promote(repository, 2, [server], keep=2)
+            promote(repository, 2, [server], keep=1)
+            assert client.embed(photos).version == "2"
+            for number in "12":
+                with NpairClient(urls["http"], version=number) as one:
+                    assert one.embed(photos).version == number
+                assert (
+                    client.manifest_sha256(number)
+                    == hashlib.sha256((models / number / "manifest.json").read_bytes()).hexdigest()
+                )
+            assert set(check_server(repository, server)) == {1, 2}
+            promote(repository, 2, [server])
+            assert server.serving() == [2]
+            with (
+                NpairClient(urls["http"], version="1") as one,
+                pytest.raises(VersionGoneError, match="not served, but 2 is"),
+            ):
+                one.embed(photos)
+
+    def test_without_a_server(self, models: Path) -> None:
+        promote(open_repository(models), 2, [])
+        assert pinned((models / "config.pbtxt").read_text()) == [2]
+        with controlled(models) as (server, _):
+            assert server.serving() == [2]
+
+    def test_retiring_leaves_no_trace(self, models: Path) -> None:
+        repository, before = open_repository(models), (models / "config.pbtxt").read_text()
+        promote(repository, 2, [])
+        retire(repository, 1, [])
+        assert {path.name for path in models.iterdir()} == {"config.pbtxt", "2"}
+        assert set(parameters((models / "config.pbtxt").read_text())) == set(parameters(before))
+
+    def test_broken_is_refused_before_a_server_hears_of_it(self, broken: Path) -> None:
+        before = (broken / "config.pbtxt").read_bytes()
+        with pytest.raises(ReleaseError):
+            promote(
+                open_repository(broken), 2, [Server("http://127.0.0.1:9", "npair", secret=SECRET)]
+            )
+        assert (broken / "config.pbtxt").read_bytes() == before
+
+    def test_broken_forced_by_hand_does_not_serve(self, broken: Path, standing: Standing) -> None:
+        """The old version goes on, and health is green."""
+        models, server, urls = standing
+        config, sound = (
+            (models / "config.pbtxt").read_text(),
+            (models / "2").rename(models.parent / "2"),
+        )
+        shutil.copytree(broken / "2", models / "2")
+        try:
+            (models / "config.pbtxt").write_text(
+                config.replace("versions: [ 1 ]", "versions: [ 2 ]")
+            )
+            with pytest.raises(ReleaseError, match="refused to load"):
+                server.load()
+        finally:
+            (models / "config.pbtxt").write_text(config)
+            shutil.rmtree(models / "2")
+            sound.rename(models / "2")
+        with NpairClient(urls["http"]) as client:
+            assert client.embed(golden(models, 1)[0]).version == "1"
+        assert server.serving() == [1]
+        for path in ("/v2/health/ready", "/v2/models/npair/ready"):
+            assert urllib.request.urlopen(urls["http"] + path).status == 200
+
+    def test_what_the_server_refuses_is_put_back(self, models: Path, tmp_path: Path) -> None:
+        """It serves a copy of the folder whose version 2 was spoilt on the way."""
+        theirs = Path(shutil.copytree(models, tmp_path / "theirs/npair"))
+        flip(theirs / "2/model.py")
+        repository = open_repository(models)
+        with controlled(theirs) as (server, urls), NpairClient(urls["http"]) as client:
+            photos, _ = golden(models, 1)
+            before = (models / "config.pbtxt").read_bytes()
+            write = repository.write
+
+            def mirrored(path: str, content: bytes) -> None:
+                write(path, content)
+                (theirs / path).write_bytes(content)
+
+            repository.write = mirrored  # type: ignore[method-assign]
+            reason = (
+                "version 2 is not served, and all is as it was, with version 1: .* refused to load"
+            )
+            with pytest.raises(ReleaseError, match=reason):
+                promote(repository, 2, [server])
+            assert (models / "config.pbtxt").read_bytes() == before
+            assert {path.name for path in models.iterdir()} == {"config.pbtxt", "1", "2"}
+            assert client.embed(photos).version == "1"
+            assert urllib.request.urlopen(urls["http"] + "/v2/health/ready").status == 200
+
+    def test_closed_control_apis(self, models: Path) -> None:
+        before = (models / "config.pbtxt").read_bytes()
+        with running(MODEL_REPOSITORY=str(models.parent)) as (_, urls):
+            for secret, reason in (
+                ("", "^the secret is missing"),
+                ("wrong", f"^{urls['http']} refused the secret"),
+            ):
+                with pytest.raises(ReleaseError, match=reason):
+                    promote(
+                        open_repository(models), 2, [Server(urls["http"], "npair", secret=secret)]
+                    )
+                assert (models / "config.pbtxt").read_bytes() == before
+                assert {path.name for path in models.iterdir()} == {"config.pbtxt", "1", "2"}
+
+    def test_a_server_that_is_away_changes_nothing(self, models: Path) -> None:
+        before = (models / "config.pbtxt").stat().st_mtime_ns
+        with pytest.raises(ReleaseError, match="does not answer"):
+            promote(
+                open_repository(models), 2, [Server("http://127.0.0.1:9", "npair", secret=SECRET)]
+            )
+        assert (models / "config.pbtxt").stat().st_mtime_ns == before, (
+            "not even written and put back"
+        )
+
+    def test_all_servers_go_back_whichever_fails(self, models: Path) -> None:
+        """By fakes: the first fails once it has loaded, and the last refuses to.
+
+        No load ends before all have started.
+        """
+        served, together = dict.fromkeys("abc", 1), threading.Barrier(3)
+
+        class Fake(Server):
+            def reach(self) -> None:
+                pass
+
+            def load(self) -> None:
+                together.wait(60)
+                (number,) = pinned((models / "config.pbtxt").read_text())
+                if self.model == "c" or (self.model == "a" and served["a"] == 2):
+                    raise ReleaseError(f"{self.model} does not load {number}")
+                served[self.model] = number
+
+            def check(self, folder: Path) -> float:
+                assert folder.name == str(served[self.model])
+                return 0.0
+
+        failures = r"\(a does not load 1; c does not load 1\): c does not load 2"
+        reason = rf"going back to version 1 failed, too {failures}"
+        with pytest.raises(ReleaseError, match=reason):
+            promote(
+                open_repository(models),
+                2,
+                [Fake("http://127.0.0.1:9", name, secret=SECRET) for name in "abc"],
+            )
+        assert served == {"a": 2, "b": 1, "c": 1}
+        assert pins(models, 1)
+
+    @pytest.mark.parametrize("damage", ["gone", "truncated"])
+    def test_what_cannot_be_served_again_is_not_remembered(self, models: Path, damage: str) -> None:
+        """As where a new folder's config.pbtxt pins a version of elsewhere."""
+        if damage == "gone":
+            shutil.rmtree(models / "1")
+        else:
+            truncate(models / "1/manifest.json")
+        promote(open_repository(models), 2, [])
+        assert pins(models, 2)
+        assert not (models / "fallback.json").exists()
+        with pytest.raises(ReleaseError, match="nothing was served before"):
+            rollback(open_repository(models), [])
+
+    @pytest.mark.parametrize(
+        ("status", "answer", "reason"),
+        [
+            (502, "<html>", "does not say what it serves: status 502: <html>"),
+            (400, "unknown model", "may be loading this one"),
+        ],
+    )
+    def test_nothing_is_retired_on_no_answer(
+        self, models: Path, monkeypatch: pytest.MonkeyPatch, status: int, answer: str, reason: str
+    ) -> None:
+        """Such as a proxy's, or a starting server's."""
+
+        def refused(*_: object) -> None:
+            raise InferenceServerException(answer, status=str(status))
+
+        monkeypatch.setattr(HttpTransport, "request", refused)
+        with pytest.raises(ReleaseError, match=reason):
+            retire(open_repository(models), 2, [Server("http://127.0.0.1:9", "npair")])
+        assert 2 in open_repository(models).versions()
+
+    def test_one_at_a_time(self, models: Path) -> None:
+        repository = open_repository(models)
+        with repository.exclusive(), pytest.raises(RepositoryError):
+            promote(open_repository(models), 2, [])
+
+
+def test_a_server_that_starts_with_a_broken_pin_serves_what_was_served_before(models: Path) -> None:
+    promote(open_repository(models), 2, [])
+    flip(models / "2/network.pt2")
+    ports = free_ports()
+    process = start(**ports, MODEL_REPOSITORY=str(models.parent), NPAIR_CONTROL_SECRET=SECRET)
+    try:
+        said = "".join(lines_until_ready(process))
+        assert "network.pt2 has changed since it was published" in said
+        assert "WARNING: the version that config.pbtxt pins was refused" in said
+        assert "version 1, which was served before, is served instead" in said
+        url = f"http://127.0.0.1:{ports['HTTP_PORT']}"
+        photos, expected = golden(models, 1)
+        with NpairClient(url) as client:
+            vectors, version = client.embed(photos)
+        assert version == "1"
+        np.testing.assert_allclose(vectors @ expected.T, expected @ expected.T, atol=0.1)
+        with pytest.raises(ReleaseError, match=r"serves \[1\], and config\.pbtxt pins \[2\]"):
+            check_server(open_repository(models), Server(url, "npair"))
+        rollback(open_repository(models), [Server(url, "npair", secret=SECRET)])
+        check_server(open_repository(models), Server(url, "npair"))
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def test_nothing_served_before(models: Path) -> None:
+    flip(models / "1/network.pt2")
+    process = start(**free_ports(), MODEL_REPOSITORY=str(models.parent))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "was refused, for the reasons above, and no other was served before" in said

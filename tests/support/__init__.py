@@ -1,0 +1,1 @@
+"""What several tests need, beside conftest's fixtures."""

@@ -1,0 +1,44 @@
+"""Small local checkpoints of vision models of transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VISION: Any = {
+    "image_size": 64,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+# ResNet has 16 channels at least: after the backward pass of a narrower 1x1 convolution, oneDNN's cache crashes as Python exits.
+# ResNet has 16 channels at least: after the backward pass of a narrower 1x1 convolution,
+# oneDNN's cache crashes as Python exits.
+ARCHITECTURES = {
+    "resnet": transformers.ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"
+    ),
+    "convnextv2": transformers.ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2),
+    "mobilenet_v2": transformers.MobileNetV2Config(depth_multiplier=0.35),
+    "dinov2": transformers.Dinov2Config(**VISION),
+    "vit": transformers.ViTConfig(**VISION, intermediate_size=32),
+    "swin": transformers.SwinConfig(
+        image_size=64, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4
+    ),
+}
+
+
+def checkpoint(folder: Path, config: transformers.PretrainedConfig) -> str:
+    """A local checkpoint of random weights, laid out as the Hugging Face hub has them."""
+    torch.manual_seed(0)
+    model: Any = transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]})
+    )
+    return str(folder)

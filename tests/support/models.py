@@ -1,0 +1,90 @@
+"""Versions to test: the shipped one, tiny ones, broken ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from npair.cli.next_version import publish_next
+from npair.data.pixels import default_cache
+from npair.releasing.repository import open_repository
+from npair.serving.manifest import Manifest
+from npair.training.run import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+SHIPPED = next(
+    (ROOT / "model_repository/npair").glob("[0-9]*")
+)  # the version that this repository serves
+
+
+TINY = TrainConfig(
+    network="compact", epochs=2, classes_per_batch=4, size=64, crop_size=48, evaluations=2
+)
+
+
+@contextmanager
+def without_int8() -> Iterator[None]:
+    """Publish in fp32 and bf16 alone: int8 takes most of the time, and the fixture ``published`` has it."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise RuntimeError("not for this test")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("npair.publishing.graphs.nncf.quantize", refused)
+        yield
+
+
+def publish_into(
+    repository: Path, run: Path, data: Path, *, accept_recall_drop: str = "", accept_cost: str = ""
+) -> Path:
+    """The folder of the next version."""
+    manifest = publish_next(
+        open_repository(repository),
+        run,
+        data,
+        cache=default_cache(),
+        accept_recall_drop=accept_recall_drop,
+        accept_cost=accept_cost,
+    )
+    return repository / str(manifest.version)
+
+
+def rewrite_manifest(folder: Path, **changes: object) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+BREAKS = b"the network fails on this"  # a fault that cannot be made for real: such a network would not be loaded
+
+
+HANGS = b"the network never ends on this"
+
+
+BROKEN = f"""
+
+embed_photos = Embedder.embed_photos
+
+
+def broken(self, photos, limits):
+    if {BREAKS!r} in photos:
+        raise ArithmeticError("the network's output is zero or not finite")
+    if {HANGS!r} in photos:
+        threading.Event().wait()
+    return embed_photos(self, photos, limits)
+
+
+Embedder.embed_photos = broken
+"""
+
+
+def let_fail(version: Path) -> None:
+    """Change a version so that it is served, fails on BREAKS and hangs on HANGS."""
+    with (version / "embedder.py").open("a") as code:
+        code.write(BROKEN)
+    Manifest.read(version).write(version)

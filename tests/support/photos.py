@@ -1,0 +1,41 @@
+"""Photos and data sets that are drawn for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from npair.data.dataset import Dataset
+from npair.publishing.drawings import draw, encode
+from npair.serving.preprocess import Limits, Preprocessing
+
+PREPROCESSING = Preprocessing(size=64, resample="BILINEAR", background=255)
+
+
+LIMITS = Limits(max_bytes=1_000_000, max_pixels=1_000_000)
+
+
+PNG = encode(draw(0, 0, 8), "PNG")
+
+
+def photo(path: Path, number: int = 0) -> Path:
+    """A photo whose bytes are a function of the number: what follows the end of a PNG does not count."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(PNG + number.to_bytes(4, "big"))
+    return path
+
+
+def folders(root: Path, classes: int = 6, photos: int = 5) -> Path:
+    for label in range(classes):
+        for number in range(photos):
+            photo(root / f"class {label}" / f"{number}.png", 100 * label + number)
+    return root
+
+
+def table(root: Path, text: str | bytes, name: str = "photos.csv") -> Path:
+    path = root / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def sizes(dataset: Dataset) -> dict[str, int]:
+    return {split: len(photos) for split, photos in dataset.splits.items()}

@@ -1,0 +1,91 @@
+"""Real servers: start them, wait for them, stop them."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from npair.releasing.control import Server
+from support import releases
+from support.models import ROOT
+
+PORTS = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
+
+
+def eventually(true: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def free_ports() -> dict[str, str]:
+    """Neither such as the system gives to whoever connects nor another worker's, which might be taken before a server starts."""
+    ports: dict[str, str] = {}
+    lowest = 15_000 + 4_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 4)
+    with ExitStack() as listeners:
+        while len(ports) < len(PORTS):
+            port = random.randrange(lowest, lowest + 4_000)
+            with suppress(OSError):
+                listeners.enter_context(socket.create_server(("127.0.0.1", port)))
+                ports[PORTS[len(ports)]] = str(port)
+    return ports
+
+
+def start(*options: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, ROOT / "model/api/serve.py", *options],
+        env=os.environ | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def lines_until_ready(process: subprocess.Popen[str]) -> list[str]:
+    """What a starting server says on stderr, up to the line that says that it is ready; fails the test where it ends instead."""
+    assert process.stderr is not None
+    lines = []
+    while line := process.stderr.readline():
+        lines.append(line)
+        if "ready after" in line:
+            return lines
+    pytest.fail("the server did not start:\n" + "".join(lines))
+
+
+@contextmanager
+def running(**environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
+    """A server that is ready, and its URLs by protocol."""
+    ports = free_ports()
+    process = start(**ports, **environment)
+    try:
+        lines = [line for line in lines_until_ready(process) if "this CPU has none of" not in line]
+        assert len(lines) == 1, f"one line says that it is ready, and nothing else is said: {lines}"
+        yield (
+            process,
+            {
+                "http": f"http://127.0.0.1:{ports['HTTP_PORT']}",
+                "grpc": f"grpc://127.0.0.1:{ports['GRPC_PORT']}",
+            },
+        )
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+@contextmanager
+def controlled(models: Path) -> Iterator[tuple[Server, dict[str, str]]]:
+    """A server of a model's folder, with its control API open, and its URLs by protocol."""
+    with running(MODEL_REPOSITORY=str(models.parent), NPAIR_CONTROL_SECRET=releases.SECRET) as (
+        _,
+        urls,
+    ):
+        yield Server(urls["http"], "npair", secret=releases.SECRET, timeout=60), urls

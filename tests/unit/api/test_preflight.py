@@ -1,0 +1,87 @@
+"""What stops a server from starting, and on which machines it runs."""
+
+from __future__ import annotations
+
+import ast
+import platform
+import re
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from supervisor.preflight import ServeError, address_of, check_platform
+from support.servers import PORTS, free_ports
+from support.supervised import SERVE, ended
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("name", PORTS)
+    def test_taken_port(self, name: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            code, output = ended(**free_ports() | {name: str(listener.getsockname()[1])})
+        assert code == 1
+        assert re.fullmatch(
+            rf"npair: cannot listen on 127\.0\.0\.1:\d+: .*in use; set {name} to a free port\n",
+            output,
+        )
+
+    def test_one_port_for_two(self) -> None:
+        ports = free_ports()
+        code, output = ended(**ports | {"GRPC_PORT": ports["HTTP_PORT"]})
+        assert code == 1
+        assert "GRPC_PORT" in output
+
+    @pytest.mark.parametrize("address", ["203.0.113.1", "nowhere.invalid"])
+    def test_address_of_another_machine(self, address: str) -> None:
+        code, output = ended(**free_ports(), BIND_ADDRESS=address)
+        assert code == 1
+        assert output.endswith("; set BIND_ADDRESS to an address of this machine\n")
+
+    def test_missing_repository(self, tmp_path: Path) -> None:
+        code, output = ended(MODEL_REPOSITORY=str(tmp_path / "nowhere"))
+        assert code == 1
+        reason = f"no model repository at {tmp_path}/nowhere: it has no npair/config.pbtxt"
+        assert output == f"npair: {reason}\n"
+
+
+class TestPlatform:
+    @pytest.mark.parametrize(
+        ("name", "value", "reason"),
+        [
+            ("machine", "aarch64", "needs Linux on x86-64, and this is Linux on aarch64"),
+            ("libc_ver", ("glibc", "2.31"), "needs glibc 2.35 or newer, and this is glibc 2.31"),
+            ("libc_ver", ("", ""), "this is another libc"),
+        ],
+    )
+    def test_platform(
+        self, monkeypatch: pytest.MonkeyPatch, name: str, value: object, reason: str
+    ) -> None:
+        """This machine is a supported one, so another is pretended."""
+        monkeypatch.setattr(platform, name, lambda: value)
+        with pytest.raises(ServeError, match=reason):
+            check_platform()
+
+    @pytest.mark.parametrize("version", [(3, 9, 0), (3, 13, 0)])
+    def test_python(self, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int, int]) -> None:
+        monkeypatch.setattr(sys, "version_info", version)
+        with pytest.raises(ServeError, match=r"needs Python 3.10 to 3.12"):
+            check_platform()
+
+
+@pytest.mark.parametrize("file", [SERVE, *SERVE.with_name("supervisor").glob("*.py")])
+def test_an_old_python_can_read_it(file: Path) -> None:
+    """Or it could not say what is missing."""
+    ast.parse(file.read_text(), feature_version=(3, 8))
+
+
+def test_a_name_with_both_kinds_stands_for_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine's own names may have none, so one is made up."""
+    found = [
+        (socket.AF_INET6, 1, 6, "", ("fd00::7", 0, 0, 0)),
+        (socket.AF_INET, 1, 6, "", ("10.0.0.7", 0)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    assert address_of("host") == "10.0.0.7"
+    found.pop()
+    assert address_of("host") == "fd00::7"

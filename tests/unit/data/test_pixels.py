@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import dataclasses
+import resource
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+from support.photos import PNG, folders, photo, sizes
+
+import npair.data.dataset
+from npair.data import pixels
+from npair.data.dataset import DataError
+from npair.data.files import LIMITS, digest_of
+from npair.data.folds import write_folds
+from npair.data.pixels import decode_dataset, decode_photos, default_cache
+from npair.data.sources import read_dataset
+from npair.publishing.drawings import draw, encode
+from npair.serving import code_of
+from npair.serving.preprocess import Limits, Preprocessing, decode
+
+SMALL = Preprocessing(size=16, resample="BILINEAR", background=255)
+
+
+def test_the_decoders_code_is_what_decoding_imports() -> None:
+    listing = "print(*(name for name in sys.modules if name.startswith('npair.serving.')))"
+    command = [sys.executable, "-c", f"import sys, npair.serving.preprocess; {listing}"]
+    imported = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    files = code_of("preprocess")
+    assert {f"npair.serving.{file.stem}" for file in files} == set(imported)
+    assert len(files) == len(imported)
+
+
+class TestDecodeDataset:
+    def test_pixels_are_what_serving_decodes(self, listed: Path, tmp_path: Path) -> None:
+        dataset, pixels, findings = decode_dataset(read_dataset(listed), SMALL, tmp_path / "cache")
+        assert dataset.val is not None
+        assert pixels.array.shape == (36, 16, 16, 3)
+        assert pixels.array.dtype == np.uint8
+        for path, row in zip(dataset.val.paths, pixels.of(dataset.val), strict=True):
+            np.testing.assert_array_equal(
+                pixels.array[row], decode(path.read_bytes(), SMALL, LIMITS)
+            )
+        assert len(findings.lines()) == 1
+        assert "tiny, 6 classes with 4 train photos" in findings.lines()[0]
+
+    @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "I;16"])
+    def test_takes_every_kind_of_png(self, listed: Path, tmp_path: Path, mode: str) -> None:
+        image = (
+            Image.fromarray(np.full((9, 9), 40_000, np.uint16))
+            if mode == "I;16"
+            else draw(1, 1, 9).convert(mode)
+        )
+        path = listed / "train/product-1/0.jpg"
+        path.write_bytes(encode(image, "PNG"))
+        assert (
+            path in decode_dataset(read_dataset(listed), SMALL, tmp_path / "cache")[0].train.paths
+        )
+
+    def test_leaves_out_what_cannot_be_decoded(self, tmp_path: Path) -> None:
+        root = folders(tmp_path / "root")
+        for name, content in {"empty": b"", "text": b"text", "half": PNG[:60]}.items():
+            (root / f"class 0/{name}.png").write_bytes(content)
+        dataset = read_dataset(root)
+        (root / "class 1/0.png").unlink()
+        (root / "class 1/1.png").unlink()
+        (root / "class 1/1.png").mkdir()
+        for _ in range(2):  # decoded, then from the cache
+            kept, pixels, findings = decode_dataset(dataset, SMALL, tmp_path / "cache")
+            reasons = {path.name: reason for path, reason in findings.corrupt}
+            assert reasons.keys() == {"empty.png", "text.png", "half.png", "0.png", "1.png"}
+            assert (reasons["0.png"], reasons["1.png"]) == (
+                "No such file or directory",
+                "Is a directory",
+            )
+            assert sum(sizes(kept).values()) == len(pixels.rows) == 28
+            assert "cannot be decoded" in findings.lines()[0]
+        assert all(reasons.values())
+
+    def test_deals_with_duplicates_of_every_kind(self, tmp_path: Path) -> None:
+        for split, numbers in {"train": range(5), "val": range(5, 8), "test": range(8, 11)}.items():
+            for number in numbers:
+                for label in "ab":
+                    photo(tmp_path / split / label / f"{number}.png", 100 * ord(label) + number)
+        copy = shutil.copy(tmp_path / "train/a/0.png", tmp_path / "train/a/copy.png")
+        leak = shutil.copy(tmp_path / "val/a/5.png", tmp_path / "train/a/leak.png")
+        late = shutil.copy(tmp_path / "test/a/8.png", tmp_path / "val/a/late.png")
+        wrong = shutil.copy(tmp_path / "val/b/6.png", tmp_path / "train/a/wrong.png")
+        photo(tmp_path / "train/alone/1.png", 1)
+        kept, _, findings = decode_dataset(read_dataset(tmp_path), SMALL, tmp_path / ".cache")
+        assert findings.copies == (copy,)
+        assert findings.leaks == (leak, late)
+        assert findings.contradicting == ((wrong, tmp_path / "val/b/6.png"),)
+        assert findings.lone == ("alone",)
+        assert sizes(kept) == {"train": 11, "val": 5, "test": 6}
+        assert (findings.classes, findings.median) == (3, 5)
+        assert [path.name for path in findings.ignored] == []
+        assert len(findings.lines()) == 5
+
+    def test_names_the_first_few(self, tmp_path: Path) -> None:
+        root = folders(tmp_path / "root")
+        for number in range(7):
+            (root / f"class 0/{number}\n.png").touch()
+        findings = decode_dataset(read_dataset(root), SMALL, tmp_path / "cache")[2]
+        assert findings.lines()[0].endswith(r"4\n.png' (the photo is empty (0 bytes)) and 2 more.")
+        assert findings.lines()[0].isprintable()
+
+    def test_refuses_fewer_than_two_classes(self, tmp_path: Path) -> None:
+        root = folders(tmp_path / "root", classes=2, photos=2)
+        (root / "class 0/0.png").write_bytes(b"")
+        with pytest.raises(
+            DataError, match=r"at least two classes .* 1 remained .*0.png \(the photo is empty"
+        ):
+            decode_dataset(read_dataset(root), SMALL, tmp_path / "cache")
+        dataset = read_dataset(root)
+        shutil.rmtree(root)
+        with pytest.raises(DataError, match=r"0 remained"):
+            decode_dataset(dataset, SMALL, tmp_path / "cache")
+
+
+class TestCache:
+    @pytest.fixture
+    def decoded(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Counts the photos that are decoded."""
+        sizes: list[int] = []
+
+        def counted(
+            photo: bytes, preprocessing: Preprocessing, limits: Limits
+        ) -> npt.NDArray[np.uint8]:
+            sizes.append(len(photo))
+            return decode(photo, preprocessing, limits)
+
+        monkeypatch.setattr(pixels, "decode", counted)
+        return sizes
+
+    def test_serves_the_same_photos_however_split_and_named(
+        self, tmp_path: Path, decoded: list[int]
+    ) -> None:
+        root = folders(tmp_path / "root")
+        _, first, _ = decode_dataset(read_dataset(root, seed=0), SMALL, tmp_path / "cache")
+        (root / "class 0").rename(root / "renamed")
+        dataset, second, _ = decode_dataset(
+            read_dataset(root, seed=1, split_by="class"), SMALL, tmp_path / "cache"
+        )
+        assert len(decoded) == 30
+        np.testing.assert_array_equal(first.array, second.array)
+        assert len(set(second.of(dataset.train))) == len(dataset.train)
+        for table in write_folds(dataset, second, 3, ["train", "val"], tmp_path / "folds"):
+            decode_dataset(read_dataset(table), SMALL, tmp_path / "cache")
+        assert len(decoded) == 30
+
+    def test_is_made_anew_for_other_photos_or_preprocessing(
+        self, tmp_path: Path, decoded: list[int]
+    ) -> None:
+        root = folders(tmp_path / "root")
+        decode_dataset(read_dataset(root), SMALL, tmp_path / "cache")
+        decode_dataset(
+            read_dataset(root), dataclasses.replace(SMALL, background=0), tmp_path / "cache"
+        )
+        photo(root / "class 0/0.png", 77_777)
+        decode_dataset(read_dataset(root), SMALL, tmp_path / "cache")
+        assert len(decoded) == 90
+
+    @pytest.mark.parametrize("suffix", [".npy", ".json"])
+    @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "garbage", "gone"])
+    def test_is_made_anew_where_it_is_damaged(
+        self, tmp_path: Path, decoded: list[int], suffix: str, damage: str
+    ) -> None:
+        root = folders(tmp_path / "root")
+        (root / "class 0/0.png").write_bytes(b"corrupt")
+        before = np.array(decode_dataset(read_dataset(root), SMALL, tmp_path / "cache")[1].array)
+        (file,) = (tmp_path / "cache").glob(f"*{suffix}")
+        content = file.read_bytes()
+        file.unlink()
+        if damage != "gone":
+            flipped = content[:-20] + bytes([content[-20] ^ 1]) + content[-19:]
+            file.write_bytes(
+                {
+                    "cut": content[:-9],
+                    "empty": b"",
+                    "flipped": flipped,
+                    "garbage": b"\x93NUMPY garbage",
+                }[damage]
+            )
+        decoded.clear()
+        np.testing.assert_array_equal(
+            decode_dataset(read_dataset(root), SMALL, tmp_path / "cache")[1].array, before
+        )
+        assert len(decoded) == 30
+
+    def test_two_processes_may_write_at_once(self, tmp_path: Path) -> None:
+        dataset = read_dataset(folders(tmp_path / "root"))
+        with ProcessPoolExecutor(2) as pool:
+            loads = [
+                pool.submit(decode_dataset, dataset, SMALL, tmp_path / "cache") for _ in range(4)
+            ]
+            assert all(len(process.result()[1].array) == 30 for process in loads)
+        assert len(list((tmp_path / "cache").iterdir())) == 2
+
+    def test_a_full_disk_leaves_nothing_behind(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dataset = read_dataset(folders(tmp_path / "root"))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            with pytest.raises(
+                DataError, match=r"cannot hold 1 MB of decoded photos \(File too large\); make room"
+            ):
+                decode_dataset(dataset, SMALL, tmp_path / "cache")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not list((tmp_path / "cache").iterdir())
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+        with pytest.raises(DataError, match=r"No space left on device"):
+            decode_dataset(dataset, SMALL, tmp_path / "cache")
+        assert not list((tmp_path / "cache").iterdir())
+
+    def test_refuses_a_cache_that_is_no_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "cache").touch()
+        with pytest.raises(DataError, match=r"cache cannot hold .* \(File exists\)"):
+            decode_dataset(read_dataset(folders(tmp_path / "root")), SMALL, tmp_path / "cache")
+
+    def test_refuses_a_photo_that_changes_meanwhile(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dataset = read_dataset(folders(tmp_path / "root"))
+        monkeypatch.setattr(npair.data.dataset, "digest_of", lambda path: "0" * 63 + path.name[0])
+        with pytest.raises(DataError, match=r"png changed while it was read"):
+            decode_dataset(dataset, SMALL, tmp_path / "cache")
+
+    def test_hashes_each_photo_once(
+        self, tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hashed: list[Path] = []
+
+        def counted(path: Path) -> str:
+            hashed.append(path)
+            return digest_of(path)
+
+        monkeypatch.setattr(npair.data.dataset, "digest_of", counted)
+        read = read_dataset(folders(tmp_path / "root"))
+        dataset, _, _ = decode_dataset(read, SMALL, tmp_path / "cache")
+        decode_dataset(dataset, dataclasses.replace(SMALL, size=8), tmp_path / "cache")
+        assert dataset.fingerprint() == read.fingerprint()
+        assert len(decoded) == 60
+        assert sorted(hashed) == sorted(2 * hashed[:30]), "once for each data set that was read"
+
+    def test_is_made_anew_for_another_decoder(
+        self, tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dataset = read_dataset(folders(tmp_path / "root"))
+        decode_dataset(dataset, SMALL, tmp_path / "cache")
+        monkeypatch.setattr(pixels, "code_of", lambda _: [Path(__file__)])
+        decode_dataset(dataset, SMALL, tmp_path / "cache")
+        assert len(decoded) == 60
+
+    def test_lies_where_the_user_keeps_caches(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert default_cache() == tmp_path / "npair"
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert default_cache() == tmp_path / ".cache/npair"
+
+    def test_hundreds_of_classes(self, tmp_path: Path) -> None:
+        dataset, pixels, findings = decode_dataset(
+            read_dataset(folders(tmp_path / "root", 900, 6)), SMALL, tmp_path / "cache"
+        )
+        assert sizes(dataset) == {"train": 4_500, "val": 900}
+        assert len(pixels.array) == 5_400
+        assert not findings.lines()
+
+
+class TestDecodePhotos:
+    def test_is_what_serving_decodes(self, listed: Path) -> None:
+        paths = read_dataset(listed).train.paths
+        np.testing.assert_array_equal(
+            decode_photos(paths, SMALL)[3], decode(paths[3].read_bytes(), SMALL, LIMITS)
+        )
+
+    def test_names_the_bad_file(self, listed: Path, tmp_path: Path) -> None:
+        (tmp_path / "bad.jpg").write_bytes(b"text")
+        with pytest.raises(DataError, match=r"bad.jpg: text, not a JPEG"):
+            decode_photos([*read_dataset(listed).train.paths, tmp_path / "bad.jpg"], SMALL)

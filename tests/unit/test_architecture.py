@@ -1,0 +1,154 @@
+"""The arrows between the pieces, as docs say them: imports point one way, and what is published stands alone."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from supervisor.api import CONTROL_HEADER
+from supervisor.watch import FALLBACK
+from support.models import ROOT
+
+from npair.releasing import control, release, tune
+
+SOURCE = ROOT / "src/npair"
+
+# Which packages of npair each package may import, imports inside functions included.
+ARROWS = {
+    "cli": {
+        "data",
+        "networks",
+        "training",
+        "scoring",
+        "publishing",
+        "releasing",
+        "gallery",
+        "serving",
+        "client",
+        "client_cli",
+    },
+    "publishing": {"training", "networks", "scoring", "releasing", "serving", "data"},
+    "releasing": {"serving", "client"},
+    "gallery": {"client", "data"},
+    "training": {"networks", "scoring", "data", "serving"},
+    "scoring": {"data"},
+    "networks": set(),
+    "data": {"serving"},
+    "serving": set(),
+    "client": set(),
+    "client_cli": {"client", "client_files"},
+    "client_files": {"client"},
+}
+# Of releasing, publishing verifies a version before it appears in a repository: it asks no server.
+RELEASING_FOR_PUBLISHING = {"config", "repository", "verify"}
+
+# The libraries that a version's own code may import: they are what the image holds.
+LIBRARIES = {
+    "serving/model": {"numpy", "triton_python_backend_utils"},
+    "serving/embedder": {"numpy"},
+    "serving/manifest": {"numpy"},
+    "serving/engine": {"numpy", "openvino", "torch"},
+    "serving/preprocess": {"numpy", "PIL"},
+    "serving/metadata": {"PIL"},
+    "serving/jpeg": {"numpy", "PIL", "simplejpeg", "cykooz_resizer"},
+    "serving/colour": {"numpy", "PIL"},
+    "client": {"numpy", "tritonclient"},
+    "client_cli": {"client", "client_files", "numpy"},
+    "client_files": {"client", "numpy", "tqdm"},
+}
+
+
+def imports(path: Path) -> Iterator[tuple[str, ...]]:
+    """The parts of each module's name that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            # A version's code and the client import their neighbours relatively.
+            package = ("npair", "serving") if path.parent.name == "serving" else ("npair",)
+            yield from ((*package, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = tuple(str(node.module).split("."))
+            yield from (
+                ((*module, alias.name) for alias in node.names)
+                if module == ("npair",)
+                else (module,)
+            )
+
+
+def packages(path: Path) -> set[str]:
+    """The packages of npair that a file imports."""
+    return {parts[1] for parts in imports(path) if parts[0] == "npair" and len(parts) > 1}
+
+
+def libraries(path: Path) -> set[str]:
+    """What a file imports of others, beyond the standard library."""
+    return (
+        {parts[0] for parts in imports(path)}
+        - {"npair", "__future__"}
+        - set(sys.stdlib_module_names)
+    )
+
+
+@pytest.mark.parametrize("package", ARROWS)
+def test_a_package_imports_only_what_it_may(package: str) -> None:
+    files = (
+        [SOURCE / f"{package}.py"]
+        if (SOURCE / f"{package}.py").exists()
+        else list((SOURCE / package).rglob("*.py"))
+    )
+    assert files
+    assert set().union(*map(packages, files)) <= ARROWS[package] | {package}
+
+
+def test_publishing_needs_only_verify_of_releasing() -> None:
+    found = {parts for path in (SOURCE / "publishing").rglob("*.py") for parts in imports(path)}
+    assert {parts for parts in found if "releasing" in parts} == {("npair", "releasing", "verify")}
+
+
+@pytest.mark.parametrize("module", LIBRARIES)
+def test_a_module_that_travels_imports_only_what_its_readers_have(module: str) -> None:
+    assert libraries(SOURCE / f"{module}.py") <= LIBRARIES[module]
+
+
+def test_publishing_asks_no_server() -> None:
+    files = (SOURCE / "publishing").rglob("*.py")
+    used = {
+        parts[2]
+        for path in files
+        for parts in imports(path)
+        if parts[:2] == ("npair", "releasing") and len(parts) > 2
+    }
+    assert used <= RELEASING_FOR_PUBLISHING
+
+
+def test_every_package_is_listed() -> None:
+    found = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in SOURCE.rglob("*.py")}
+    assert found - {"__init__", "__main__"} == set(ARROWS)
+
+
+def test_arrows_have_no_circle() -> None:
+    arrows = dict(ARROWS)
+    while arrows:
+        free = {package for package, targets in arrows.items() if not targets & set(arrows)}
+        assert free, f"these import each other: {sorted(arrows)}"
+        arrows = {package: targets for package, targets in arrows.items() if package not in free}
+
+
+def test_docker_context_stands_alone() -> None:
+    api = ROOT / "model/api"
+    assert not any(packages(path) for path in api.glob("*.py"))
+    for path in (api / "serve.py", *api.glob("supervisor/*.py")):
+        assert libraries(path) <= {"supervisor"}
+    for name in ("client.py", "client_cli.py", "client_files.py"):
+        assert (SOURCE / name).resolve() == api / name
+
+
+def test_both_sides_agree_on_names() -> None:
+    """Neither side may import the other."""
+    assert control.CONTROL_HEADER == CONTROL_HEADER
+    assert release.FALLBACK == FALLBACK
+    assert (ROOT / "model/api/serve.py").samefile(tune.SERVE)

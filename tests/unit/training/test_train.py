@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.models import TINY
+
+from npair.cli.evaluate import embed_run
+from npair.data.pixels import decode_dataset, default_cache
+from npair.data.sources import read_dataset
+from npair.publishing.drawings import write_characters, write_dataset
+from npair.training.checkpoint import load_network, moving_average
+from npair.training.defaults import choose_defaults
+from npair.training.run import RunError, TrainConfig
+from npair.training.train import interruption, schedule, train
+
+
+def weights(run: Path) -> torch.Tensor:
+    return torch.cat([parameter.flatten() for parameter in load_network(run).parameters()])
+
+
+def command(dataset: Path, run: Path, *options: str) -> list[str]:
+    knobs = [
+        f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(TINY).items()
+    ]
+    return [
+        sys.executable,
+        "-m",
+        "npair",
+        "train",
+        "--data",
+        str(dataset),
+        "--run",
+        str(run),
+        *knobs,
+        *options,
+    ]
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_learns_to_tell_drawn_products_apart(tmp_path: Path) -> None:
+    """Training on drawings must do far better than chance, which is 1 in 6, and than its start."""
+    write_dataset(tmp_path, products=6, train=8, val=4)
+    config = dataclasses.replace(TINY, epochs=20, classes_per_batch=6, evaluations=1)
+    assert train(tmp_path, tmp_path / "run", config)
+    log = read_log(tmp_path / "run")
+    assert len(log) == 20
+    assert log[-1]["loss"] < 0.5 * log[0]["loss"]
+    assert ["val" in row for row in log] == [False] * 19 + [True]
+    assert log[-1]["val"]["fine"] >= 0.4
+
+
+def test_seed_decides_the_weights(dataset: Path, trained: Path, tmp_path: Path) -> None:
+    train(dataset, tmp_path / "same", TINY)
+    train(dataset, tmp_path / "other", dataclasses.replace(TINY, seed=1))
+    torch.testing.assert_close(weights(tmp_path / "same"), weights(trained))
+    assert not torch.allclose(weights(tmp_path / "other"), weights(trained))
+
+
+def test_ctrl_c_keeps_a_checkpoint_and_resuming_ends_where_the_whole_run_does(
+    dataset: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    interrupted = subprocess.Popen(
+        command(dataset, run, "--epochs=16"), stderr=subprocess.PIPE, text=True
+    )
+    assert interrupted.stderr is not None
+    for line in interrupted.stderr:
+        if line.lstrip().startswith("epoch   2"):
+            break
+    interrupted.send_signal(signal.SIGINT)
+    output = interrupted.stderr.read()
+    assert interrupted.wait(timeout=60) == 130, output
+    assert "go on with --resume" in output
+    step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
+    assert 0 < step < 16 * 3
+
+    assert (
+        subprocess.run(
+            command(dataset, run, "--resume"), check=False, capture_output=True
+        ).returncode
+        == 0
+    )
+    whole = dataclasses.replace(TINY, epochs=16)
+    assert train(dataset, tmp_path / "whole", whole)
+    torch.testing.assert_close(weights(run), weights(tmp_path / "whole"), rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_ignored_does_not_interrupt() -> None:
+    """A shell ignores SIGINT in what a script starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruption() as interrupted:
+            signal.raise_signal(signal.SIGINT)
+            assert not interrupted()
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupted()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{"loss": "cosine"}, {"loss": "tuplet"}, {"mine_from": 6}, {"augmentation": "none"}],
+    ids=str,
+)
+def test_variants_learn(variant: dict[str, Any], dataset: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, epochs=12, evaluations=0, **variant)
+    assert train(dataset, tmp_path / "run", config)
+    log = read_log(tmp_path / "run")
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert not any("val" in row for row in log), "val is not looked at"
+
+
+def test_early_stopping_keeps_the_best_network(dataset: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, epochs=30, evaluations=30, patience=2)
+    assert train(dataset, tmp_path / "run", config)
+    recalls = [row["val"]["fine"] for row in read_log(tmp_path / "run")]
+    assert len(recalls) < 30
+    assert len(recalls) - 1 - recalls.index(max(recalls)) == 2, (
+        "two evaluations without a better one"
+    )
+    dataset_, pixels, _ = decode_dataset(
+        read_dataset(dataset), TINY.preprocessing(), default_cache()
+    )
+    kept = embed_run(tmp_path / "run", dataset_, pixels, "val").evaluate()
+    assert kept.fine.recall_at_1.value == max(recalls)
+
+
+def test_chooses_by_the_data(dataset: Path, tmp_path: Path) -> None:
+    photos = read_dataset(dataset).train
+    chosen = choose_defaults(TrainConfig(), photos)
+    assert (chosen.network, chosen.augmentation, chosen.epochs) == (
+        "efficientnet-lite0",
+        "photo",
+        150,
+    )
+    assert (chosen.size, chosen.crop_size, chosen.views, chosen.learning_rate) == (
+        128,
+        112,
+        1,
+        4e-4,
+    )
+    assert choose_defaults(TrainConfig(size=64, epochs=3), photos).epochs == 3
+    chosen = choose_defaults(TrainConfig(network="compact"), photos)
+    assert (chosen.size, chosen.crop_size, chosen.views, chosen.augmentation, chosen.epochs) == (
+        128,
+        80,
+        2,
+        "photo",
+        400,
+    )
+    chosen = choose_defaults(TrainConfig(network="facebook/dinov2-small", size=210), photos)
+    assert (chosen.size, chosen.crop_size, chosen.views, chosen.learning_rate) == (
+        210,
+        210,
+        1,
+        1e-4,
+    )
+    write_characters(tmp_path, characters=2, drawings=3)
+    chosen = choose_defaults(TrainConfig(), read_dataset(tmp_path).train)
+    assert chosen.network == "compact"
+    assert (chosen.size, chosen.crop_size, chosen.views, chosen.augmentation) == (
+        96,
+        80,
+        1,
+        "drawing",
+    )
+
+
+def test_does_not_write_over_a_run(dataset: Path, trained: Path) -> None:
+    with pytest.raises(RunError, match="already holds a run"):
+        train(dataset, trained, TINY)
+
+
+def test_does_not_resume_on_other_data(trained: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path, products=4, train=2, val=1)
+    with pytest.raises(RunError, match="not those that"):
+        train(tmp_path, trained, TINY, resume=True)
+
+
+def test_does_not_resume_nothing(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is not a run"):
+        train(dataset, tmp_path, TINY, resume=True)
+
+
+def test_command_line_says_what_is_wrong(tmp_path: Path) -> None:
+    result = subprocess.run(
+        command(tmp_path, tmp_path / "run"), check=False, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("npair: ")
+    assert "holds no photo" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_moving_average_forgets_the_beginning_of_a_short_run() -> None:
+    average = moving_average(0.998)
+    short = torch.tensor(1.0)
+    for count in range(1, 50):
+        short = average(short, torch.tensor(0.0), count)
+    assert short < 1e-6
+    assert average(torch.tensor(1.0), torch.tensor(0.0), 100_000).item() == pytest.approx(0.998)
+
+
+def test_schedule_warms_up_and_ends_at_zero() -> None:
+    rates = [schedule(step / 1000, 0.1) for step in range(1001)]
+    assert rates[0] < 0.02
+    assert max(rates) == pytest.approx(1, abs=0.02)
+    assert np.argmax(rates) == pytest.approx(100, abs=2)
+    assert rates[-1] == pytest.approx(0, abs=1e-6)
