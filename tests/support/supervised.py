@@ -68,7 +68,7 @@ def standin(folder: Path, fault: str) -> dict[str, str]:
     (wheel / "tritonserver/bin").mkdir()
     (wheel / "__init__.py").touch()
     program = wheel / "tritonserver/bin/tritonserver"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/standin.py "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/support/standin.py "$@"\n')
     program.chmod(0o755)
     log = str(folder / "late")
     return {"PYTHONPATH": str(folder), "STANDIN_FAULT": fault, "STANDIN_LOG": log}
