@@ -8,9 +8,9 @@ filled in one process and searched in another, one query at a time; the queries 
 vectors. LanceDB is measured through npair.gallery.gallery itself.
 
 Prints a table in Markdown: megabytes of packages beyond the needs of npair's client, seconds to
-fill and index, megabytes on disk, megabytes by which the searching process grew, milliseconds per search
-(median / 99th percentile), the recall relative to exact search, and whether another process can
-search while this one has the database open.
+fill and index, megabytes on disk, megabytes by which the searching process grew, milliseconds per
+search (median / 99th percentile), the recall relative to exact search, and whether another process
+can search while this one has the database open.
 
 Needs: Linux, the .venv of `make install` and, the first time, a package index.
 """

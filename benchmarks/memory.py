@@ -4,9 +4,9 @@
 
 Each case has its own server and is compared with the bound that follows from the configuration.
 Prints a table in Markdown, of MB above the idle server: at the peak, and ten seconds after the
-answer. Memory is the proportional set size of serve.py and its descendants, read every 20 ms. A case
-is cut off after a minute: by then, all concurrent decoding has happened. Exits with code 1 if a peak
-is above its bound.
+answer. Memory is the proportional set size of serve.py and its descendants, read every 20 ms. A
+case is cut off after a minute: by then, all concurrent decoding has happened. Exits with code 1 if
+a peak is above its bound.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from npair.releasing.tune import LocalServer, read_setting, serving
 from npair.serving.engine import cores
 from npair.serving.preprocess import LARGE
 
-# Bytes that decoding needs per pixel, at worst: a WebP with transparency takes five pictures of four
-# bytes per pixel.
+# Bytes that decoding needs per pixel, at worst: a WebP with transparency takes five pictures of
+# four bytes per pixel.
 PIXEL = 21
 # Copies of a request's photos, at most: as received, for the backend, in memory shared with a stub,
 # and in the stub.

@@ -34,7 +34,7 @@ def main() -> None:
 def card(version: Path) -> str:
     """The card in Markdown.
 
-    Raises: OSError, KeyError if the manifest of a scored version or the results in docs/ are missing.
+    Raises: OSError, KeyError if the manifest of a scored version, or a result in docs/, is missing.
     """
     manifest = json.loads((version / "manifest.json").read_bytes())
     scores = Evaluation.from_dict(manifest["metrics"]["val"])

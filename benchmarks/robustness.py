@@ -3,9 +3,9 @@
     python benchmarks/robustness.py model_repository/npair/10 --data data/grocery
 
 Each val photo is embedded unchanged and after each change, by the version's own code from its bytes
-on, and compared with the train photos, which stay unchanged. Changed photos are stored as PNG, which
-loses nothing but the change. Decoding a PNG differs from decoding the original JPEG, which is scaled
-while it is decoded; the row "stored as PNG" shows the effect of that alone.
+on, and compared with the unchanged train photos. Changed photos are stored as PNG, which is
+lossless. Decoding a PNG differs from decoding the original JPEG, which is scaled while it is
+decoded; the row "stored as PNG" shows the effect of that alone.
 
 Compares several versions side by side. The results of other versions stay in the file, since a
 version may be retired by then.
@@ -130,8 +130,8 @@ def measure(version: Path, dataset: Dataset) -> list[Row]:
     """Measure a version. Returns: a row for the unchanged val photos and one for each change.
 
     cosine: between changed and unchanged photo, the median over photos. same_product: the share of
-    photos whose nearest train photo shows the same product as the unchanged photo's, right or wrong.
-    fine, coarse: Recall@1.
+    photos whose nearest train photo shows the same product as the unchanged photo's, right or
+    wrong. fine, coarse: Recall@1.
 
     Raises: VersionError, EngineError; DataError if the data set has no val.
     """

@@ -9,9 +9,9 @@ alone. Therefore the photos of each product are divided by colour into three gro
 (npair.data.folds), and each third of the photos is searched for among the other two. The variant
 "colours alone" shows how much this still gives away.
 
-Val is not touched here, although its photos are known to be of other visits: it has 296 photos of 60
-products where train has 2,640 of 81, and it is to be scored once for each version, not for each
-change of the recipe.
+Val is not touched here, although its photos are known to be of other visits: it has only 296 photos
+of 60 products, while train has 2,640 of 81, and it is to be scored once for each version, not for
+each change of the recipe.
 
 Variants: "colours alone" embeds a photo as its colour histogram; "ImageNet alone" uses the 1,280
 features of EfficientNet-Lite0 without training; "from scratch" and "from ImageNet" are trained by
