@@ -250,8 +250,7 @@ def onnx_runtime(graph: Path, calibration: Pixels) -> dict[str, tuple[Engine, Se
     options.intra_op_num_threads = 1
     with tempfile.TemporaryDirectory() as scratch:
         fp32, fused, int8 = (Path(scratch) / f"{name}.onnx" for name in ("fp32", "fused", "int8"))
-        program = torch.onnx.export(torch.export.load(graph), dynamo=True, verbose=False)
-        program.save(fp32)  # type: ignore[union-attr]
+        torch.onnx.export(torch.export.load(graph), dynamo=True, verbose=False).save(fp32)  # type: ignore[union-attr]
         import_module("onnxruntime.quantization.shape_inference").quant_pre_process(
             fp32, fused, skip_symbolic_shape=True
         )

@@ -47,8 +47,9 @@ def report(contestants: list[Contestant], limits: list[float]) -> str:
     lines += [
         "",
         f"Without a server: {statistics.median(limits):.0f} photos/s; npair reaches "
-        f"{statistics.median(shares):.2f} ({min(shares):.2f} to {max(shares):.2f}) of it.",
+        f"{statistics.median(shares):.2f}",
     ]
+    lines[-1] += f" ({min(shares):.2f} to {max(shares):.2f}) of it."
     for mode, words in (
         ("eager", "as documented"),
         ("npair", "with npair's engine and decoder inside"),

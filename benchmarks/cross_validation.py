@@ -42,8 +42,10 @@ def main() -> None:
     configs = {("recipe", 0): TrainConfig(epochs=arguments.epochs, evaluations=0)}
     rows = run_all(configs, lookalike_folds(["train", "val"], arguments), arguments)
     for kind in ("fine", "coarse"):
-        mean, half = over_seeds([row[kind] for row in rows])
-        print(f"Recall@1 {kind}: {mean:.3f} ± {half:.3f}")
+        print(
+            f"Recall@1 {kind}: "
+            f"{' ± '.join(f'{number:.3f}' for number in over_seeds([row[kind] for row in rows]))}"
+        )
 
 
 def parser_of(description: str, *, runs: str, results: str) -> argparse.ArgumentParser:
