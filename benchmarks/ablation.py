@@ -1,10 +1,11 @@
-"""What each part of the training recipe is worth, by cross-validation under a reduced protocol.
+"""The contribution of each part of the training recipe, by cross-validation.
 
     python benchmarks/ablation.py --data data/grocery
 
-Every variant differs from the baseline, the defaults of npair train at a smaller size and fewer epochs, in what its name says, and
-is trained on the same folds of the train split with the same seeds; val is not touched. It ends by printing the table of
-docs/training.md; with --table it does nothing else.
+The protocol is reduced: the baseline is the defaults of npair train at a smaller size and with
+fewer epochs. Each variant changes the one thing that its name says. All are trained on the same
+folds of the train split with the same seeds; val is not touched. At the end, the command prints the
+table of docs/training.md; with --table it does nothing else.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ def main() -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: means over folds and seeds; the difference is from the baseline of the same fold and seed, with a 95 % interval."""
+    """The results in Markdown: means over folds and seeds.
+
+    Each difference, with a 95 % interval, is from the baseline of the same fold and seed.
+    """
     baseline = {(row["fold"], row["seed"]): row for row in rows if row["variant"] == "baseline"}
     lines = [
         "| variant | runs | Recall@1 fine | difference | Recall@1 coarse | MAP@R | EER |",
@@ -77,7 +81,8 @@ def table(rows: list[Row]) -> str:
         mean, half = over_seeds([row["fine"] - base["fine"] for row, base in pairs])
         difference = f"{mean:+.3f} ± {half:.3f}" if variant != "baseline" else ""
         lines.append(
-            f"| {variant} | {len(own)} | {fine:.3f} | {difference} | {coarse:.3f} | {map_at_r:.3f} | {eer:.3f} |"
+            f"| {variant} | {len(own)} | {fine:.3f} | {difference} | {coarse:.3f} "
+            f"| {map_at_r:.3f} | {eer:.3f} |"
         )
     return "\n".join(lines)
 

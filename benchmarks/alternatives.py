@@ -1,12 +1,14 @@
-"""Why OpenVINO and simplejpeg: what else could compute the shipped network and decode its photos, side by side on one core.
+"""Why OpenVINO and simplejpeg: compare engines and JPEG decoders on one core.
 
     PYTHONPATH=model/api .venv/bin/python benchmarks/alternatives.py --photos data/grocery
 
-The alternatives are installed into an environment of their own. Prints two tables in Markdown: milliseconds a photo, the least of
-five interleaved rounds; Recall@1 on val; and megabytes of the installed packages, without those that these require. Recall@1 of
-npair's engines and of all that compute the same as its reference is the manifest's.
+The alternatives are installed into their own environment. Prints two tables in Markdown:
+milliseconds per photo, the least of five interleaved rounds; Recall@1 on val; and the megabytes of
+the installed packages without their dependencies. Recall@1 of npair's engines, and of all that
+compute the same as its reference, is the manifest's.
 
-Needs: Linux, the .venv of `make install`, g++ for torch.compile and, the first time, a package index.
+Needs: Linux, the .venv of `make install`, g++ for torch.compile and, the first time, a package
+index.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def main() -> None:
         "--photos",
         type=Path,
         default=Path("data/grocery"),
-        help="what the version was trained on (%(default)s)",
+        help="the data set that the version was trained on (%(default)s)",
     )
     arguments = parser.parse_args()
     python = python_of("alternatives", ROOT / ".venv/peers")
@@ -79,7 +81,8 @@ def main() -> None:
     embedder = Embedder(next((ROOT / "model_repository/npair").glob("[0-9]*")), cores=cores())
     if dataset.fingerprint() != embedder.manifest.training["data"]["fingerprint"]:
         sys.exit(
-            f"{arguments.photos} is not what the version was trained on: the Recall@1 of its manifest would not compare"
+            f"{arguments.photos} is not the data set that the version was trained on, so the "
+            "Recall@1 of its manifest cannot be compared"
         )
     photos = {path: read_photo(path) for split in dataset.splits.values() for path in split.paths}
     decoders, network = (
@@ -103,7 +106,7 @@ def main() -> None:
         flush=True,
     )
 
-    # What follows takes the pixels of the last decoder, npair's.
+    # From here on, use the pixels of the last decoder, npair's.
     chosen = np.linspace(0, len(dataset.train) - 1, CALIBRATION_PHOTOS).astype(int)
     calibration = np.stack([pixels[dataset.train.paths[row]] for row in chosen])
     engines, known = engines_of(embedder, calibration), embedder.manifest.engines
@@ -179,7 +182,7 @@ def decoders_of(preprocessing: Preprocessing) -> dict[str, tuple[Decoder, Sequen
 
 
 def engines_of(embedder: Embedder, calibration: Pixels) -> dict[str, tuple[Engine, Sequence[str]]]:
-    """Each on one thread, with the packages that it needs."""
+    """The engines by name, each on one thread, with the packages that it needs."""
     engines: dict[str, tuple[Engine, Sequence[str]]] = {}
     for name, entry in embedder.manifest.engines.items():
         try:
@@ -218,7 +221,7 @@ def torch_int8(graph: Path, calibration: Pixels) -> nn.Module:
         aten.add.Tensor: operator.add,
     }
     for node in list(module.graph.nodes):
-        if node.target in sources:  # the quantiser asks for it, and a loaded graph has lost it
+        if node.target in sources:  # the quantiser reads it, and a loaded graph has lost it
             node.meta["source_fn_stack"] = [(node.name, sources[node.target])]
         if (
             node.target is aten.conv2d.default
@@ -275,7 +278,10 @@ def onnx_runtime(graph: Path, calibration: Pixels) -> dict[str, tuple[Engine, Se
 
 
 def least(calls: Mapping[str, tuple[Callable[[Any], Any], Sequence[Any]]]) -> dict[str, float]:
-    """Milliseconds a call: the least of five interleaved rounds after one to warm up, since other work only adds to it."""
+    """Milliseconds per call: the least of five interleaved rounds, after one to warm up.
+
+    Other work on the machine only adds time, so the least is the best estimate.
+    """
     times: dict[str, list[float]] = {key: [] for key in calls}
     for _ in range(6):
         for key, (function, inputs) in calls.items():
@@ -289,7 +295,10 @@ def least(calls: Mapping[str, tuple[Callable[[Any], Any], Sequence[Any]]]) -> di
 def recall_at_1(
     embedder: Embedder, engine: Engine, dataset: Dataset, pixels: Mapping[Path, Pixels]
 ) -> dict[str, float]:
-    """Of fine and coarse labels, with train as the gallery; computed on all cores, which changes nothing."""
+    """Recall@1 by fine and coarse labels, with train as the gallery.
+
+    Computed on all cores, which does not change the result.
+    """
     embedder.network = lambda pixels, all_cores: engine(pixels)  # noqa: ARG005
     return compare(
         "",

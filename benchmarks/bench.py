@@ -1,20 +1,22 @@
-"""npair beside its peers, and beside what this machine can do without a server.
+"""Compare npair with its peers, and with the machine's limit without a server.
 
     make bench ARGS='--photos data/grocery'
 
-Each peer is installed into an environment of its own and serves the shipped network in two ways: eager, in fp32, as its
-documentation shows; and with npair's own engine and decoder inside. Two more show what image embeddings cost elsewhere: ResNet-50,
-and CLIP ViT-B/32, both with random weights, which take the same time as trained ones. A short search tunes the workers, threads and
-batches of each. Then all run in turn, several rounds, under the same load from wrk: closed loops of 1, 8 and 32 connections. Every
-answer's status and size is checked in the load, and every photo's embedding before it. Prints tables in Markdown; --json keeps all
-that was measured.
+Each peer is installed into its own environment and serves the shipped network in two ways: eager,
+in fp32, as its documentation shows; and with npair's own engine and decoder. Two more show the cost
+of image embeddings elsewhere: ResNet-50 and CLIP ViT-B/32, both with random weights, which take the
+same time as trained ones. A short search tunes the workers, threads and batches of each. Then all
+run in turn, for several rounds, under the same load from wrk: closed loops of 1, 8 and 32
+connections. The load checks the status and size of every answer; before it, every photo's embedding
+is checked. Prints tables in Markdown; --json keeps all measurements.
 
---also adds another version of npair to the same rounds. One that was retired comes out of the history:
+--also adds another version of npair to the same rounds. Check out a retired one from the history:
 
     git worktree add ../older COMMIT
-    make bench ARGS='--photos data/grocery --short --seconds 3 --also ../older/model_repository/npair/10'
+    make bench ARGS='--short --seconds 3 --also ../older/model_repository/npair/10'
 
-Needs: Linux, the .venv of `make install`, wrk (Debian: apt install wrk) and, the first time, a package index.
+Needs: Linux, the .venv of `make install`, wrk (Debian: apt install wrk) and, the first time, a
+package index.
 """
 
 from __future__ import annotations
@@ -79,14 +81,14 @@ def main() -> None:
         "--environments",
         type=Path,
         default=ROOT / ".venv/peers",
-        help="folder for the peers' (%(default)s)",
+        help="folder for the peers' environments (%(default)s)",
     )
     parser.add_argument(
         "--peers",
         nargs="*",
         choices=SAME,
         default=SAME,
-        help="that serve the shipped network (all)",
+        help="peers that serve the shipped network (all)",
     )
     parser.add_argument(
         "--others",
@@ -99,8 +101,8 @@ def main() -> None:
     parser.add_argument(
         "--short",
         action="store_true",
-        help="for the ratios alone: of the peers as documented, rounds of the quickest; none with npair inside, no load of 8 "
-        "connections, no larger photos, no costs",
+        help="measure the ratios only: rounds of the fastest of the peers as documented; none with "
+        "npair inside, no load of 8 connections, no larger photos, no costs",
     )
     parser.add_argument("--json", type=Path, help="file for all measurements")
     parser.add_argument("--pictures", type=Path, help="folder for pictures")
@@ -135,7 +137,8 @@ def main() -> None:
                 contestant, connections=(1, CONNECTIONS[-1]) if arguments.short else CONNECTIONS
             )
             say(
-                f"round {number + 1}: {contestant.name} {contestant.rates(CONNECTIONS[-1])[-1]:.0f}/s"
+                f"round {number + 1}: {contestant.name} "
+                f"{contestant.rates(CONNECTIONS[-1])[-1]:.0f}/s"
             )
     print(report(contestants, limits))
     if arguments.pictures:
@@ -156,7 +159,7 @@ def main() -> None:
 def larger_photos(
     contestants: list[Contestant], photos: list[bytes], arguments: argparse.Namespace
 ) -> None:
-    """Prints photos a second of npair and of the best peer as documented, with photos of several sizes."""
+    """Print the photos per second of npair and of the best peer as documented, by photo size."""
     eager = [contestant for contestant in contestants if contestant.mode == "eager"]
     best = max(
         eager,
@@ -182,14 +185,14 @@ KEPT = ("mode", "setting", "loads", "megabytes", "first_answer")
 
 
 class Bench:
-    """Starts servers, loads them and checks what they answer."""
+    """Starts servers, puts load on them and checks their answers."""
 
     def __init__(self, photos: list[bytes], arguments: argparse.Namespace) -> None:
         self.photos, self.arguments = photos, arguments
         self.embeddings: dict[tuple[str, Path], Vectors] = {}
 
     def expected(self, contestant: Contestant) -> Vectors:
-        """float32 [number of photos, D]: as its network embeds the photos with no server."""
+        """The embeddings that its network computes without a server: float32 [photos, D]."""
         key = contestant.mode if contestant.mode in OTHERS else "", contestant.version
         if key not in self.embeddings:
             with tempfile.TemporaryDirectory() as name:
@@ -224,7 +227,7 @@ class Bench:
         )
 
     def environment(self, contestant: Contestant) -> dict[str, str]:
-        """Variables of a peer's process, for peers/network.py and the peer's app."""
+        """The variables of a peer's process, for peers/network.py and the peer's app."""
         python, setting = self.python(contestant.peer), contestant.setting
         settings = {
             "MODE": contestant.mode,
@@ -240,12 +243,16 @@ class Bench:
         return {**os.environ, **{name: str(value) for name, value in settings.items()}}
 
     def tuned(self, peer: Peer, mode: str) -> Contestant:
-        """With the setting that answers most photos a second at the largest number of connections, in a short run of each."""
+        """The peer with the setting that answers most photos per second in a short run.
+
+        The runs use the largest number of connections.
+        """
         trials = [Contestant(peer, mode, setting) for setting in peer.settings]
         for trial in trials:
             self.measure(trial, connections=(1, CONNECTIONS[-1]), seconds=3)
             say(
-                f"{trial.name}: {trial.setting} {trial.loads[1].rate:.0f}/s, p50 alone {trial.loads[0].p50:.1f} ms"
+                f"{trial.name}: {trial.setting} {trial.loads[1].rate:.0f}/s, "
+                f"p50 alone {trial.loads[0].p50:.1f} ms"
             )
         best = max(trials, key=lambda trial: trial.loads[1].rate)
         lone = min(trial.loads[0].p50 for trial in trials)
@@ -254,7 +261,10 @@ class Bench:
     def measure(
         self, contestant: Contestant, *, connections: Sequence[int] = CONNECTIONS, seconds: int = 0
     ) -> None:
-        """Start it, check an answer for each photo, and add the loads, the memory after them and the time to the first answer."""
+        """Start a contestant, check its answer to each photo, and put each load on it.
+
+        Adds to it: the loads, the memory after them and the time to the first answer.
+        """
         peer, expected = contestant.peer, self.expected(contestant)
         with (
             tempfile.TemporaryDirectory() as name,
@@ -337,7 +347,10 @@ class Bench:
             connection.close()
 
     def limit(self) -> float:
-        """Photos a second, decoded and embedded on all cores with no server: the better of one process and of one for each core."""
+        """Photos per second, decoded and embedded on all cores without a server.
+
+        The better of two ways: one process, or one for each core.
+        """
         with tempfile.TemporaryDirectory() as name:
             write_bodies(self.photos, Path(name) / "bodies", lambda photo: photo, {})
             rates = []
@@ -367,7 +380,7 @@ folder, version, threads, seconds = sys.argv[1:]
 photos = [path.read_bytes() for path in sorted(Path(folder, "bodies").glob("[0-9]*"))]
 embedder = Embedder(Path(version), cores=int(threads))
 embedder.embed_photos(photos, UNLIMITED)
-time.sleep(1)  # until the others have started, too
+time.sleep(1)  # until the others have started
 began, done = time.monotonic(), 0
 while time.monotonic() - began < int(seconds):
     embedder.embed_photos(photos, UNLIMITED)

@@ -1,4 +1,4 @@
-"""bench.py's tables and pictures."""
+"""The tables and pictures of bench.py."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def report(contestants: list[Contestant], limits: list[float]) -> str:
     lines = [
         f"On {cores()} cores; medians of {len(limits)} rounds, and from the least to the most.",
         "",
-        f"| server | workers, threads, calls, batch | photos/s at {most} | npair's ratio | p50 ms at 1 | at 8 | at {most} "
-        f"| p99 ms at {most} | MB | first answer s |",
+        f"| server | workers, threads, calls, batch | photos/s at {most} | npair's ratio "
+        f"| p50 ms at 1 | at 8 | at {most} | p99 ms at {most} | MB | first answer s |",
         "|" + " --- |" * 10,
     ]
     for c in sorted(contestants, key=lambda c: -c.median("rate", most)):
@@ -39,13 +39,15 @@ def report(contestants: list[Contestant], limits: list[float]) -> str:
             f"{c.median('p50', number):.1f}" if c.rates(number) else "" for number in CONNECTIONS
         )
         lines.append(
-            f"| {c.name} | {setting} | {c.median('rate', most):.0f} | {spread} | {latencies} | {c.median('p99', most):.0f}"
-            f" | {statistics.median(c.megabytes):.0f} | {statistics.median(c.first_answer):.1f} |"
+            f"| {c.name} | {setting} | {c.median('rate', most):.0f} | {spread} | {latencies} "
+            f"| {c.median('p99', most):.0f} | {statistics.median(c.megabytes):.0f} "
+            f"| {statistics.median(c.first_answer):.1f} |"
         )
     shares = [mine / limit for mine, limit in zip(npair.rates(most), limits, strict=True)]
     lines += [
         "",
-        f"Without a server: {statistics.median(limits):.0f} photos/s; npair reaches {statistics.median(shares):.2f}",
+        f"Without a server: {statistics.median(limits):.0f} photos/s; npair reaches "
+        f"{statistics.median(shares):.2f}",
     ]
     lines[-1] += f" ({min(shares):.2f} to {max(shares):.2f}) of it."
     for mode, words in (
@@ -61,9 +63,10 @@ def report(contestants: list[Contestant], limits: list[float]) -> str:
                 npair.median("p50", 1),
             )
             lines.append(
-                f"Best peer {words}: {best.peer.name}, of which npair has {ratio:.2f} times the photos/s, and"
-                f" {alone / best.median('p50', 1):.2f} of the p50 at one connection; {alone / lone.lone:.2f} of the least with any"
-                f" setting, {lone.lone:.1f} ms of {lone.peer.name}."
+                f"Best peer {words}: {best.peer.name}, of which npair has {ratio:.2f} times the "
+                f"photos/s, and {alone / best.median('p50', 1):.2f} of the p50 at one connection; "
+                f"{alone / lone.lone:.2f} of the least with any setting, {lone.lone:.1f} ms of "
+                f"{lone.peer.name}."
             )
     for c in contestants[1:]:
         if c.peer is npair.peer or c.mode in OTHERS:
@@ -72,13 +75,14 @@ def report(contestants: list[Contestant], limits: list[float]) -> str:
                 npair.median("p50", 1) / c.median("p50", 1),
             )
             lines.append(
-                f"{c.name}: npair has {ratio:.2f} times the photos/s, and {alone:.2f} of the p50 at one connection."
+                f"{c.name}: npair has {ratio:.2f} times the photos/s, and {alone:.2f} of the p50 "
+                "at one connection."
             )
     return "\n".join(lines)
 
 
 def draw(contestants: list[Contestant], limits: list[float], path: Path) -> None:
-    """Bars of photos a second, from the least to the most of the rounds."""
+    """Draw bars of photos per second, with the range over the rounds."""
     plt = pyplot()
     most = CONNECTIONS[-1]
     ordered = sorted(contestants, key=lambda c: c.median("rate", most))

@@ -1,4 +1,4 @@
-"""The servers that bench.py compares: how each is started and asked, and the settings that it may have."""
+"""The servers that bench.py compares: their commands, requests and settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ Vectors = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Setting:
-    """How a peer spreads over the cores. concurrency: calls at once in one worker, of which each has ``threads``."""
+    """How a peer uses the cores.
+
+    concurrency: simultaneous calls in one worker, each with its own ``threads``.
+    """
 
     workers: int
     threads: int
@@ -40,7 +43,7 @@ class Setting:
     batch: int = 1
 
 
-# Of a peer's Python, a port, a scratch folder and a setting.
+# Arguments: a peer's Python, a port, a scratch folder and a setting.
 Command = Callable[[Path, int, Path, Setting], Sequence[str | Path]]
 
 
@@ -48,8 +51,9 @@ Command = Callable[[Path, int, Path, Setting], Sequence[str | Path]]
 class Peer:
     """A server to start.
 
-    command: made of its environment's Python, a port, a scratch folder and a setting. body: of a request for one photo. answer: the
-    embedding in a reply's headers and body. environment: its name in requirements.txt; npair's own where there is none.
+    command: the command line, from its environment's Python, a port, a scratch folder and a
+    setting. body: the request's body for one photo. answer: the embedding in a reply's headers and
+    body. environment: its name in requirements.txt; if empty, npair's own.
     """
 
     name: str
@@ -69,7 +73,9 @@ class Contestant:
     setting: Setting
     version: Path = VERSION  # npair's
     rate: float = 0.0  # the most photos a second of all settings, in a short run of each
-    lone: float = np.inf  # the least p50 at one connection of all settings, since the one for many connections may not be it
+    # The least p50 at one connection over all settings: the setting that is best for many
+    # connections need not have it.
+    lone: float = np.inf
     loads: list[Load] = field(default_factory=list)
     megabytes: list[float] = field(default_factory=list)
     first_answer: list[float] = field(default_factory=list)
@@ -92,7 +98,7 @@ class Contestant:
 
 
 def spreads(*batches: int) -> tuple[Setting, ...]:
-    """Every way of giving all cores to workers, threads or concurrent calls, with each batch size."""
+    """All cores given to workers, to threads or to concurrent calls, with each batch size."""
     all_cores = cores()
     ways = {Setting(all_cores, 1), Setting(1, all_cores), Setting(1, 1, all_cores)}
     return tuple(
@@ -143,7 +149,7 @@ def infinity(python: Path, port: int, _scratch: Path, setting: Setting) -> Seque
         "batch-size": setting.batch,
     }
     flags |= {"device": "cpu", "log-level": "warning"}
-    # Compiled, the network answers no sooner, and its first photo waits for a compiler.
+    # Compiling delays the first photo and makes no answer faster.
     switches = [
         "--no-compile",
         "--no-bettertransformer",
@@ -162,7 +168,8 @@ def infinity(python: Path, port: int, _scratch: Path, setting: Setting) -> Seque
 def plain_backend(_: Path, port: int, scratch: Path, setting: Setting) -> Sequence[str | Path]:
     folder = scratch / "models/npair/1"
     folder.mkdir(parents=True)
-    path = f"import sys\n\nsys.path += {[str(PEERS), str(ROOT / 'src')]}\n"  # the stub knows no PYTHONPATH
+    # Triton's stub ignores PYTHONPATH.
+    path = f"import sys\n\nsys.path += {[str(PEERS), str(ROOT / 'src')]}\n"
     (folder / "model.py").write_text(path + (PEERS / "python_backend.py").read_text())
     (folder.parent / "config.pbtxt").write_text(
         'name: "npair" backend: "python" max_batch_size: 64 dynamic_batching { }'
@@ -205,7 +212,7 @@ def mlserver_folder(
 
 
 def clip_folder(environments: Path) -> Path:
-    """Where peers/network.py keeps the weights of CLIP, 600 MB, which it makes the first time."""
+    """The folder in which peers/network.py keeps CLIP's weights: 600 MB, made on the first use."""
     return environments / "clip-vit-b-32"
 
 
@@ -214,7 +221,7 @@ RAW = {"Inference-Header-Content-Length": "0", "Content-Type": "application/octe
 
 
 def triton(name: str, command: Command, *settings: Setting) -> Peer:
-    """A server that takes a photo as Triton's raw binary body."""
+    """A server that takes a photo as the raw binary body of Triton's HTTP protocol."""
     return Peer(
         name, "/v2/models/npair/infer", command, lambda photo: photo, RAW, from_triton, settings
     )

@@ -1,9 +1,10 @@
-"""What npair's own server costs: by connections, cores, protocol and photos in a request, at random times, and where the time goes.
+"""The cost of npair's own server: by connections, cores, protocol and photos per request.
 
     PYTHONPATH=model/api .venv/bin/python benchmarks/costs.py --photos data/grocery
 
-`make bench` runs this after npair's peers. Prints tables in Markdown, of medians. NVIDIA's perf_analyzer, the outside check, is
-fetched the first time.
+Measures photos that arrive at random times, and profiles where the time goes. `make bench` runs
+this after npair's peers. Prints tables in Markdown, of medians. NVIDIA's perf_analyzer, an
+independent check, is fetched the first time.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def report(dataset: Dataset, rounds: int, seconds: int, pictures: Path | None) -> None:
-    """Prints a section after the other."""
+    """Print the sections one by one, as they are measured."""
     assert dataset.val is not None
     photos = [path.read_bytes() for path in dataset.val.paths[:: max(1, len(dataset.val) // 50)]]
     for section in (
@@ -81,7 +82,7 @@ def report(dataset: Dataset, rounds: int, seconds: int, pictures: Path | None) -
 
 
 def recall(dataset: Dataset) -> str:
-    """Of val photos with the train photos as gallery, as the server embeds them, and as the fp32 reference does."""
+    """Recall@1 of val photos with the train photos as gallery: of the server and of fp32."""
     with serving(MODELS) as server:
         served = embed_served(dataset, "val", server.http)
     reference = Embedder(VERSION, cores=cores(), engine="torch")
@@ -133,7 +134,7 @@ def draw(medians: dict[int, list[float]], path: Path) -> None:
 
 
 def at_half(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
-    """How long answers take where photos come at random times, half as many as the server could answer."""
+    """Latency if photos arrive at random times, at half the rate that the server can answer."""
     rows = []
     with warm(photos) as server:
         for _ in range(rounds):
@@ -145,13 +146,14 @@ def at_half(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
             rows.append((most.rate, half.rate, alone.p50, half.p50, half.p99, half.p99 / alone.p50))
     most_rate, rate, alone_p50, p50, p99, ratio = map(median, zip(*rows, strict=True))
     return (
-        f"{rate:.0f} photos/s at random times, half of the {most_rate:.0f} that {MANY} connections get: p50 {p50:.1f} ms,\n"
-        f"p99 {p99:.1f} ms, which is {ratio:.1f} times the p50 of a photo alone, {alone_p50:.1f} ms."
+        f"{rate:.0f} photos/s at random times, half of the {most_rate:.0f} that {MANY} connections "
+        f"get: p50 {p50:.1f} ms,\np99 {p99:.1f} ms, which is {ratio:.1f} times the p50 of a photo "
+        f"alone, {alone_p50:.1f} ms."
     )
 
 
 def by_cores(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
-    """The server on its first cores alone; the load comes from all."""
+    """Throughput of a server that is confined to the first cores; the load uses all cores."""
     all_cpus = sorted(os.sched_getaffinity(0))
     numbers = [number for number in (1, 2, 4, 8, 16, 32) if number <= len(all_cpus)]
     loads: dict[int, list[tuple[Measurement, Measurement]]] = {number: [] for number in numbers}
@@ -180,7 +182,10 @@ def by_cores(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
 
 
 def outside_check(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
-    """What perf_analyzer measures, over both protocols, with more photos in a request and as many less requests at once."""
+    """Throughput by perf_analyzer, over both protocols and several batch sizes.
+
+    The more photos a request has, the fewer requests run at once.
+    """
     kinds = [(protocol, batch) for batch in (1, 8, 32) for protocol in ("http", "grpc")]
     rates: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as name, warm(photos) as server:
@@ -240,7 +245,10 @@ def outside_check(photos: Sequence[bytes], rounds: int, seconds: int) -> str:
 
 
 def perf_analyzer(scratch: Path) -> tuple[str, dict[str, str]]:
-    """The program, out of its wheel, and the environment in which it finds its libraries, which the wheel of the server has."""
+    """perf_analyzer from its wheel, and the environment in which it finds its libraries.
+
+    The libraries come with the wheel of the server.
+    """
     fetch = [
         sys.executable,
         "-m",
@@ -268,7 +276,7 @@ def perf_analyzer(scratch: Path) -> tuple[str, dict[str, str]]:
 
 
 def profile(photos: Sequence[bytes], seconds: int) -> str:
-    """CPU time of a photo under load, by process, and what decoding and the network take alone."""
+    """CPU time per photo under load, by process; and of decoding and the network alone."""
     embedder = Embedder(VERSION, cores=1)
     alone: dict[str, list[float]] = {
         "alone: decoding": [],
@@ -299,7 +307,7 @@ def profile(photos: Sequence[bytes], seconds: int) -> str:
 
 
 def layers(photos: Sequence[bytes]) -> str:
-    """Where the int8 network's time goes on one core, by kind of layer, as OpenVINO counts it."""
+    """The int8 network's time on one core by kind of layer, as OpenVINO counts it."""
     openvino = import_openvino()
     manifest = Manifest.read(VERSION)
     trained = manifest.training
@@ -334,7 +342,10 @@ def layers(photos: Sequence[bytes]) -> str:
 
 
 def bulk(paths: Sequence[Path], rounds: int) -> str:
-    """Photos a second of the client's command line, from a folder into a file, beside those of the load alone."""
+    """Photos per second of the client's command line from a folder into a file.
+
+    Compared with the load alone.
+    """
     photos = [path.read_bytes() for path in paths[:: max(1, len(paths) // 50)]]
     rates: dict[str, list[float]] = {"the load": [], "http": [], "grpc": []}
     with tempfile.TemporaryDirectory() as name, warm(photos) as server:
@@ -373,7 +384,7 @@ def warm(photos: Sequence[bytes]) -> Iterator[LocalServer]:
 
 
 def cpu_seconds(pid: int) -> dict[str, float]:
-    """What a served npair has used so far, by kind of process."""
+    """CPU seconds that a server has used so far, by kind of process."""
     kinds = {
         "python": "watch (serve.py)",
         "tritonserver": "Triton",

@@ -1,8 +1,9 @@
-"""How good the recipe is on photos of other visits: trained and scored on folds of lookalikes, each held back once.
+"""Recall of the recipe on photos of other visits, by cross-validation.
 
     python benchmarks/cross_validation.py --data data/grocery --epochs 100
 
-Runs whose results are already there are not repeated, so the command can be stopped and started again.
+Trains and scores on folds of lookalikes, each held back once. A run whose result is on file is
+skipped, so the command can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def main() -> None:
     rows = run_all(configs, lookalike_folds(["train", "val"], arguments), arguments)
     for kind in ("fine", "coarse"):
         print(
-            f"Recall@1 {kind}: {' ± '.join(f'{number:.3f}' for number in over_seeds([row[kind] for row in rows]))}"
+            f"Recall@1 {kind}: "
+            f"{' ± '.join(f'{number:.3f}' for number in over_seeds([row[kind] for row in rows]))}"
         )
 
 
@@ -65,13 +67,13 @@ def parser_of(description: str, *, runs: str, results: str) -> argparse.Argument
 
 
 def lookalike_folds(splits: Sequence[str], arguments: argparse.Namespace) -> list[Path]:
-    """The table of each fold of these splits."""
+    """Write the table of each fold of these splits. Returns: their paths."""
     dataset, pixels, _ = decode_dataset(read_dataset(arguments.data), PREVIEW, default_cache())
     return write_folds(dataset, pixels, FOLDS, splits, arguments.runs / "folds")
 
 
 def run_one(variant: str, config: TrainConfig, table: Path, runs: Path) -> Row:
-    """Train on a fold's table and score the photos that it holds back."""
+    """Train on a fold's table and score its held-back photos."""
     found, epochs = train_and_embed(variant, config, table, runs)
     scores = found.evaluate()
     assert scores.fine.map_at_r is not None
@@ -91,10 +93,12 @@ def run_all(
     arguments: argparse.Namespace,
     run_one: Callable[[str, TrainConfig, Path, Path], Row] = run_one,
 ) -> list[Row]:
-    """Train each named config with its seed on each fold's table, as far as the results do not hold it yet.
+    """Train each named config with its seed on each fold's table, unless its result is on file.
 
-    run_one: trains and scores one of them, in a process of its own.
-    Returns: a row for each, old and new, appended to the results as it came.
+    run_one: trains and scores one run, in its own process. Each new row is appended to the results
+    as soon as it is there.
+
+    Returns: all rows, old and new.
     """
     rows = (
         [json.loads(line) for line in arguments.results.open()]
@@ -139,7 +143,7 @@ def run_all(
 def train_and_embed(
     variant: str, config: TrainConfig, table: Path, runs: Path
 ) -> tuple[Comparison, int]:
-    """Train on a fold's table: the photos that it holds back, embedded, and for how many epochs it was trained."""
+    """Train on a fold's table. Returns: its held-back photos, embedded; and the epochs trained."""
     run = runs / f"{variant}-seed-{config.seed}-{table.stem}".replace(" ", "-")
     shutil.rmtree(run, ignore_errors=True)
     if not train(table, run, config):

@@ -1,14 +1,16 @@
-"""What a search in a gallery costs and finds, and why LanceDB: the embedded vector databases side by side.
+"""Why LanceDB: compare embedded vector databases by the cost and recall of a search.
 
     PYTHONPATH=model/api .venv/bin/python benchmarks/gallery.py
 
-The vectors are drawn: 40 around each of 2,500 centres, with cosines of 0.67 among those of one centre in the mean, which is looser
-than val photos of the Grocery Store Dataset are (0.82). Each database is filled in one process and searched in another, one query
-at a time; the queries are not among the vectors. LanceDB is measured through npair.gallery.gallery itself.
+The vectors are synthetic: 40 around each of 2,500 centres, with a mean cosine of 0.67 within one
+centre, which is looser than val photos of the Grocery Store Dataset (0.82). Each database is
+filled in one process and searched in another, one query at a time; the queries are not among the
+vectors. LanceDB is measured through npair.gallery.gallery itself.
 
-Prints a table in Markdown: megabytes of what is installed beyond what npair's client needs, seconds to fill and index, megabytes on
-disk, megabytes by which the searching process grew, milliseconds of a search (median / 99th percentile), the share of what exact
-search finds, and whether another process can search while this one has the database open.
+Prints a table in Markdown: megabytes of packages beyond the needs of npair's client, seconds to
+fill and index, megabytes on disk, megabytes by which the searching process grew, milliseconds per
+search (median / 99th percentile), the recall relative to exact search, and whether another process
+can search while this one has the database open.
 
 Needs: Linux, the .venv of `make install` and, the first time, a package index.
 """
@@ -51,7 +53,11 @@ Search = Callable[[Vectors, int], Iterable[int]]
 
 
 class Database(NamedTuple):
-    """packages: to install. fill: stores vectors in a folder, with an index. opened: a search in that folder, for row numbers."""
+    """A vector database.
+
+    packages: to install. fill: stores vectors in a folder, with an index. opened: opens the folder
+    and returns a search, which gives row numbers.
+    """
 
     packages: tuple[str, ...]
     fill: Callable[[Path, Vectors], None]
@@ -104,14 +110,17 @@ def main() -> None:
 
 
 def alone(function: Callable[..., Any], *arguments: object) -> Any:
-    """In a process of its own, so that no database finds another's threads or memory."""
+    """Call a function in a new process, free of the threads and memory of other databases."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 @cache
 def drawn(count: int) -> tuple[Vectors, Vectors]:
-    """Unit vectors (float32 [count, 128]) and queries around the same centres, the centres in groups of 20 around others."""
+    """Draw unit vectors (float32 [count, 128]) and queries around the same centres.
+
+    The centres themselves lie in groups of 20 around others.
+    """
     rng, total = np.random.default_rng(0), count + QUERIES
     centre = rng.permutation(total) % (count // PER_CENTRE)
     own, shared = (
@@ -127,7 +136,7 @@ def drawn(count: int) -> tuple[Vectors, Vectors]:
 
 
 def fill(name: str, folder: Path, count: int) -> float:
-    """Seconds."""
+    """Fill a new database. Returns: seconds."""
     vectors, _ = drawn(count)
     began = time.perf_counter()
     DATABASES[name].fill(folder, vectors)
@@ -329,7 +338,7 @@ def licence(package: str) -> str:
 
 
 def installed(packages: Iterable[str]) -> float:
-    """MB of packages and all that they need, without what npair's client needs anyway."""
+    """MB of packages and their dependencies, without those that npair's client needs anyway."""
     files = [
         Path(str(file.locate()))
         for name in needed(packages) - needed(OWN)

@@ -1,4 +1,4 @@
-"""What all benchmarks need of the machine: environments, ports, memory."""
+"""The machine as benchmarks use it: environments, ports, memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ VERSION = next((MODELS / "npair").glob("[0-9]*"))  # the shipped one
 
 
 def python_of(name: str, parent: Path) -> Path:
-    """Of an environment in requirements.txt, which is made the first time; what the network needs comes from npair's own."""
+    """The Python of an environment in requirements.txt, which is made on the first use.
+
+    Packages that it lacks, such as the network's, come from npair's own environment.
+    """
     folder = parent / name
     python = folder / "bin/python"
     if not (folder / "complete").exists():
@@ -47,7 +50,10 @@ def python_of(name: str, parent: Path) -> Path:
 
 
 def proportional_memory(pid: int) -> float:
-    """MB of a process and all below it, what they share divided among those who share it."""
+    """MB of a process and its descendants by proportional set size (PSS).
+
+    A page that several processes share counts in parts.
+    """
     total = 0
     for process in [pid, *descendants(pid)]:
         with contextlib.suppress(OSError):

@@ -1,10 +1,12 @@
-"""What memory the worst requests that config.pbtxt allows take, and those beyond its limits, beside the bound that follows from it.
+"""Memory of the worst requests that config.pbtxt allows, and of those beyond its limits.
 
     PYTHONPATH=model/api .venv/bin/python benchmarks/memory.py
 
-Each case has a server of its own. Prints a table in Markdown, of MB above what the idle server has: at the peak, and ten seconds
-after the answer. Memory is the proportional set size of serve.py and all below it, read every 20 ms. A case that takes longer than
-a minute is cut off: by then everything that decodes at once has done so. Exits 1 where a peak is beyond its bound.
+Each case has its own server and is compared with the bound that follows from the configuration.
+Prints a table in Markdown, of MB above the idle server: at the peak, and ten seconds after the
+answer. Memory is the proportional set size of serve.py and its descendants, read every 20 ms. A
+case is cut off after a minute: by then, all concurrent decoding has happened. Exits with code 1 if
+a peak is above its bound.
 """
 
 from __future__ import annotations
@@ -35,14 +37,18 @@ from npair.releasing.tune import LocalServer, read_setting, serving
 from npair.serving.engine import cores
 from npair.serving.preprocess import LARGE
 
-PIXEL = 21  # bytes that decoding takes for each, at worst: of a WebP with transparency, five pictures of four bytes a pixel
-COPIES = 5  # of a request's photos, at most: as they came, for the backend, in memory shared with a stub, and in the stub
+# Bytes that decoding needs per pixel, at worst: a WebP with transparency takes five pictures of
+# four bytes per pixel.
+PIXEL = 21
+# Copies of a request's photos, at most: as received, for the backend, in memory shared with a stub,
+# and in the stub.
+COPIES = 5
 SECONDS, AFTER = 60.0, 10.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """So many requests at once, and so many times, each with these photos."""
+    """Requests with the same photos: ``at_once`` concurrent ones, repeated ``times`` times."""
 
     name: str
     photos: list[bytes]
@@ -52,7 +58,7 @@ class Case:
 
     @property
     def sent(self) -> int:
-        """Bytes, at once."""
+        """The bytes of all concurrent requests."""
         return self.at_once * sum(map(len, self.photos))
 
 
@@ -72,7 +78,8 @@ def main() -> int:
         PIXEL * (instances * max_pixels + (threads - instances) * min(LARGE, max_pixels)) / 1e6
     )
     say(
-        f"{threads} threads of {instances} instances decode photos of at most {max_pixels:,} pixels: {decoding:,.0f} MB"
+        f"{threads} threads of {instances} instances decode photos of at most {max_pixels:,} "
+        f"pixels: {decoding:,.0f} MB"
     )
     print(
         "| requests | protocol | MB sent | peak | bound | after | outcome |",
@@ -140,7 +147,7 @@ def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
 
 
 def measured(server: LocalServer, case: Case, protocol: str) -> tuple[float, str, str]:
-    """Returns: MB at the peak above idle, the same some time after, and what was answered."""
+    """Run a case. Returns: MB above idle at the peak, MB above idle later, and the outcomes."""
     idle, done = proportional_memory(server.pid), threading.Event()
     peaks = [idle]
 

@@ -1,6 +1,8 @@
-"""How long and how much memory the evaluation of many photos against each other takes; on drawn clusters, since only size counts.
+"""Time and memory of evaluating many photos against each other.
 
 python benchmarks/metrics_at_scale.py --photos 200000
+
+The photos are synthetic clusters, since only their number matters.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ CLASSES_PER_KIND = 20
 
 
 def clustered(photos: int, dimension: int) -> LabelledVectors:
-    """Unit vectors around a random centre for each class, the centres of a kind of product around one of its own."""
+    """Draw unit vectors around a random centre for each class.
+
+    The centres of the classes lie around a centre for each kind of product.
+    """
     rng = np.random.default_rng(0)
     fine = np.arange(photos) // PHOTOS_PER_CLASS
     coarse = fine // CLASSES_PER_KIND
@@ -37,7 +42,7 @@ def clustered(photos: int, dimension: int) -> LabelledVectors:
 
 
 def resident_megabytes() -> float:
-    """Of now, not the peak so far: drawing the photos needs more than it keeps. Linux only."""
+    """Resident memory now. The peak would include that of drawing the photos. Linux only."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 

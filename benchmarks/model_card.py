@@ -1,4 +1,4 @@
-"""The card of a published version, from its manifest and from the results in docs/; prints Markdown.
+"""Print the card of a published version in Markdown, from its manifest and the results in docs/.
 
 python benchmarks/model_card.py model_repository/npair/11 > docs/model-card.md
 """
@@ -32,7 +32,10 @@ def main() -> None:
 
 
 def card(version: Path) -> str:
-    """Raises: OSError, KeyError for a folder without a scored version's manifest, or docs without results."""
+    """The card in Markdown.
+
+    Raises: OSError, KeyError if the manifest of a scored version, or a result in docs/, is missing.
+    """
     manifest = json.loads((version / "manifest.json").read_bytes())
     scores = Evaluation.from_dict(manifest["metrics"]["val"])
     folds = rows("cross-validation.jsonl")

@@ -1,6 +1,8 @@
-"""What a version's metrics cost: a server with them beside one without, in turns, as ratios. Nothing else should run meanwhile.
+"""Cost of a version's metrics: a server with them beside one without, in turns, as ratios.
 
 .venv/bin/python benchmarks/observing.py
+
+Run nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ def main() -> None:
                 path.read_bytes() for path in sorted(folders["with"].glob("npair/*/golden/*.jpg"))
             ]
             print(
-                "| connections | photos a second, without | of that, with | CPU ms a photo, without | of that, with |"
+                "| connections | photos a second, without | of that, with "
+                "| CPU ms a photo, without | of that, with |"
             )
             print("| --- | --- | --- | --- | --- |")
             for connections in CONNECTIONS:
@@ -120,7 +123,7 @@ def lengths(paths: Sequence[Path]) -> None:
 
 
 def prepared(models: Path, code: str) -> Path:
-    """A copy of the models, served by the present code with ``code`` after it."""
+    """Copy the models, with the current code, to which ``code`` is appended."""
     shutil.copytree(ROOT / "model_repository", models, ignore=shutil.ignore_patterns("__pycache__"))
     version = next((models / "npair").glob("[0-9]*"))
     for name in CODE:

@@ -1,10 +1,11 @@
-"""Whether releases can be trusted: promotions and rollbacks under load, and kill -9 of every step at random moments.
+"""Test releases under load: promotions, rollbacks, and kill -9 of each step at random moments.
 
     .venv/bin/python benchmarks/promotions.py
 
-It trains and publishes two small versions of its own, serves them, and has four clients, over both protocols, with one photo and
-with batches, ask without a pause and without retries. Prints a table in Markdown; exits 1 where a request failed, an answer was
-wrong, memory grew, or a kill left a repository that does not verify or does not serve.
+Trains and publishes two small versions and serves them. Four clients send requests without pauses
+or retries, over both protocols, single photos and batches. Prints a table in Markdown. Exits with
+code 1 if a request failed, an answer was wrong, memory grew, or a kill left a repository that fails
+to verify or to serve.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from npair.serving.manifest import Manifest
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "benchmark"
 STEPS = ("promote", "publish")
-REFERENCE = 10  # the reload whose memory the last one's is compared with
+REFERENCE = 10  # the reload with whose memory that of the last is compared
 
 
 def main() -> int:
@@ -73,7 +74,7 @@ def main() -> int:
 
 
 def two_versions(scratch: Path) -> Repository:
-    """Versions 1 and 2, of networks that were trained from different weights; 1 is promoted."""
+    """Publish versions 1 and 2, trained from different weights, and promote 1."""
     folder = scratch / "models/npair"
     folder.mkdir(parents=True)
     config = (ROOT / "model_repository/npair/config.pbtxt").read_text()
@@ -112,7 +113,10 @@ def npair(*arguments: object) -> None:
 def under_load(
     repository: Repository, server: Server, urls: list[str], pid: int, switches: int
 ) -> tuple[list[tuple[str, str]], bool]:
-    """Promotions of version 2 and rollbacks to 1, in turns. Returns: rows, and whether all was well."""
+    """Promote version 2 and roll back to 1, in turns.
+
+    Returns: rows of the table, and whether everything was right.
+    """
     golden = {}
     for number in (1, 2):
         with repository.version(number) as folder:
@@ -179,10 +183,13 @@ def under_load(
 def killed(
     step: str, repository: Repository, server: Server, scratch: Path, kills: int
 ) -> tuple[float, int, bool]:
-    """Returns: the seconds that the step takes, within which it was killed at random; how often it had ended by itself before; and
-    whether all that was left verifies and serves."""
+    """Kill a step at random moments within its usual duration.
+
+    Returns: that duration in seconds; how often the step ended before the kill; and whether each
+    kill left a repository that verifies and serves.
+    """
     dice, done, seconds = random.Random(0), 0, 0.0
-    for turn in range(-1, kills):  # the first lives, and tells the time
+    for turn in range(-1, kills):  # the first is not killed: it gives the duration
         target = 1 + turn % 2
         words: dict[str, list[object]] = {
             "promote": ["promote", target, "--url", server.url],

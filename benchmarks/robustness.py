@@ -1,12 +1,14 @@
-"""What a version makes of photos that were changed as phones, shops and websites change them.
+"""Robustness of versions to the changes that phones, shops and websites make to photos.
 
     python benchmarks/robustness.py model_repository/npair/10 --data data/grocery
 
-Each val photo is embedded as it is and after each change, by the version's own code from its bytes on, and compared with the train
-photos, which stay unchanged. Changed photos are stored as PNG, so that nothing but the change is lost; decoding them differs from
-decoding the original JPEG, which is scaled while it is decoded, and the row "stored as PNG" says how much that alone does.
+Each val photo is embedded unchanged and after each change, by the version's own code from its bytes
+on, and compared with the unchanged train photos. Changed photos are stored as PNG, which is
+lossless. Decoding a PNG differs from decoding the original JPEG, which is scaled while it is
+decoded; the row "stored as PNG" shows the effect of that alone.
 
-Several versions stand side by side. The results of other versions stay in the file, since a version may be retired by then.
+Compares several versions side by side. The results of other versions stay in the file, since a
+version may be retired by then.
 """
 
 from __future__ import annotations
@@ -51,7 +53,10 @@ def jpeg(image: Image.Image) -> bytes:
 
 
 def exposed(image: Image.Image, factor: float) -> Image.Image:
-    """As if the shutter had been open for ``factor`` times as long: sRGB (IEC 61966-2-1) to linear light and back; white clips."""
+    """The photo with ``factor`` times the exposure, computed in linear light; white clips.
+
+    Converts from sRGB (IEC 61966-2-1) and back.
+    """
     levels = np.arange(256) / 255
     light = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
     light = np.minimum(factor * light, 1)
@@ -64,7 +69,10 @@ def blurred(image: Image.Image) -> Image.Image:
 
 
 def rotated(image: Image.Image) -> Image.Image:
-    """Of the same size; what comes in at the corners is the mirrored photo, since no phone makes corners of one colour."""
+    """The photo rotated, of the same size, with its mirror image in the corners.
+
+    Corners of one colour would be unlike any phone's photo.
+    """
     (width, height), margin = image.size, max(image.size) // 4
     mirrored = np.pad(np.asarray(image), ((margin, margin), (margin, margin), (0, 0)), "symmetric")
     turned = Image.fromarray(mirrored).rotate(DEGREES, Image.Resampling.BICUBIC)
@@ -72,12 +80,12 @@ def rotated(image: Image.Image) -> Image.Image:
 
 
 def cropped(image: Image.Image) -> Image.Image:
-    """The upper left part, in the photo's proportions, so that the product is both larger and off the centre."""
+    """The upper left part, in the photo's proportions: the product is larger and off-centre."""
     width, height = (round(KEPT**0.5 * side) for side in image.size)
     return image.crop((0, 0, width, height))
 
 
-# From the RGB pixels of a photo to the bytes of a changed one.
+# Each maps the RGB pixels of a photo to the bytes of a changed one.
 CHANGES: dict[str, Callable[[Image.Image], bytes]] = {
     "stored as PNG": png,
     "grey": lambda image: png(image.convert("L")),
@@ -119,11 +127,13 @@ def main() -> None:
 
 
 def measure(version: Path, dataset: Dataset) -> list[Row]:
-    """A row for the unchanged val photos and one for each change.
+    """Measure a version. Returns: a row for the unchanged val photos and one for each change.
 
-    cosine: the median over photos, of the changed photo with the unchanged one. same_product: the share of photos whose nearest
-    train photo shows the same product as that of the unchanged photo, right or wrong. fine, coarse: Recall@1.
-    Raises: VersionError, EngineError; DataError where the data set has no val.
+    cosine: between changed and unchanged photo, the median over photos. same_product: the share of
+    photos whose nearest train photo shows the same product as the unchanged photo's, right or
+    wrong. fine, coarse: Recall@1.
+
+    Raises: VersionError, EngineError; DataError if the data set has no val.
     """
     with published_code(version) as code:
         embedder = code.Embedder(version, cores=cores())
@@ -166,7 +176,7 @@ def changed(path: Path, encode: Callable[[Image.Image], bytes]) -> bytes:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line for each change, and the versions side by side."""
+    """The results in Markdown: one line per change, with the versions side by side."""
     versions = list(dict.fromkeys(row["version"] for row in rows))
     of = {(row["version"], row["change"]): row for row in rows}
     columns: dict[str, Callable[[Row], str]] = {

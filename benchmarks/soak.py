@@ -1,12 +1,14 @@
-"""A server under mixed load for as long as is asked: whether its memory, descriptors, shared memory and latency stay as they are.
+"""Soak test: check that memory, descriptors, shared memory and latency stay constant under load.
 
     make soak MINUTES=60
 
-Clients of both protocols send one photo or many, in all formats and from small to 12 megapixels, good ones and bad ones. Every
-vector is compared with the first that the photo got, and every refusal with the reason that it must have. Every few seconds, what
-the server holds is read. To warm up, all clients at once send the largest requests that may come, for what the server keeps for
-reuse has the size of these. The exit code is 1 where a vector was wrong, a request failed that should not, or memory grew by GROWTH
-or more from the second tenth of the time to the last. The clients take their share of the cores, so this does not measure speed.
+Clients of both protocols send one photo or many, good and bad, in all formats, from small to 12
+megapixels. Each vector is compared with the first one of the same photo, and each refusal with its
+expected reason. Every few seconds, the server's resources are read. To warm up, all clients at once
+send the largest requests that may come: these determine the memory that the server keeps for reuse.
+The exit code is 1 if a vector was wrong, a good request failed, or memory grew by GROWTH or more
+from the second tenth of the time to the last. This does not measure speed, since the clients share
+the cores.
 """
 
 from __future__ import annotations
@@ -45,8 +47,12 @@ BATCHES = (1, 1, 1, 4, 32)
 
 @dataclass(frozen=True)
 class Reading:
-    """minute: since the start. memory, shared: MB of serve.py and all below it, and in /dev/shm. descriptors: all that they have
-    open. rate: photos a second. p50, p99: milliseconds until the answer to a request of one photo."""
+    """Resources and speed of the server at one time.
+
+    minute: since the start. memory: MB of serve.py and its descendants. shared: MB in /dev/shm.
+    descriptors: those open in all these processes. rate: photos per second. p50, p99: latency of
+    requests of one photo, in milliseconds.
+    """
 
     minute: float
     memory: float
@@ -102,7 +108,7 @@ def photos(folder: Path | None) -> Iterator[bytes]:
 
 
 def bad_photos(good: bytes) -> dict[bytes, str]:
-    """And a part of the reason why each is refused."""
+    """Photos that the server must refuse, each with a part of the expected reason."""
     return {
         b"": "empty",
         b"no photo at all": "not a JPEG",
@@ -112,7 +118,7 @@ def bad_photos(good: bytes) -> dict[bytes, str]:
 
 
 class Load:
-    """Clients that ask without a pause. problems: what was wrong, and how often."""
+    """Clients that send requests without pauses. problems: wrong answers, counted by kind."""
 
     def __init__(self, good: Sequence[bytes], urls: Sequence[str], clients: int) -> None:
         self.good, self.bad = good, bad_photos(good[3])
@@ -189,7 +195,7 @@ class Load:
                             self.latencies.append(1e3 * (time.perf_counter() - began))
 
     def take(self) -> tuple[int, list[float]]:
-        """Photos answered so far, and the latencies since the last time."""
+        """Returns: the photos answered so far, and the latencies since the last call."""
         with self.lock:
             latencies, self.latencies = self.latencies, []
             return self.answered, latencies
@@ -225,7 +231,7 @@ def open_files(pid: int) -> int:
 
 
 def report(readings: Sequence[Reading], load: Load) -> int:
-    """Prints the second tenth, after warming up, beside the last. Returns: the exit code."""
+    """Print the second tenth, after the warm-up, beside the last. Returns: the exit code."""
     tenth = max(1, len(readings) // 10)
     ratios, rows = {}, []
     for field in fields(Reading)[1:]:
@@ -236,7 +242,8 @@ def report(readings: Sequence[Reading], load: Load) -> int:
         ratios[field.name] = last / first
         rows.append(f"| {field.name} | {first:,.1f} | {last:,.1f} | {last / first:.3f} |")
     print(
-        f"{readings[-1].minute:.0f} minutes, {load.answered:,} photos embedded, {load.refused:,} bad photos refused,",
+        f"{readings[-1].minute:.0f} minutes, {load.answered:,} photos embedded, "
+        f"{load.refused:,} bad photos refused,",
         end=" ",
     )
     print(f"{load.problems.total()} requests answered otherwise than they should be\n")

@@ -1,19 +1,22 @@
-"""Products that a network has never seen: trained on two thirds of the products, and scored on the photos of the others.
+"""Recall on products that the network has never seen.
 
     python benchmarks/unseen.py --data data/grocery
 
-The products of train are dealt into three folds at random. Each fold's own are the ones to find: no photo of them is trained on,
-and they are looked for among each other. Photos of one visit to a shop nearly repeat each other, and would find each other by
-colours alone. So the photos of each product are divided by colour into three groups of lookalikes (npair.data.folds),
-and each third of the photos is looked for among the other two. "colours alone" says how much this still gives away.
+The products of train are dealt at random into three folds. For each fold, the network is trained on
+the products of the other two, and the photos of the fold's own products are searched for among each
+other. Photos of one visit to a shop are nearly alike and would find each other by their colours
+alone. Therefore the photos of each product are divided by colour into three groups of lookalikes
+(npair.data.folds), and each third of the photos is searched for among the other two. The variant
+"colours alone" shows how much this still gives away.
 
-Val would be another judge, with photos that are known to be of other visits. But it has 296 photos of 60 products where train has
-2,640 of 81, and it is to be scored once for each version, not whenever the recipe changes. Here it is not touched.
+Val is not touched here, although its photos are known to be of other visits: it has only 296 photos
+of 60 products, while train has 2,640 of 81, and it is to be scored once for each version, not for
+each change of the recipe.
 
-Variants: "colours alone", whose embeddings are colour histograms; "ImageNet alone", EfficientNet-Lite0 as it comes, whose
-embeddings are its 1,280 features; and npair train, "from scratch" and "from ImageNet". Runs whose results are already there are not
-repeated, so the command can be stopped and started again. It ends by printing the table of the model card; with --table it does
-nothing else.
+Variants: "colours alone" embeds a photo as its colour histogram; "ImageNet alone" uses the 1,280
+features of EfficientNet-Lite0 without training; "from scratch" and "from ImageNet" are trained by
+npair train. A run whose result is on file is skipped, so the command can be stopped and started
+again. At the end, it prints the table of the model card; with --table it does nothing else.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ def main() -> None:
         "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help="(all)"
     )
     parser.add_argument(
-        "--epochs", type=int, default=0, help="of what is trained (as many as npair train chooses)"
+        "--epochs", type=int, default=0, help="of the trained variants (chosen by npair train)"
     )
     parser.add_argument("--table", action="store_true", help="only print the table of the results")
     arguments = parser.parse_args()
@@ -73,13 +76,16 @@ def main() -> None:
 
 
 def product_folds(dataset: Dataset, folder: Path) -> list[Path]:
-    """The table of each fold of train: all photos of its own products are val, those of the others train."""
+    """Write the table of each fold: photos of its own products are val, those of others train."""
     fold_of = np.random.default_rng(SEED).permutation(len(dataset.train.fine_names)) % FOLDS
     return write_tables([dataset.train], fold_of[dataset.train.fine], FOLDS, folder)
 
 
 def run_one(variant: str, config: TrainConfig, table: Path, runs: Path) -> Row:
-    """Embed the photos of a fold's products, by a network that was trained on the others' where the variant says so."""
+    """Embed the photos of a fold's products and score them.
+
+    The network is trained on the photos of the other products, if the variant is a trained one.
+    """
     dataset, previews, _ = decode_dataset(read_dataset(table), PREVIEW, default_cache())
     if variant == COLOURS:
         found, epochs = (
@@ -105,9 +111,12 @@ def run_one(variant: str, config: TrainConfig, table: Path, runs: Path) -> Row:
 
 
 def across_groups(found: Comparison, previews: Pixels) -> Row:
-    """Scores of each third of the photos, made of groups of lookalikes, among the other two: the mean over photos.
+    """Score each third of the photos, made of groups of lookalikes, among the other two.
 
-    found: photos of unseen products, compared with each other. previews: their pixels, from which the groups are made.
+    found: photos of unseen products, compared with each other. previews: their pixels, from which
+    the groups are made.
+
+    Returns: the means over photos.
     """
     photos, vectors = found.query_photos, found.queries
     group = folds(photos.fine, colour_histograms(photos, previews), FOLDS)
@@ -140,7 +149,10 @@ def across_groups(found: Comparison, previews: Pixels) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: means over folds with 95 % intervals by Student's t; the difference is from ImageNet alone on the same fold."""
+    """The results in Markdown: means over folds with 95 % intervals by Student's t.
+
+    Each difference is from ImageNet alone on the same fold.
+    """
     imagenet = {row["fold"]: row for row in rows if row["variant"] == IMAGENET}
     lines = [
         "| network | epochs | Recall@1 product | difference | Recall@1 kind | MAP@R |",
@@ -157,7 +169,8 @@ def table(rows: list[Row]) -> str:
         mean, half = over_seeds([row["fine"] - imagenet[row["fold"]]["fine"] for row in own])
         difference = f"{mean:+.3f} ± {half:.3f}" if variant != IMAGENET else ""
         lines.append(
-            f"| {variant} | {own[0]['epochs'] or '-'} | {fine} | {difference} | {coarse} | {map_at_r} |"
+            f"| {variant} | {own[0]['epochs'] or '-'} | {fine} | {difference} | {coarse} "
+            f"| {map_at_r} |"
         )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""wrk, a load generator: closed loops of connections that send photos in turn, with every answer checked."""
+"""wrk, a load generator: closed loops of connections that send photos and check every answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONNECTIONS = (1, 8, 32)
 
 @dataclass
 class Load:
-    """One closed loop: photos a second, and milliseconds of latency."""
+    """One closed loop: photos per second, and latency in milliseconds."""
 
     connections: int
     rate: float
@@ -31,7 +31,7 @@ def write_bodies(
     body: Callable[[bytes], bytes],
     headers: Mapping[str, str],
 ) -> None:
-    """Write a file for each photo's request, ``list`` with their paths and ``headers``."""
+    """Write a file for each photo's request, their paths into ``list``, and ``headers``."""
     folder.mkdir()
     for number, photo in enumerate(photos):
         (folder / str(number)).write_bytes(body(photo))
@@ -42,7 +42,7 @@ def write_bodies(
 
 
 def closed_loop(url: str, bodies: Path, connections: int, seconds: int, *, least: int) -> Load:
-    """Send the bodies that write_bodies wrote; an answer of fewer than ``least`` bytes has failed."""
+    """Send the bodies of write_bodies. An answer of fewer than ``least`` bytes counts as failed."""
     flags = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "20s"]
     result = subprocess.run(
         ["wrk", *flags, "-s", PEERS / "load.lua", url],

@@ -1,8 +1,9 @@
-"""Builds the image and tests and promotes it as the pipeline does, on this machine alone: make test-image.
+"""Build, test and promote the image as the pipeline does, on this machine alone: make test-image.
 
-It brings its own Docker engine and a registry that answers to ghcr.io, in a mount namespace of their own, so that nothing is left
-behind: no container, no registry, no host entry, no login. Instead of NVIDIA's image, of 15 GB, a stand-in of the same layout is
-put together from Debian and the wheel nvidia-pytriton, unless TRITON_IMAGE and BASE_IMAGE name real ones.
+Brings its own Docker engine and a registry that answers to ghcr.io, in a mount namespace, so that
+nothing is left behind: no container, registry, host entry or login. A stand-in for NVIDIA's image,
+which has 15 GB, is put together in the same layout from Debian and the wheel nvidia-pytriton,
+unless TRITON_IMAGE and BASE_IMAGE name real ones.
 
 Needs: root on Debian 12 or 13 on x86-64, and the .venv of `make install`. Standard library only.
 """
@@ -30,9 +31,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OWNER, PASSWORD = "tester", "not-a-secret"
 REPOSITORY = f"ghcr.io/{OWNER}/npair_model_api"
-REGISTRY_ADDRESS = "127.0.0.88"  # of this machine alone, and nobody's
-# Packages of Debian trixie, unpacked and not installed, since servers that are installed are started. They run on bookworm too;
-# its own engine knows no named build contexts.
+REGISTRY_ADDRESS = "127.0.0.88"  # a loopback address that nothing else uses
+# Packages of Debian trixie. They are unpacked, since installing would start the servers. They also
+# run on bookworm, whose own engine does not support named build contexts.
 ENGINE = (
     "docker.io",
     "docker-cli",
@@ -43,20 +44,19 @@ ENGINE = (
     "tini",
 )
 TOOLS = ("runc", "skopeo", "debootstrap", "docker-compose", "iproute2", "apache2-utils")
-WHEEL_RELEASE = "24.10"  # of NVIDIA's images, with the same server, 2.51, as the wheel
+WHEEL_RELEASE = "24.10"  # of NVIDIA's images, with the wheel's server, 2.51
 LIMITS = {"torch": (1300, 420), "no torch": (800, 260)}  # MB unpacked and pushed
 
 
 def main() -> None:
-    if (
-        "NPAIR_NAMESPACE" not in os.environ
-    ):  # /etc/hosts is changed for this process and its children alone
+    if "NPAIR_NAMESPACE" not in os.environ:
+        # Changes to /etc/hosts must reach only this process and its children.
         os.environ["NPAIR_NAMESPACE"] = "1"
         os.execvp(
             "unshare", ["unshare", "--mount", "--propagation", "private", sys.executable, *sys.argv]
         )
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit("interrupted"))  # through every finally
+        signal.signal(number, lambda *_: sys.exit("interrupted"))  # runs every finally block
     with (
         tempfile.TemporaryDirectory(prefix="npair-image-", ignore_cleanup_errors=True) as scratch,
         contextlib.ExitStack() as stack,
@@ -145,7 +145,7 @@ def installed(package: str) -> bool:
 
 @contextlib.contextmanager
 def engine(scratch: Path) -> Iterator[None]:
-    """A Docker engine of its own; sets PATH, DOCKER_HOST and DOCKER_CONFIG, which everything after it uses."""
+    """Run a separate Docker engine; set PATH, DOCKER_HOST and DOCKER_CONFIG to use it."""
     step("start an engine")
     packages, lists = scratch / "packages", scratch / "apt"
     for folder in (packages, lists / "lists/partial", lists / "cache/archives/partial"):
@@ -205,7 +205,10 @@ def engine(scratch: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def registry_at_ghcr(scratch: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A registry with a password, which this process and its children, the engine too, find under the name ghcr.io."""
+    """Run a registry with a password.
+
+    This process and its children, among them the engine, reach it as ghcr.io.
+    """
     hosts = scratch / "hosts"
     hosts.write_text(Path("/etc/hosts").read_text() + f"\n{REGISTRY_ADDRESS} ghcr.io\n")
     run("mount", "--bind", hosts, "/etc/hosts")
@@ -226,14 +229,18 @@ def registry_at_ghcr(scratch: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def stand_in(scratch: Path) -> tuple[str, str]:
-    """An image with the layout of NVIDIA's, and the Debian that it and the final image stand on; returns their names."""
+    """Build an image with the layout of NVIDIA's, and its base, Debian, also of the final image.
+
+    Returns: their names.
+    """
     triton, base = "npair-standin/tritonserver", "npair-standin/debian"
     root = scratch / "debian"
     run("debootstrap", "--variant=minbase", "bookworm", root, stdout=subprocess.DEVNULL)
     run(
         "sh",
         "-c",
-        f"tar -C {root} --exclude=./var/cache/apt --exclude=./var/lib/apt/lists/* -c . | docker import --message debian - {base}",
+        f"tar -C {root} --exclude=./var/cache/apt --exclude=./var/lib/apt/lists/* -c . "
+        f"| docker import --message debian - {base}",
     )
     wheel = package_folder("pytriton")
     context = scratch / "stand-in"
@@ -279,7 +286,10 @@ def stand_in(scratch: Path) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def wheelhouse(scratch: Path) -> Iterator[list[str]]:
-    """Build options that make pip, inside the build, take its packages from this process: the network may be closed to it."""
+    """Serve pip's packages from this process, since a build may have no network.
+
+    Yields: the build options that make pip use them.
+    """
     wheels = scratch / "wheels"
     for pins in ("requirements.txt", "requirements-torch.txt"):
         run(
@@ -310,7 +320,10 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 
 def build(tag: str, *options: str, context: Path = ROOT / "model/api", fails: bool = False) -> str:
-    """Build one tag from the Dockerfile in ``context``, with the models baked in; returns what was said. fails: as it should."""
+    """Build one tag from the Dockerfile in ``context``, with the models baked in.
+
+    fails: whether the build must fail. Returns: its output.
+    """
     command = [
         "docker",
         "buildx",
@@ -340,7 +353,7 @@ def build(tag: str, *options: str, context: Path = ROOT / "model/api", fails: bo
 
 
 def push(tag: str) -> str:
-    """Push a tag; returns its digest."""
+    """Push a tag. Returns: its digest."""
     run("docker", "push", "--quiet", f"{REPOSITORY}:{tag}", stdout=subprocess.DEVNULL)
     return digest_of(tag)
 
@@ -382,7 +395,7 @@ PORTS = {"HTTP_PORT": "18400", "GRPC_PORT": "18401", "METRICS_PORT": "18402"}
 
 
 def compose_test(tag: str) -> None:
-    """What the pipeline runs, by Compose 2, and 1.29 where Debian has it."""
+    """Run the pipeline's tests by Compose 2, and by 1.29 if Debian has it."""
     for program in ("docker-compose", "/usr/bin/docker-compose"):
         print("Compose", output(program, "version", "--short").strip(), flush=True)
         try:
@@ -411,12 +424,12 @@ def photo() -> bytes:
 
 
 def embed(port: int) -> int:
-    """Send a golden photo; returns the answer's HTTP status, 0 where there is none."""
+    """Send a golden photo. Returns: the HTTP status, 0 if there is no answer."""
     return status("127.0.0.1", port, "POST", "/v2/models/npair/infer", photo())
 
 
 def status(host: str, port: int, method: str, path: str, body: bytes | None = None) -> int:
-    """The HTTP status of an answer, 0 where there is none. A body is sent as one raw photo."""
+    """Send a request; a body is one raw photo. Returns: the HTTP status, 0 without an answer."""
     connection = http.client.HTTPConnection(host, port, timeout=30)
     try:
         connection.request(
@@ -430,10 +443,14 @@ def status(host: str, port: int, method: str, path: str, body: bytes | None = No
 
 
 def check_drain(image: str) -> None:
-    """SIGTERM beside requests in flight and idle connections: exit code 0 within 10 s, and every accepted request answered."""
+    """Check that SIGTERM ends the server with code 0 within 10 s and loses no accepted request.
+
+    Requests are in flight and idle connections open when the signal comes.
+    """
     name = "npair-drain"
-    run("docker", "run", "--detach", "--name", name, "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--user", "1000",
-        "--publish", "127.0.0.1:18410:8000", image, stdout=subprocess.DEVNULL)  # fmt: skip
+    run("docker", "run", "--detach", "--name", name, "--read-only", "--tmpfs", "/tmp",
+        "--cap-drop", "ALL", "--user", "1000", "--publish", "127.0.0.1:18410:8000", image,
+        stdout=subprocess.DEVNULL)  # fmt: skip
     wait_for("the container", lambda: embed(18410) == 200)
     idle = []
     for _ in range(8):
@@ -456,17 +473,17 @@ def check_drain(image: str) -> None:
     for thread in threads:
         thread.start()
     accepted.wait()
-    time.sleep(0.1)  # what was sent has arrived
+    time.sleep(0.1)  # by now the requests have arrived
     began = time.monotonic()
-    run(
-        "docker", "stop", "--time", "15", name, stdout=subprocess.DEVNULL
-    )  # the grace period of docker-compose.prod.yml
+    # The grace period of docker-compose.prod.yml.
+    run("docker", "stop", "--time", "15", name, stdout=subprocess.DEVNULL)
     took = time.monotonic() - began
     for thread in threads:
         thread.join()
     code = output("docker", "inspect", "--format", "{{.State.ExitCode}}", name).strip()
     print(
-        f"exit code {code} after {took:.1f} s; {statuses.count(200)} of {len(threads)} requests answered"
+        f"exit code {code} after {took:.1f} s; {statuses.count(200)} of {len(threads)} requests "
+        "answered"
     )
     assert (code, statuses) == ("0", [200] * len(threads))
     assert took < 10, "longer than Docker waits by default"
@@ -474,13 +491,12 @@ def check_drain(image: str) -> None:
 
 
 def check_recovery(tag: str) -> None:
-    """Kill a Python stub: all inference answers again within 20 s, with nobody's help."""
+    """Kill a Python stub, and check that all requests are answered again within 20 s."""
     port = int(PORTS["HTTP_PORT"])
 
     def works() -> bool:
-        return all(
-            embed(port) == 200 for _ in range(20)
-        )  # while one instance is dead, the other answers its share
+        # While one instance is dead, the other still answers its share.
+        return all(embed(port) == 200 for _ in range(20))
 
     compose(tag, "up", "--detach", "model_api")
     try:
@@ -522,7 +538,7 @@ def wait_for(what: str, condition: Callable[[], bool], seconds: float = 60) -> N
 
 @contextlib.contextmanager
 def background(command: Sequence[object], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process while the block runs; what it logged is shown where the block fails."""
+    """Run a process during the block; print the end of its log if the block fails."""
     with (
         log.open("wb") as file,
         subprocess.Popen([str(part) for part in command], stdout=file, stderr=file) as process,
@@ -544,7 +560,7 @@ def run(
     stderr: int | None = None,
     env: Mapping[str, str] | None = None,
 ) -> None:
-    """env: beside this process's own."""
+    """Run a command and raise if it fails. env: added to this process's environment."""
     words = [str(word) for word in command]
     subprocess.run(
         words,

@@ -1,4 +1,8 @@
-"""mlserver start FOLDER, whose model-settings.json names mlserver_app.Embedding; V2 requests in JSON, photos in base64."""
+"""MLServer's runtime; start it with: mlserver start FOLDER
+
+The folder's model-settings.json names mlserver_app.Embedding. Requests are V2 in JSON, with photos
+in base64.
+"""
 
 import base64
 

@@ -1,10 +1,11 @@
-"""The networks that peers serve: the shipped one in two ways, and two that are in wide use.
+"""The networks that peers serve: the shipped one in two ways, and two in wide use.
 
-MODE, VERSION (the shipped version's folder), THREADS and CLIP_FOLDER come from the environment, as bench.py sets them.
+bench.py sets the environment variables MODE, VERSION (the shipped version's folder), THREADS and
+CLIP_FOLDER.
 
     python network.py LIST FILE.npy
 
-embeds the photos that LIST names, one path a line, with no server, and writes float32 [N, D].
+Embeds the photos that LIST names, one path per line, without a server, and writes float32 [N, D].
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ VERSION, THREADS = Path(os.environ["VERSION"]), int(os.environ["THREADS"])
 
 
 class Eager:
-    """Pillow and torch in fp32, with the layout that is best for CPUs: the shipped network."""
+    """The shipped network on Pillow and torch in fp32, with the memory layout best for CPUs."""
 
     def __init__(self) -> None:
         import torch
@@ -47,7 +48,7 @@ class Eager:
 
     def embed(self, pixels: list[np.ndarray]) -> np.ndarray:
         """uint8 [size, size, 3] each -> float32 [N, D] of unit length."""
-        self.torch.set_num_threads(THREADS)  # of the thread that calls
+        self.torch.set_num_threads(THREADS)  # set per calling thread
         with self.torch.inference_mode():
             return self.torch.nn.functional.normalize(
                 self.forward(self.torch.from_numpy(np.stack(pixels)))
@@ -55,7 +56,7 @@ class Eager:
 
 
 class ResNet50(Eager):
-    """ResNet-50 of random weights at its usual 224 x 224."""
+    """ResNet-50 with random weights at its usual 224 x 224."""
 
     def build(self):
         from transformers import ResNetConfig, ResNetModel
@@ -71,7 +72,10 @@ class ResNet50(Eager):
 
 
 class Clip:
-    """CLIP ViT-B/32 of random weights, kept in CLIP_FOLDER as its hub's folder would be, for servers that load one."""
+    """CLIP ViT-B/32 with random weights.
+
+    CLIP_FOLDER has the layout of a folder from the hub, for servers that load one.
+    """
 
     def __init__(self) -> None:
         import torch
@@ -101,7 +105,10 @@ class Clip:
 
 
 def write_clip(folder: Path) -> None:
-    """Configuration, weights, processor, and a tokenizer that knows letters alone, since a server wants one."""
+    """Write configuration, weights, processor and a tokenizer.
+
+    The tokenizer knows only letters; a server requires one.
+    """
     import torch
     from transformers import (
         CLIPConfig,

@@ -1,7 +1,8 @@
 """Black-box tests of a running server, over HTTP and gRPC.
 
-They test the server at NPAIR_URL (http://) and NPAIR_GRPC_URL (grpc://), or start one through serve.py where these are not set.
-Every photo is drawn here, so the file needs nothing beside it but client.py, serve.py and supervisor/.
+They test the server at NPAIR_URL (http://) and NPAIR_GRPC_URL (grpc://), or start one through
+serve.py if these are not set. All photos are drawn here, so the file needs only client.py, serve.py
+and supervisor/ beside it.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def draw(seed: int, size: tuple[int, int] = (348, 348)) -> Image.Image:
-    """A picture with large coloured shapes, a different one for every seed."""
+    """Draw large coloured shapes, different for each seed."""
     random = np.random.default_rng(seed)
     image = Image.new("RGB", size, tuple(random.integers(0, 256, 3).tolist()))
     pen = ImageDraw.Draw(image)
@@ -100,7 +101,7 @@ def encode(image: Image.Image, image_format: str = "JPEG", **options: object) ->
 
 
 def png(width: int, height: int, bit_depth: int, colour_type: int, rows: Iterator[bytes]) -> bytes:
-    """A PNG file from its unfiltered rows (RFC 2083), for what Pillow does not write."""
+    """A PNG file from its unfiltered rows (RFC 2083), in formats that Pillow does not write."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return (
@@ -132,7 +133,10 @@ def png_16_bit(image: Image.Image) -> bytes:
 def raw_request(
     url: str, path: str, body: bytes | None = None
 ) -> tuple[int, http.client.HTTPMessage, bytes]:
-    """GET, or POST of a body as one raw photo, with the content type that curl --data-binary sends if it is not told another."""
+    """GET, or POST a body as one raw photo, with the default content type of curl --data-binary.
+
+    Returns: status, headers and body.
+    """
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
     headers = {
         "Inference-Header-Content-Length": "0",
@@ -184,7 +188,7 @@ class TestContract:
         np.testing.assert_allclose(vector, vectors[0], atol=1e-5)
 
     def test_raw_photo_of_a_phones_size(self, urls: dict[str, str]) -> None:
-        """Triton's HTTP library copies it to a stack, since its content type is a form's."""
+        """Triton's HTTP library copies it to a stack, because of a form's content type."""
         noise = np.random.default_rng(0).integers(0, 256, (2500, 2500, 3), np.uint8)
         photo = encode(Image.fromarray(noise))
         assert len(photo) > 5_000_000
@@ -236,7 +240,8 @@ class TestContract:
 
 RGB = draw(11)
 GREY = RGB.convert("L")
-# Full colour resolution: JPEG's usual half smears the edges of drawings, and this tests decoding, not compression.
+# Full colour resolution: JPEG's usual half smears the edges of drawings, and this tests decoding,
+# not compression.
 FINE: dict[str, Any] = {"quality": 95, "subsampling": 0}
 HALF = Image.linear_gradient("L").resize(RGB.size)  # transparent above, opaque below
 
@@ -248,7 +253,7 @@ def cut_out() -> Image.Image:
 
 
 def turned(orientation: int, transpose: Image.Transpose) -> bytes:
-    """A JPEG whose stored pixels are turned, and whose EXIF orientation says how to turn them back."""
+    """A JPEG with turned pixels, and the EXIF orientation that turns them back."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return encode(RGB.transpose(transpose), exif=exif, **FINE)
@@ -324,7 +329,7 @@ HOSTILE = {
 
 
 def framed(body: bytes, **fields: object) -> bytes:
-    """What follows the request line and the host."""
+    """The rest of a request after the request line and the host."""
     lines = {"Content-Length": len(body)} | {
         name.replace("_", "-"): value for name, value in fields.items()
     }
@@ -446,14 +451,14 @@ class TestHostile:
 
     @pytest.mark.parametrize("kind", FRAMES)
     def test_malformed_requests_are_refused(self, urls: dict[str, str], kind: str) -> None:
-        """An error or an end of the connection, and then all is as before."""
+        """The server answers an error or closes the connection, and then serves as before."""
         parts = urlsplit(urls["http"])
         with socket.create_connection((parts.hostname, parts.port), timeout=30) as connection:
             connection.sendall(
                 b"POST /v2/models/npair/infer HTTP/1.1\r\nHost: npair\r\n" + FRAMES[kind]
             )
             with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_WR)  # to tell that no more is coming
+                connection.shutdown(socket.SHUT_WR)  # signals the end of the request
             with contextlib.suppress(ConnectionError):
                 answer = connection.recv(100)
                 assert not answer or re.match(rb"HTTP/1.1 [45]", answer)

@@ -1,1 +1,1 @@
-"""What serve.py is made of: it starts Triton, watches it, and stops it in order."""
+"""The parts of serve.py: start Triton, watch it, and stop it in order."""

@@ -26,15 +26,15 @@ from supervisor.procfs import region_prefix, stat
 if TYPE_CHECKING:
     from supervisor.options import Options
 
-if sys.platform != "win32":  # where preflight has to say that it is the wrong platform
+if sys.platform != "win32":  # on Windows, preflight must still run to reject the platform
     import resource
 
 CONTROL_APIS = "model-repository,shared-memory,trace,logging"
-# Of one HTTP request, for releases of Triton with such a limit (2.51 has none): three photos of
-# the largest size, or 64 of 1 MiB.
+# Limit of one HTTP request, for releases of Triton with such a limit (2.51 has none): three photos
+# of the largest size, or 64 of 1 MiB.
 MAX_REQUEST_BYTES = 64 << 20
-# Of each thread of the server. If the content type is application/x-www-form-urlencoded, curl's
-# default, Triton's HTTP library puts two arrays of the body's length on the stack.
+# Stack of each thread of the server. If the content type is application/x-www-form-urlencoded,
+# curl's default, Triton's HTTP library puts two arrays of the body's length on the stack.
 STACK_BYTES = 4 * MAX_REQUEST_BYTES
 # Beyond the usual soft limit of 1,024, connections go unanswered, the golden photo's included.
 OPEN_FILES = 65_536
@@ -102,7 +102,8 @@ def find_triton(scratch: Path) -> Triton:
     package = importlib.util.find_spec("pytriton")
     if package is None or package.origin is None:
         raise ServeError(
-            "no Triton server found: use the image, or install the wheel nvidia-pytriton with: make serve"
+            "no Triton server found: use the image, or install the wheel nvidia-pytriton with: "
+            "make serve"
         )
     return triton_in(Path(package.origin).parent, environment, scratch)
 
@@ -251,7 +252,8 @@ def command(options: Options, triton: Triton, secret: str) -> list[str]:
     missing = sorted(protection.keys() - known)
     if missing:
         raise ServeError(
-            f"{triton.program} does not know {', '.join(missing)}, and would serve without; take a newer release"
+            f"{triton.program} does not know {', '.join(missing)}, and would serve without; "
+            "take a newer release"
         )
     flags = {**server_flags(options, triton), **protection}
     return [

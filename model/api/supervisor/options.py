@@ -25,7 +25,7 @@ def option(variable: str, default: object, text: str, **settings: object) -> Any
 
 @dataclass(frozen=True)
 class Options:
-    """What a server is started with. An empty string stands for an option that is not given."""
+    """The settings of a server. An empty string stands for an option that is not given."""
 
     model_repository: str = option(
         "MODEL_REPOSITORY",
@@ -44,7 +44,8 @@ class Options:
     start_timeout: float | None = option(
         "START_SECONDS",
         None,
-        f"seconds until the server must be ready; default {START_TIMEOUT:.0f}, from an object store {DOWNLOAD_TIMEOUT:.0f}",
+        f"seconds until the server must be ready; default {START_TIMEOUT:.0f}, "
+        f"from an object store {DOWNLOAD_TIMEOUT:.0f}",
         type=float,
     )
     drain: int = option("DRAIN_SECONDS", 7, "seconds to answer accepted requests before stopping")

@@ -1,5 +1,7 @@
-"""What must be true before a server can start. Needs only the standard library, since make runs it
-on a bare machine, whatever its Python."""
+"""Checks before a server starts.
+
+Needs only the standard library, since make runs it on a bare machine, whatever its Python.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ WHEEL_GLIBC = (2, 35)
 
 
 class ServeError(RuntimeError):
-    """Why the server cannot start or had to be ended, in one sentence."""
+    """The server cannot start or had to be ended; the message is one sentence with the reason."""
 
 
 def check_platform() -> None:
@@ -30,7 +32,8 @@ def check_platform() -> None:
         return
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise ServeError(
-            f"the server needs Linux on x86-64, and this is {platform.system()} on {platform.machine()}; run the image instead"
+            f"the server needs Linux on x86-64, and this is {platform.system()} on "
+            f"{platform.machine()}; run the image instead"
         )
     lowest, highest = WHEEL_PYTHONS
     if not lowest <= sys.version_info[:2] <= highest:
@@ -42,7 +45,8 @@ def check_platform() -> None:
     library, version = platform.libc_ver()
     if library != "glibc" or tuple(map(int, version.split(".")[:2])) < WHEEL_GLIBC:
         raise ServeError(
-            f"the server needs glibc {WHEEL_GLIBC[0]}.{WHEEL_GLIBC[1]} or newer, and this is {library or 'another libc'} {version}"
+            f"the server needs glibc {WHEEL_GLIBC[0]}.{WHEEL_GLIBC[1]} or newer, and this is "
+            f"{library or 'another libc'} {version}"
         )
 
 
@@ -51,7 +55,8 @@ def check_repository(options: Options) -> None:
     folder = options.model_folder
     if folder and not (folder / "config.pbtxt").is_file():
         raise ServeError(
-            f"no model repository at {options.model_repository}: it has no {folder.name}/config.pbtxt"
+            f"no model repository at {options.model_repository}: "
+            f"it has no {folder.name}/config.pbtxt"
         )
 
 

@@ -1,4 +1,4 @@
-"""What Linux knows of the server and its Python stubs: /proc, and the memory that they share."""
+"""The processes and shared memory of the server and its Python stubs, from /proc and /dev/shm."""
 
 from __future__ import annotations
 

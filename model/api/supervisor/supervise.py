@@ -149,7 +149,7 @@ class Supervisor:
             self.process.terminate()
 
     def _unload(self) -> bool | None:
-        """Whether everything accepted was answered in time, None if the server does not tell."""
+        """Returns: whether everything accepted was answered in time, None if that is unknown."""
         with contextlib.suppress(RequestError):
             return unload(self.api, self.process.pid, self.secret, self.options.drain)
         return None
@@ -184,12 +184,13 @@ class Supervisor:
         self.relay.run(self.process.stdout, self._hide_secret)
 
     def _hide_secret(self) -> None:
-        """Once the server logs, it has parsed its command line."""
+        """Called once the server logs: by then it has parsed its command line."""
         try:
             hide_secret(self.process.pid)
         except OSError as error:
             log.warning(
-                f"WARNING: users of this machine can read the secret for control APIs in the server's command line: {error}"
+                "WARNING: users of this machine can read the secret for control APIs "
+                f"in the server's command line: {error}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Whether a server should go on, judged by its golden photo, its stubs and what it was told."""
+"""Decide whether a server should go on, by its golden photo, its stubs and control requests."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Watch:
         return None
 
     def judge(self, failure: str) -> Verdict | None:
-        """What a failed golden photo means: why the server must be ended, None to keep watching."""
+        """Judge a failed golden photo: why the server must be ended, or None to keep watching."""
         if not self.ready:
             # Check liveness first: in the other order, a server that finishes loading between the
             # two calls would look as if it had refused the version.
@@ -109,7 +109,7 @@ class Watch:
         )
 
     def _overdue(self) -> Verdict | None:
-        """Triton waits forever if it loses a stub while that loads."""
+        """Give up after start_seconds: Triton waits forever if it loses a stub that is loading."""
         seconds = self.options.start_seconds
         if time.monotonic() - self.began < seconds:
             return None
@@ -123,7 +123,10 @@ class Watch:
         refused = "the version that config.pbtxt pins was refused, for the reasons above"
         folder = self.options.model_folder
         if folder is None:
-            return f"{refused}; npair rollback --offline pins the one that was served before in {self.options.model_repository}"
+            return (
+                f"{refused}; npair rollback --offline pins the one that was served before "
+                f"in {self.options.model_repository}"
+            )
         path = folder / FALLBACK
         try:
             config = path.read_text(encoding="utf-8")
@@ -134,7 +137,8 @@ class Watch:
         except (RequestError, OSError, ValueError, LookupError) as error:
             return f"{refused}, and so was the one that was served before, by {path}: {error}"
         log.warning(
-            f"WARNING: {refused}; version {version}, which was served before, is served instead, until another is promoted"
+            f"WARNING: {refused}; version {version}, which was served before, is served instead, "
+            "until another is promoted"
         )
         return ""
 
