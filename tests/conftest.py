@@ -1,4 +1,4 @@
-"""What several tests need: a drawn data set, a tiny run trained on it, the version published from that, and real servers."""
+"""Shared fixtures: a drawn data set, a tiny training run, a published version, real servers."""
 
 from __future__ import annotations
 
@@ -21,22 +21,21 @@ from npair.releasing.release import promote
 from npair.releasing.repository import open_repository
 from npair.training.train import train
 
-# nohup ignores SIGHUP, and a script's background SIGINT, and processes that tests start would inherit that; not so a handler.
+# A signal that nohup (SIGHUP) or a background job (SIGINT) ignores stays ignored in the processes
+# that the tests start. Children do not inherit a handler, so install one that does nothing.
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
 
 
-# The same examples on every machine; what is new is for tests/fuzz/fuzz.py to find.
+# Run the same examples on every machine; tests/fuzz/fuzz.py searches for new ones.
 hypothesis.settings.register_profile("npair", derandomize=True, deadline=None, database=None)
-
-
 hypothesis.settings.load_profile("npair")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Decoded photos are kept here, in this process and in those that tests start, and not with the user's own."""
+    """Keep decoded photos out of the user's cache, in this process and in its children."""
     folder = tmp_path_factory.mktemp("cache")
     before = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(folder)
@@ -59,7 +58,7 @@ Once = Callable[[str, Callable[[Path], object]], Path]
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """Make a folder by its name: one worker builds it, the others wait and share it. To be read, not changed."""
+    """Build a named folder in one worker and share it with the others, which must not change it."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent / "shared" if "PYTEST_XDIST_WORKER" in os.environ else root / "shared"
     root.mkdir(exist_ok=True)
@@ -85,13 +84,13 @@ def dataset(once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(dataset: Path, once: Once) -> Path:
-    """The run of a network that was trained for two epochs."""
+    """A run of two epochs."""
     return once("tiny", lambda run: train(dataset, run, TINY))
 
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A model's folder without a version."""
+    """A model's folder that has no version yet."""
     folder = tmp_path / "models" / "npair"
     folder.mkdir(parents=True)
     shutil.copy(ROOT / "model_repository/npair/config.pbtxt", folder)
@@ -100,7 +99,7 @@ def repository(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def published(dataset: Path, trained: Path, once: Once) -> Path:
-    """A repository (the model's folder) with version 1; to be read, not changed."""
+    """A model's folder with version 1. Do not change it."""
 
     def build(models: Path) -> None:
         repository = models / "npair"
@@ -113,7 +112,7 @@ def published(dataset: Path, trained: Path, once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def pair(published: Path, trained: Path, once: Once) -> Path:
-    """A model's folder with versions 1 and 2, of which 1 was promoted; to be copied, not changed."""
+    """A model's folder with versions 1 and 2, of which 1 is promoted. Copy it, do not change it."""
 
     def build(folder: Path) -> None:
         shutil.copytree(published, folder)
@@ -147,7 +146,7 @@ def shared(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[rel
 
 @pytest.fixture
 def standing(shared: releases.Standing) -> releases.Standing:
-    """A copy of ``pair``, and a server that serves version 1 of it; for tests that leave both versions sound."""
+    """A copy of ``pair`` and a server of version 1, for tests that leave both versions sound."""
     models, server, _ = shared
     if server.serving() != [1] or not releases.pins(models, 1):
         promote(open_repository(models), 1, [server])

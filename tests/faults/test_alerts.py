@@ -1,6 +1,10 @@
-"""Each alert, caused: Debian's Prometheus reads the real server's metrics with this repository's own configuration and rules.
+"""Cause each alert: Debian's Prometheus scrapes a real server with this repository's configuration.
 
-Only their durations are shortened. Needs Prometheus: apt-get install --no-install-recommends prometheus
+Only the durations in the configuration and the rules are shortened.
+
+    make test-faults
+
+Needs Prometheus: apt-get install --no-install-recommends prometheus
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ def shortened(text: str) -> str:
 
 
 class World(Service):
-    """A server that is started anew when it ends, as a container's is, and Prometheus beside it."""
+    """A server that is restarted when it ends, like a container, and its Prometheus."""
 
     def __enter__(self) -> World:
         self.start()
@@ -92,7 +96,10 @@ class World(Service):
 
     @contextlib.contextmanager
     def sending(self, photos: list[bytes], clients: int = 1, pause: float = 0.0) -> Iterator[None]:
-        """Requests of these photos, from so many clients, until the end of the block; what the server answers does not matter."""
+        """Request these photos from this many clients until the block ends; ignore errors.
+
+        pause: seconds between two requests of a client.
+        """
         done = threading.Event()
 
         def client() -> None:
@@ -114,7 +121,7 @@ class World(Service):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """The shipped network with the present code, which fails on one photo."""
+    """Serve the shipped network with the current code, made to fail on one photo."""
     if not shutil.which("prometheus"):
         pytest.fail("Prometheus is missing: apt-get install --no-install-recommends prometheus")
     folder = tmp_path_factory.mktemp("alerts")
@@ -123,14 +130,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def changed(world: World) -> None:
-    """A day after the traffic of the test above."""
+    """Send empty photos a (shortened) day after the traffic of the test that causes no alert."""
     empty = encode(Image.new("RGB", (300, 300), "white"), "JPEG")
     with world.sending([empty] * 8):
         world.fires("NpairPhotosChanged", 40)
 
 
 def refused(world: World) -> None:
-    """Few requests, of many bad photos."""
+    """Send many bad photos in few requests."""
     with world.sending(PHOTOS, pause=0.05), world.sending([b"no photo"] * 64, pause=0.5):
         world.fires("NpairPhotosRefused", 40)
         assert "NpairRequestsFail" not in world.firing()
@@ -158,7 +165,7 @@ def killed(world: World) -> None:
         os.kill(world.stubs[0], 9)
         until(
             lambda: world.codes[ended:] == [1],
-            "the server goes on without its stub",
+            "the server keeps running without its stub",
             world.log.read_text,
         )
         until(world.ready, "the server did not start", world.log.read_text)
@@ -170,7 +177,7 @@ def killed(world: World) -> None:
 
 
 def unserved(world: World) -> None:
-    """What is loaded would be served on without its folder; the server that starts after it has nothing to load."""
+    """Delete the version, then kill the server, which would keep serving it from memory."""
     shutil.rmtree(Path(world.environment["MODEL_REPOSITORY"]) / "npair" / SHIPPED.name)
     os.kill(world.server, 9)
     world.fires("NpairDown", 40)
@@ -188,7 +195,7 @@ CAUSES: dict[str, Callable[[World], None]] = {
 
 
 def test_silent_while_all_is_well(world: World) -> None:
-    """For as long as the longest window and offset need."""
+    """Watch for as long as the longest window and offset."""
     with world.sending(PHOTOS, pause=0.05):
         for _ in range(35):
             time.sleep(1)
@@ -197,7 +204,7 @@ def test_silent_while_all_is_well(world: World) -> None:
 
 @pytest.mark.parametrize("alert", CAUSES)
 def test_fires_when_caused_and_not_before(world: World, alert: str) -> None:
-    """One after another, since the server is the same; the order is that of the damage."""
+    """Use the shared server for one alert after another, in order of the damage that they need."""
     assert alert not in world.firing()
     CAUSES[alert](world)
 

@@ -1,11 +1,13 @@
-"""Two servers behind HAProxy, restarted in turn or promoted together, under load: no call fails, and none mixes versions.
+"""Restart or promote two servers behind HAProxy under load: no call fails or mixes versions.
 
     make test-faults
     CHANGES=20 CHANGES_TABLE=FILE .venv/bin/python -m pytest tests/faults/test_balancer.py
 
-Needs Debian's haproxy. It balances TCP connections, as a Kubernetes Service does: a connection stays with its server, and a
-server that fails its health check gets no new ones. CHANGES is how many rolling restarts and how many promotions there are (2);
-CHANGES_TABLE is a file into which the table of results is written, as docs/releasing.md has it.
+Needs Debian's haproxy. Like a Kubernetes Service, it balances TCP connections: a connection stays
+with its server, and a server that fails its health check gets no new ones.
+
+CHANGES: number of rolling restarts, and of promotions (2).
+CHANGES_TABLE: file to write the results to, as the table in docs/releasing.md.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ CHANGES = int(os.environ.get("CHANGES", "2"))
 SECRET = "a-secret"
 OLDER, NEWER = int(SHIPPED.name), int(SHIPPED.name) + 1
 PHOTOS = [encode(draw(product, 0, 64), "JPEG") for product in range(24)]
-BATCH = 4  # so that a call of all photos takes six requests, on several connections at once
+BATCH = 4  # a call of all photos then takes six requests, on several connections at once
 NEGATIVE = """
 
 positive = unit
@@ -70,7 +72,7 @@ frontend stats
 
 @dataclass
 class Replica:
-    """serve.py, which is restarted on the same ports."""
+    """A server that can be restarted on the same ports."""
 
     models: Path
     ports: dict[str, str] = field(default_factory=free_ports)
@@ -91,7 +93,10 @@ class Replica:
 
 @dataclass
 class Fleet:
-    """Two replicas of one repository, and the balancer before them. urls: the balancer's, by protocol."""
+    """Two replicas of one repository behind a balancer.
+
+    urls: the balancer's, by protocol. stats: the port of its statistics page.
+    """
 
     repository: Path
     replicas: list[Replica]
@@ -100,7 +105,7 @@ class Fleet:
     versions: Iterator[int] = field(default_factory=lambda: itertools.cycle([NEWER, OLDER]))
 
     def balanced(self) -> bool:
-        """Whether all replicas get new connections, of both protocols."""
+        """Return whether all replicas get new connections over both protocols."""
         with socket.create_connection(("127.0.0.1", int(self.stats))) as connection:
             connection.sendall(b"GET /haproxy?stats;csv HTTP/1.0\r\n\r\n")
             page = b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
@@ -109,10 +114,10 @@ class Fleet:
         )
 
     def restart(self) -> None:
-        """Restart one replica after the other, each once the one before gets connections again."""
+        """Restart the replicas in turn; wait until each gets connections again."""
         promote(open_repository(self.repository), next(self.versions), [])
         for replica in self.replicas:
-            assert replica.stop() == 0, "what was accepted was not answered"
+            assert replica.stop() == 0, "accepted requests were not answered"
             replica.start()
             eventually(self.balanced)
 
@@ -122,7 +127,10 @@ class Fleet:
 
 
 def two_versions(folder: Path) -> Path:
-    """The shipped network with the present code, and one whose embeddings are the negatives of its. Returns: the model's folder."""
+    """Write the shipped network with the current code, and a version that negates its embeddings.
+
+    Returns: the model's folder.
+    """
     model = prepared(folder, "") / "npair"
     newer = Path(shutil.copytree(model / str(OLDER), model / str(NEWER)))
     with (newer / "embedder.py").open("a") as code:
@@ -148,7 +156,10 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     for name in ("HTTP_PORT", "GRPC_PORT"):
         configuration += f"\nlisten {name}\n  bind 127.0.0.1:{ports[name]}\n"
         for number, replica in enumerate(replicas):
-            configuration += f"  server {number} 127.0.0.1:{replica.ports[name]} port {replica.ports['HTTP_PORT']}\n"
+            configuration += (
+                f"  server {number} 127.0.0.1:{replica.ports[name]} "
+                f"port {replica.ports['HTTP_PORT']}\n"
+            )
     (folder / "haproxy.cfg").write_text(configuration)
     urls = {
         "http": f"http://127.0.0.1:{ports['HTTP_PORT']}",
@@ -170,11 +181,12 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 @dataclass
 class Traffic:
-    """Calls of one photo and of all, each over both protocols, through clients as they are by default.
+    """Calls of one photo and of all photos over both protocols, by clients with default retries.
 
-    They pause a little, so that servers find time to start.
+    The clients pause between calls, so that the servers get CPU time to start.
 
-    answered: how many of each kind, and right. failed: how many were not. problems: what went wrong, and when.
+    answered, failed: number of correct and of other calls of each kind. problems: the failures and
+    their times.
     """
 
     urls: dict[str, str]
@@ -229,7 +241,7 @@ def expected(fleet: Fleet) -> dict[str, Vectors]:
 
 @pytest.fixture(scope="module")
 def rows() -> Iterator[list[str]]:
-    """Of the table."""
+    """The rows of the table of results."""
     rows = [
         "| change | times | call | answered | failed or mixed |",
         "| --- | ---: | --- | ---: | ---: |",
@@ -263,4 +275,4 @@ def test_no_call_fails(
         for kind in sorted(traffic.answered | traffic.failed)
     ]
     assert not traffic.problems, "\n".join(traffic.problems)
-    assert len(traffic.answered) == len(traffic.threads), "every kind of call was answered"
+    assert len(traffic.answered) == len(traffic.threads), "a kind of call was never answered"

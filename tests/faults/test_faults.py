@@ -1,9 +1,11 @@
-"""Faults, caused for real on a real server under load: what clients see, how long until all is well, and what was lost.
+"""Cause faults on a real server under load; measure errors, lost requests and recovery time.
 
     make test-faults
 
-Needs root (mount namespaces, a memory control group) and Debian's faketime. FAULTS_SECONDS is how long the load goes on before and
-after each fault (3); FAULTS_TABLE is a file into which the table of results is written, as docs/reliability.md has it.
+Needs root (mount namespaces, a memory control group) and Debian's faketime.
+
+FAULTS_SECONDS: how long to keep up the load before and after each fault (3).
+FAULTS_TABLE: file to write the results to, as the table in docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -38,17 +40,15 @@ from npair.client import (
 from npair.publishing.drawings import draw, encode
 
 SECONDS = float(os.environ.get("FAULTS_SECONDS", "3"))
-TIMEOUT = (
-    20.0  # seconds after which a client takes silence for an answer; no request may come to that
-)
-REFUSED = "has no available versions"  # what Triton says to whom it did not accept
+TIMEOUT = 20.0  # seconds that a client waits for an answer; no request may reach this limit
+REFUSED = "has no available versions"  # Triton's answer to a request that it did not accept
 PHOTOS = [encode(draw(product, 0, 200), "JPEG") for product in range(16)]
-LARGE = encode(draw(0, 0, 6000), "PNG")  # 36 megapixels, which take 108 MB decoded
+LARGE = encode(draw(0, 0, 6000), "PNG")  # 36 megapixels, 108 MB when decoded
 
 
 @dataclass(frozen=True)
 class Answer:
-    """When a request was sent and answered, in seconds of the monotonic clock; error: of an answer that is none."""
+    """When a request was sent and ended, in seconds of the monotonic clock, and its error."""
 
     sent: float
     ended: float
@@ -56,8 +56,10 @@ class Answer:
 
 
 class Traffic:
-    """Clients that ask without pause or retries, for one photo or for eight, over both protocols. Every vector is compared
-    with what the server answered before."""
+    """Clients that request one or eight photos over both protocols, without pause or retries.
+
+    Every vector is compared with the server's earlier answer for the same photo.
+    """
 
     def __init__(self, urls: dict[str, str]) -> None:
         self.answers: list[Answer] = []
@@ -97,16 +99,20 @@ class Traffic:
                     time.sleep(0.05)
 
     def well(self) -> bool:
-        """Whether every client was answered in the last second, and none with an error."""
+        """Return whether there was an answer per client in the last second, and no error."""
         last = [answer for answer in self.answers if answer.ended > time.monotonic() - 1]
         return len(last) >= len(self.threads) and not any(answer.error for answer in last)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of the requests that ended after the fault: all of them; of those that failed, what had been sent before it, what came later,
-    and what was not answered at all. back: seconds until the last of them. unhealthy, healthy: seconds until serve.py --health was
-    asked and told that something is wrong, and that all is well again."""
+    """The effect of a fault on the requests that ended after it.
+
+    asked: number of requests. lost: failed requests that were sent before the fault. refused:
+    failed requests that were sent later or not accepted. silent: requests without an answer. back:
+    seconds from the fault to the last failure. unhealthy, healthy: seconds from the fault until
+    serve.py --health reported it, and until it reported the recovery.
+    """
 
     asked: int
     lost: int
@@ -124,11 +130,15 @@ class Outcome:
             if self.unhealthy is None
             else f"false after {self.unhealthy:.1f} s, true after {self.healthy:.1f} s"
         )
-        return f"| {fault} | {seen} | {back} | {health} | {self.asked:,} | {self.lost} | {self.refused:,} | {self.silent} |"
+        return (
+            f"| {fault} | {seen} | {back} | {health} "
+            f"| {self.asked:,} | {self.lost} | {self.refused:,} | {self.silent} |"
+        )
 
 
 HEAD = (
-    "| fault | what clients see | all well again after | health probe | asked | lost | refused | silent |",
+    "| fault | what clients see | all well again after | health probe "
+    "| asked | lost | refused | silent |",
     "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
 )
 
@@ -146,16 +156,19 @@ def table(pytestconfig: pytest.Config) -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """For all faults that need no surroundings of their own."""
+    """The server for all faults that need no environment of their own."""
     with Service(tmp_path_factory.mktemp("service")) as running:
         yield running
 
 
 def cause(service: Service, fault: Callable[[], object], *, code: int | None = None) -> Outcome:
-    """The fault, under load. code: which serve.py ends with by it, where it does."""
-    told: list[tuple[float, bool]] = []  # by the probe, and when
+    """Cause a fault under load and wait for the recovery.
+
+    code: exit code of serve.py, or None if it keeps running.
+    """
+    told: list[tuple[float, bool]] = []  # time and result of each probe
     with Traffic(service.urls) as traffic:
-        until(traffic.well, "clients are not answered", service.log.read_text)
+        until(traffic.well, "clients get no answers", service.log.read_text)
         time.sleep(SECONDS)
         at, ended, watching = time.monotonic(), len(service.codes), threading.Event()
 
@@ -170,15 +183,15 @@ def cause(service: Service, fault: Callable[[], object], *, code: int | None = N
             if code is not None:
                 until(
                     lambda: service.codes[ended:] == [code],
-                    "serve.py goes on",
+                    "serve.py keeps running",
                     service.log.read_text,
                 )
             time.sleep(SECONDS)
-            until(traffic.well, "all was not well again", service.log.read_text)
+            until(traffic.well, "clients did not recover", service.log.read_text)
             settled = time.monotonic() - at
             until(
                 lambda: bool(told) and told[-1][0] > settled and told[-1][1],
-                "the probe does not see that all is well again",
+                "the probe does not report the recovery",
             )
         finally:
             watching.set()
@@ -197,7 +210,7 @@ def outcome(answers: Sequence[Answer], at: float) -> Outcome:
     after = [answer for answer in answers if answer.ended >= at]
     failed = [answer for answer in after if answer.error]
     assert not [answer for answer in answers if answer.error and answer.ended < at], (
-        "nothing failed before"
+        "requests failed before the fault"
     )
     assert not [answer for answer in answers if answer.error == "wrong vectors"]
     silent = [answer for answer in failed if answer.error.startswith(RequestTimeoutError.__name__)]
@@ -226,14 +239,14 @@ def stop(pids: Sequence[int]) -> None:
 
 
 class TestKilled:
-    """Requests inside a process that is killed are lost, and their clients are told: nobody waits in vain."""
+    """Killing a process loses the requests inside it; their clients get errors at once."""
 
     def test_stub(self, service: Service, table: list[str]) -> None:
         result = cause(service, lambda: kill(service.stubs[0]), code=1)
         table.append(
             result.row(
                 "a Python stub is killed (-9)",
-                "errors of requests inside it; then the server is begun anew",
+                "errors of requests inside it; then the server is restarted",
             )
         )
         assert result.errors
@@ -246,7 +259,7 @@ class TestKilled:
         assert not result.silent
 
     def test_supervisor(self, service: Service, table: list[str]) -> None:
-        """Its server dies with it, or would hold the ports."""
+        """Triton has to end with serve.py: otherwise it would keep the ports."""
         result = cause(service, lambda: kill(service.process.pid), code=-signal.SIGKILL)
         table.append(result.row("serve.py is killed (-9)", "connections break off"))
         assert result.errors
@@ -281,7 +294,7 @@ def test_one_stub_hangs(tmp_path: Path, table: list[str]) -> None:
     table.append(
         result.row(
             "one stub hangs",
-            "no answer to requests inside it for 10 s, then errors; the server is begun anew",
+            "no answer to requests inside it for 10 s, then errors; the server is restarted",
         )
     )
     assert result.errors
@@ -290,7 +303,7 @@ def test_one_stub_hangs(tmp_path: Path, table: list[str]) -> None:
 
 @contextmanager
 def memory_group(pid: int, room: int) -> Iterator[None]:
-    """The process and its descendants in a control group that has this many bytes beyond what they have."""
+    """Move a process and its descendants to a control group that may allocate this many bytes."""
     root = Path("/sys/fs/cgroup")
     version_1 = (root / "memory").is_dir()
     group = root / (f"memory/npair-{pid}" if version_1 else f"npair-{pid}")
@@ -299,9 +312,8 @@ def memory_group(pid: int, room: int) -> Iterator[None]:
     try:
         for process in [pid, *descendants(pid)]:
             (group / "cgroup.procs").write_text(str(process))
-        limit.write_text(
-            str(room)
-        )  # what they have already stays with the group in which it was touched first
+        # Memory stays charged to the group that first touched it, so only new memory counts.
+        limit.write_text(str(room))
         yield
         limit.write_text("-1" if version_1 else "max")
         for member in (group / "cgroup.procs").read_text().split():
@@ -310,14 +322,14 @@ def memory_group(pid: int, room: int) -> Iterator[None]:
     finally:
         until(
             lambda: not (group / "cgroup.procs").read_text(),
-            "processes are left in the memory group",
+            "the memory group still has processes",
         )
         group.rmdir()
 
 
 class TestMemory:
     def test_no_room(self, tmp_path: Path, table: list[str]) -> None:
-        """Of a container with too small a limit: the kernel kills what takes it."""
+        """Exceed a container's memory limit: the kernel kills the process that does."""
         with Service(tmp_path) as service:
             group = ExitStack()
 
@@ -337,7 +349,7 @@ class TestMemory:
 
 
 def with_mounts(mounts: str) -> list[str]:
-    """A command that runs another after these, which others do not see."""
+    """Return a command prefix that mounts in a private namespace, then runs the command."""
     return [
         "unshare",
         "--mount",
@@ -355,7 +367,7 @@ class TestDisk:
     def test_full(
         self, tmp_path_factory: pytest.TempPathFactory, table: list[str], folder: str
     ) -> None:
-        # A checkout that lies below the folder stays where it is.
+        # Keep the checkout visible if it lies below the folder.
         small = with_mounts(
             f"mount --bind {ROOT} /mnt && mount -t tmpfs -o size=64m,mode=1777 tmpfs {folder} "
             f"&& mkdir -p {ROOT} && mount --move /mnt {ROOT}"
@@ -385,7 +397,7 @@ class TestDisk:
 
 
 class TestClients:
-    """Others notice nothing."""
+    """Misbehaving clients do not affect the others."""
 
     def connections(self, service: Service, send: bytes, number: int) -> list[socket.socket]:
         made = []
@@ -418,7 +430,9 @@ class TestClients:
         result = cause(service, fault)
         slow = held[-1]
         slow.sendall(photo[len(photo) // 2 :])
-        assert slow.recv(100).startswith(b"HTTP/1.1 200"), "it waits for slow clients"
+        assert slow.recv(100).startswith(b"HTTP/1.1 200"), (
+            "the server does not wait for slow clients"
+        )
         for connection in held:
             connection.close()
         table.append(result.row("400 clients that send half a request and wait", "nothing"))
@@ -439,7 +453,7 @@ class TestClients:
         assert not result.errors
         until(
             lambda: sockets(service.server) < 50,
-            "the server keeps the connections of clients that are gone",
+            "the server keeps connections of vanished clients",
         )
 
 
@@ -448,7 +462,7 @@ def sockets(pid: int) -> int:
 
 
 def test_flood(service: Service, table: list[str]) -> None:
-    """Three times as many clients as may wait, beyond which requests are refused at once."""
+    """Send three times as many requests as the queue holds: the excess is refused at once."""
     answers: list[Answer] = []
     stopping = threading.Event()
 
@@ -477,7 +491,10 @@ def test_flood(service: Service, table: list[str]) -> None:
         median(answer.ended - answer.sent for answer in some)
         for some in (refused, [a for a in answers if not a.error])
     ]
-    seen = f"{waited[0] * 1e3:.0f} ms until a refusal and {waited[1] * 1e3:.0f} ms until an answer, medians"
+    seen = (
+        f"{waited[0] * 1e3:.0f} ms until a refusal and {waited[1] * 1e3:.0f} ms until an answer, "
+        "medians"
+    )
     table.append(
         Outcome(len(answers), 0, len(refused), 0, 0, Counter()).row("400 clients at once", seen)
     )
@@ -490,15 +507,18 @@ def test_flood(service: Service, table: list[str]) -> None:
 
 
 def test_stop(tmp_path: Path, table: list[str]) -> None:
-    """SIGTERM under load: what was accepted is answered, and who comes later finds nobody."""
+    """SIGTERM under load: accepted requests are answered, later connections are refused."""
     with Service(tmp_path) as service, Traffic(service.urls) as traffic:
-        until(traffic.well, "clients are not answered")
+        until(traffic.well, "clients get no answers")
         time.sleep(SECONDS)
         at = time.monotonic()
         service.stop()
         took = time.monotonic() - at
     result = outcome(traffic.answers, at)
-    seen = f"ended after {took:.1f} s with exit code {service.codes[-1]}; whoever comes later finds nobody"
+    seen = (
+        f"ended after {took:.1f} s with exit code {service.codes[-1]}; "
+        "later connections are refused"
+    )
     table.append(result.row("SIGTERM", seen))
     assert service.codes == [0], service.log.read_text() + str(result)
     assert not result.lost
@@ -507,7 +527,7 @@ def test_stop(tmp_path: Path, table: list[str]) -> None:
 
 @pytest.mark.parametrize("jump", ["+1d", "-1d"])
 def test_clock_jumps(tmp_path: Path, table: list[str], jump: str) -> None:
-    """The wall clock of the server and its stubs, by faketime; the monotonic one never jumps."""
+    """Let faketime move the wall clock of the server and its stubs, but not the monotonic clock."""
     library = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
     assert library, "apt-get install faketime"
     clock = tmp_path / "clock"
@@ -523,7 +543,7 @@ def test_clock_jumps(tmp_path: Path, table: list[str], jump: str) -> None:
     ) as service:
         result = cause(service, lambda: clock.write_text(jump))
         port = int(service.ports["HTTP_PORT"])
-    # serve.py does not come to that: faketime takes an absolute time that has passed for a bad one.
+    # Clean up here, since serve.py cannot: faketime rejects absolute times in the past.
     until(lambda: not procfs.server_at(port), "the server outlives serve.py")
     procfs.remove_remains(port)
     table.append(result.row(f"the clock jumps by {jump}", "nothing"))

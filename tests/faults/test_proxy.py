@@ -1,4 +1,7 @@
-"""docs/proxy/npair.conf, by Debian's nginx, before a real server: what passes, and what does not. `make test-faults` runs it."""
+"""Run docs/proxy/npair.conf in Debian's nginx before a real server; test what it lets through.
+
+make test-faults
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,11 @@ ROUTES = re.findall(r"^\| `(GET|POST) (\S+)` \| \w+ \| (.*?) \|$", PAGE, re.MULT
 
 
 class Proxy(NamedTuple):
-    """port: nginx's. urls: of the proxy and, behind it, of the server itself, by protocol. ca: what to trust. log: of requests."""
+    """A running nginx.
+
+    port: where it listens. urls, direct: URLs of the proxy and of the server behind it, by
+    protocol. ca: the certificate to trust. log: the access log.
+    """
 
     port: int
     urls: dict[str, str]
@@ -59,7 +66,7 @@ class Proxy(NamedTuple):
         return NpairClient(self.urls[protocol], ca=self.ca, api_key=api_key, **options)
 
     def triton(self) -> Any:
-        """Triton's own client over gRPC."""
+        """Return Triton's own gRPC client."""
         address = self.urls["grpc"].removeprefix("grpcs://")
         return tritonclient.grpc.InferenceServerClient(address, ssl=True, root_certificates=self.ca)
 
@@ -73,7 +80,7 @@ class Proxy(NamedTuple):
     def ask(
         self, method: str, path: str, key: str | None = KEY, **headers: str
     ) -> tuple[int, bytes]:
-        """The path goes out as it is given. Returns: status and body."""
+        """Send a request without normalising its path; return the status and the body."""
         return self.send(method, path, b"{}" if method == "POST" else None, key, **headers)
 
     def post(self, path: str, body: bytes, **headers: str) -> tuple[int, bytes]:
@@ -117,8 +124,10 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
             configuration = configuration.replace(documented, here)
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         (folder / "nginx.conf").write_text(
-            f"daemon off; user {getpass.getuser()}; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
-            f"http {{ {' '.join(f'{kind}_temp_path {folder}/{kind};' for kind in kinds)}\n{configuration}}}\n"
+            f"daemon off; user {getpass.getuser()}; pid {folder}/pid; "
+            f"error_log {folder}/error.log; events {{}}\n"
+            f"http {{ {' '.join(f'{kind}_temp_path {folder}/{kind};' for kind in kinds)}\n"
+            f"{configuration}}}\n"
         )
         process = subprocess.Popen(
             [nginx, "-p", folder, "-c", folder / "nginx.conf"], stderr=subprocess.PIPE, text=True
@@ -146,13 +155,13 @@ def wait_for(process: subprocess.Popen[str], proxy: Proxy) -> None:
 
 @pytest.fixture(autouse=True)
 def rested() -> None:
-    """What a test has used of the rate comes back, at 20 requests a second."""
+    """Wait for the rate limit, 20 requests a second, to recover from the test before."""
     time.sleep(0.5)
 
 
 @pytest.fixture
 def exhausted() -> Iterator[None]:
-    """For tests that use all of it: the burst of 40, too, has to come back."""
+    """Wait longer after a test that used up the burst of 40 requests as well."""
     yield
     time.sleep(2.5)
 
@@ -243,7 +252,7 @@ def test_control_and_unknown_paths_are_not_there(proxy: Proxy, path: str) -> Non
     for method in ("GET", "POST"):
         assert proxy.ask(method, path, **{CONTROL_HEADER: SECRET})[0] == 404
     with NpairClient(proxy.direct["http"]) as client:
-        assert client.ready(), "it is still loaded"
+        assert client.ready(), "the model was unloaded"
 
 
 def test_control_over_grpc_is_not_there(proxy: Proxy) -> None:
@@ -258,9 +267,8 @@ def test_control_over_grpc_is_not_there(proxy: Proxy) -> None:
 
 @pytest.mark.parametrize(("method", "path", "through"), ROUTES)
 def test_what_the_page_says_is_there(proxy: Proxy, method: str, path: str, through: str) -> None:
-    assert (
-        proxy.ask(method, path)[0] in {"with a key": (200, 500), "not there": (404,)}[through]
-    )  # 500: infer, without a photo
+    statuses = {"with a key": (200, 500), "not there": (404,)}  # 500: infer without a photo
+    assert proxy.ask(method, path)[0] in statuses[through]
 
 
 def test_methods_that_nobody_needs(proxy: Proxy) -> None:
@@ -279,25 +287,34 @@ def test_too_large_a_body(proxy: Proxy, protocol: str) -> None:
 
 
 def test_too_large_a_body_in_chunks(proxy: Proxy) -> None:
-    """Whose length no header tells."""
+    """The limit holds for a body whose length no header announces."""
     with proxy.connect() as connection:
-        head = f"POST {METADATA}/infer HTTP/1.1\r\nHost: npair\r\nAuthorization: Bearer {KEY}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        head = (
+            f"POST {METADATA}/infer HTTP/1.1\r\nHost: npair\r\nAuthorization: Bearer {KEY}\r\n"
+            "Transfer-Encoding: chunked\r\n\r\n"
+        )
         connection.sendall(head.encode())
-        with suppress(OSError):  # it may hang up while this is sent
+        with suppress(OSError):  # nginx may close the connection meanwhile
             for _ in range(70):
                 connection.sendall(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
 def test_compressed_bodies_and_many_chunks(proxy: Proxy) -> None:
-    """What ends Triton 2.51, or takes its memory for good, does not get that far: chunks arrive as one body."""
+    """nginx keeps from Triton what crashes version 2.51 or makes it leak memory.
+
+    It refuses compressed bodies and joins chunks into one body.
+    """
     headers = {"Content-Encoding": "gzip"}
     assert proxy.ask("POST", f"{METADATA}/infer", **headers) == (
         415,
         b'{"error": "send the request without Content-Encoding"}',
     )
     with proxy.connect() as connection:
-        head = f"POST {METADATA}/infer HTTP/1.1\r\nHost: npair\r\nAuthorization: Bearer {KEY}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        head = (
+            f"POST {METADATA}/infer HTTP/1.1\r\nHost: npair\r\nAuthorization: Bearer {KEY}\r\n"
+            "Transfer-Encoding: chunked\r\n\r\n"
+        )
         connection.sendall(head.encode() + b"1\r\n[\r\n" * 100_000 + b"0\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 500 "), "not JSON"
     with proxy.client("http") as client:
@@ -306,14 +323,14 @@ def test_compressed_bodies_and_many_chunks(proxy: Proxy) -> None:
 
 @pytest.mark.parametrize("size", [5_000_000, 20_000_000, MAX_REQUEST_BYTES - 1])
 def test_forms_are_not_parsed(proxy: Proxy, size: int) -> None:
-    """Triton would make objects of each pair, which take many times the body, and copy all of it to a thread's stack."""
+    """Triton would turn each pair into objects many times its size and copy the body to a stack."""
     triton = server_at(int(proxy.direct["http"].rpartition(":")[2]))
     status, peak = Path(f"/proc/{triton}/status"), Path(f"/proc/{triton}/clear_refs")
 
     def megabytes(of: str) -> float:
         return int(re.findall(rf"{of}:\s+(\d+)", status.read_text())[0]) / 1000
 
-    peak.write_text("5")  # the peak is now what is resident
+    peak.write_text("5")  # reset the peak to the resident memory
     before = megabytes("VmRSS")
     body = (b"a=b&" * (size // 4 + 1))[:size]
     headers = {
@@ -331,7 +348,11 @@ def test_forms_are_not_parsed(proxy: Proxy, size: int) -> None:
     ["multipart", "application/x-www-form-urlencoded", "application/json", "image/jpeg", ""],
 )
 def test_a_photo_of_any_content_type(proxy: Proxy, content_type: str) -> None:
-    """Triton answers "multipart" with a length of 0 and a body, which the next answer on that connection would begin with."""
+    """Each content type gets a whole answer.
+
+    Triton answers "multipart" with a Content-Length of 0 and a body, which would become the start
+    of the next answer on the same connection.
+    """
     photo = PHOTOS[0].read_bytes()
     for _ in range(3):
         headers = {"Content-Type": content_type, "Inference-Header-Content-Length": "0"}
@@ -365,7 +386,7 @@ def test_compressed_grpc(proxy: Proxy) -> None:
 
 
 def test_compression_behind_another_header(proxy: Proxy, tmp_path: Path) -> None:
-    """nginx 1.22 knows the first of two headers, and gRPC the last one."""
+    """Of two equal headers, nginx 1.22 reads the first and gRPC the last."""
     message, content = tmp_path / "message", gzip.compress(b"")
     message.write_bytes(struct.pack(">BI", 1, len(content)) + content)
     headers = [
@@ -390,12 +411,15 @@ def test_compression_behind_another_header(proxy: Proxy, tmp_path: Path) -> None
     assert (
         b"grpc-status: 13"
         in subprocess.run([*command, url], capture_output=True, check=True).stdout
-    ), "it cannot be parsed"
+    ), "the compressed message was parsed"
 
 
 def flood(proxy: Proxy, requests: int) -> list[int]:
-    """Sends requests of one caller in one piece; the statuses of the answers."""
-    last = f"GET {METADATA} HTTP/1.1\r\nHost: npair\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n\r\n"
+    """Send requests of one caller at once; return the statuses of the answers."""
+    last = (
+        f"GET {METADATA} HTTP/1.1\r\nHost: npair\r\nAuthorization: Bearer {KEY}\r\n"
+        "Connection: close\r\n\r\n"
+    )
     with proxy.connect() as connection:
         connection.sendall(
             (last.replace("Connection: close\r\n", "") * (requests - 1) + last).encode()
@@ -411,7 +435,9 @@ def test_rate_of_one_caller_is_limited_and_others_are_served(proxy: Proxy) -> No
     assert proxy.ask("GET", METADATA, OTHER_KEY)[0] == 200
     for protocol in proxy.urls:
         with proxy.client(protocol) as client:
-            assert client.embed(PHOTOS).vectors.shape == (2, 128), "it tries again until it may"
+            assert client.embed(PHOTOS).vectors.shape == (2, 128), (
+                "the client does not retry until it is let through"
+            )
 
 
 @both
@@ -437,7 +463,7 @@ def test_a_client_that_may_not_wait_is_told(proxy: Proxy, protocol: str) -> None
 
 
 def test_slow_callers_are_cut_off_and_others_are_served(proxy: Proxy) -> None:
-    """One that only connects, one that stops within the header, one within the body; none is waited for by the others."""
+    """Callers that stall after connecting, in the header or in the body do not delay the others."""
     head = f"POST {METADATA}/infer HTTP/1.1\r\nHost: npair\r\nAuthorization: Bearer {KEY}\r\n"
     with (
         socket.create_connection(("127.0.0.1", proxy.port), timeout=60) as silent,
@@ -452,12 +478,12 @@ def test_slow_callers_are_cut_off_and_others_are_served(proxy: Proxy) -> None:
             assert client.embed(PHOTOS).vectors.shape == (2, 128)
         for connection in slow:
             with suppress(ConnectionResetError):
-                connection.recv(100)  # a time-out of 60 s fails the test
+                connection.recv(100)  # times out after 60 s, which fails the test
         assert time.monotonic() - began < 30
 
 
 def test_a_server_that_is_down_is_unavailable(proxy: Proxy) -> None:
-    """On the proxy's side that is a port where nobody listens."""
+    """Simulate it by pointing the proxy at ports where nothing listens."""
     configuration = proxy.log.with_name("nginx.conf")
     text = configuration.read_text()
     nobody = free_ports()

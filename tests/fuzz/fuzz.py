@@ -1,12 +1,13 @@
-"""Fuzzing: hostile photos for decode, and hostile requests for a real server over HTTP and gRPC. Not part of make test.
+"""Fuzz the decoder with hostile photos, and a real server with hostile HTTP and gRPC requests.
 
     PYTHONPATH=src:model/api .venv/bin/python tests/fuzz/fuzz.py --runs 100000
     PYTHONPATH=src:model/api .venv/bin/python tests/fuzz/fuzz.py http --runs 100000 --seed 1
 
-The target metrics is the HTTP server on the metrics port, which has the same library behind it.
+The target "metrics" is the metrics port, whose HTTP server uses the same library as the HTTP port.
 
-Request number n is a function of the seed and n alone. A failure names the numbers, leaves the bytes in a file and prints the
-command that sends them again. Photos for decode come from libFuzzer, see fuzz_decode.py.
+Request n depends only on the seed and n. A failure reports the request's number, saves its bytes to
+a file and prints the command that sends it again. Photos for the decoder come from libFuzzer, see
+fuzz_decode.py. `make test` does not run this script.
 """
 
 from __future__ import annotations
@@ -36,34 +37,41 @@ import grpc
 import numpy as np
 from PIL import Image
 from supervisor import procfs
-from support import profiles
-from support.jpegs import ARITHMETIC, lossless, many_scans
-from support.models import ROOT, SHIPPED
-from support.servers import free_ports, lines_until_ready, start
 from tritonclient.grpc import service_pb2
 
 from npair.client import NpairClient, NpairError
 from npair.publishing.drawings import draw, encode
 from npair.serving.manifest import Manifest
 
+sys.path.append(str(Path(__file__).parents[1]))  # for support
+from support import profiles
+from support.jpegs import ARITHMETIC, lossless, many_scans
+from support.models import ROOT, SHIPPED
+from support.servers import free_ports, lines_until_ready, start
+
 BLOCK = 200  # requests between two checks of the server
 AT_ONCE = 8
-SECONDS = 10.0  # for the answer to any request
-MEGABYTES = 1000.0  # that the server's processes may take together at their peak, of which each has a share as soon as it starts
-MEGABYTES_HTTP = 3000.0  # likewise: each of eight threads' stacks keeps twice the largest form
+SECONDS = 10.0  # limit for the answer to any request
+# Limits for the peak memory of all the server's processes together. The HTTP limit is higher
+# because the stacks of its eight threads each keep twice the largest form.
+MEGABYTES = 1000.0
+MEGABYTES_HTTP = 3000.0
 
-LARGE = {
-    5 << 20: 0.005,
-    64 << 20: 0.0005,
-}  # a body's size in bytes, and the share of requests that have it
+# Share of requests with a body of this many bytes.
+LARGE = {5 << 20: 0.005, 64 << 20: 0.0005}
 
-# What Triton 2.51 does not stand, see docs/hostile-input.md; requests stay below it.
-DEEPEST = 100_000  # nested arrays in JSON: millions crash it, and what they take of a thread's stack is kept
-MOST_CHUNKS = 10_000  # of a body in chunked transfer encoding: the same; each takes 1 kB
-CODED = 0.02  # of all requests have a content coding: it never frees what it unpacked for a request that it then refuses
-BOMB = 300_000  # bytes that such a request unpacks to
+# Limits of Triton 2.51, see docs/hostile-input.md. Requests stay below them.
+# Nested JSON arrays: millions crash Triton, and it keeps the stack memory that they used.
+DEEPEST = 100_000
+# Chunks of one body: the same happens, at 1 kB per chunk.
+MOST_CHUNKS = 10_000
+# Share of requests with a content coding, and the size in bytes of a decompressed one: Triton never
+# frees the decompressed body of a request that it refuses.
+CODED = 0.02
+BOMB = 300_000
 
-FORM = "application/x-www-form-urlencoded"  # the one type that Triton's HTTP library parses, up to the first 33 letters
+# The only type that Triton's HTTP library parses. It compares the first 33 characters.
+FORM = "application/x-www-form-urlencoded"
 CONTENT_TYPES = (
     *(
         FORM,
@@ -235,7 +243,7 @@ JUNK: tuple[Any, ...] = (
 
 
 def seeds() -> dict[str, bytes]:
-    """A small file of every format and mode that is taken, by name."""
+    """Return a small file of every accepted format and mode, by name."""
     rgb = draw(0, 0, 24)
     grey, exif = rgb.convert("L"), Image.Exif()
     exif[0x0112] = 6
@@ -269,7 +277,7 @@ def seeds() -> dict[str, bytes]:
 
 
 class Hostile:
-    """The requests of one seed."""
+    """Makes one hostile request from the given random generator."""
 
     def __init__(self, dice: random.Random) -> None:
         self.dice = dice
@@ -279,14 +287,14 @@ class Hostile:
 
     def junk(self) -> Any:
         junk = self.dice.choice(JUNK)
-        return dict(junk) if isinstance(junk, dict) else junk  # which may be changed further
+        return dict(junk) if isinstance(junk, dict) else junk  # the caller may change it
 
     def photo(self) -> bytes:
         photo = self.dice.choice(list(PHOTOS.values()))
         return self.spoiled(photo) if self.often(0.5) else photo
 
     def spoiled(self, content: bytes) -> bytes:
-        """Cut, lengthened, or with some bytes changed."""
+        """Truncate the content, insert bytes into it or overwrite some."""
         changed = bytearray(content)
         for _ in range(self.dice.randrange(1, 8)):
             where = self.dice.randrange(len(changed) + 1)
@@ -300,7 +308,7 @@ class Hostile:
         return bytes(changed)
 
     def elements(self, photos: list[bytes]) -> bytes:
-        """Photos as Triton packs strings: each behind its length."""
+        """Pack photos as Triton packs strings, each prefixed with its length."""
         lengths = [len(photo) for photo in photos]
         if self.often(0.1):
             lengths[self.dice.randrange(len(lengths))] = self.dice.choice(
@@ -317,7 +325,7 @@ class Hostile:
         ]
 
     def changed(self, tree: Any) -> Any:
-        """JSON, or what becomes of it: some node removed, doubled, or replaced by junk."""
+        """Remove or duplicate a node of a JSON tree, or replace it with junk."""
         if isinstance(tree, dict | list) and tree and self.often(0.8):
             key = self.dice.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
             kind = self.dice.randrange(8)
@@ -349,7 +357,10 @@ class Hostile:
         )
 
     def header(self, photos: list[bytes], size: int | None) -> Any:
-        """Of a V2 request: binary where ``size`` is given, else all of it."""
+        """Return the JSON of a V2 request, with the photos in it unless ``size`` is given.
+
+        size: bytes of the binary photos that follow the JSON.
+        """
         tensor: dict[str, Any] = {"name": "IMAGE", "shape": [len(photos), 1], "datatype": "BYTES"}
         if size is None:
             tensor["data"] = [photo.decode("latin-1") for photo in photos]
@@ -370,11 +381,11 @@ class Hostile:
         return request
 
     def metrics(self) -> bytes:
-        """A request for the metrics port."""
+        """Return the bytes of a request for the metrics port."""
         return self.http("/metrics" if self.often(0.5) else "")
 
     def http(self, path: str = "") -> bytes:
-        """A request as it goes over the wire."""
+        """Return the bytes of an HTTP request."""
         photos, fields = self.photos(), dict[str, object]()
         binary = self.often(0.6)
         tail = self.elements(photos) if binary else b""
@@ -500,7 +511,7 @@ class Hostile:
         return "/".join(parts)
 
     def grpc(self) -> bytes:
-        """An RPC's name, a line break, and a message as it goes over the wire."""
+        """Return an RPC's name, a line break and the bytes of its message."""
         if self.often(0.15):
             name = self.dice.choice((*CONTROL_RPCS, *OPEN_RPCS))
             content = service_pb2.ModelReadyRequest(
@@ -583,7 +594,7 @@ PHOTOS = seeds()
 
 
 class Server:
-    """A real one, and what must stay as it is."""
+    """A real server, and the state that no request may change."""
 
     def __init__(
         self, process: subprocess.Popen[str], ports: dict[str, str], protocol: str
@@ -603,19 +614,21 @@ class Server:
         self.client = NpairClient(url, retries=0, timeout=SECONDS)
         self.channel = grpc.insecure_channel(f"127.0.0.1:{ports['GRPC_PORT']}")
         self.megabytes = 0.0
-        self.largest = (
-            threading.Lock()
-        )  # of the largest bodies, one at a time is in flight, else the peak is a matter of luck
+        # Send the largest bodies one at a time, so that peak memory does not depend on chance.
+        self.largest = threading.Lock()
 
     def close(self) -> None:
         self.client.close()
         self.channel.close()
 
     def check(self) -> None:
-        """Raises: AssertionError, NpairError, OSError where it is another server, does not answer right or took too much memory."""
+        """Check the server's processes, its embeddings of the golden photos and its peak memory.
+
+        Raises: AssertionError if one of them is wrong; NpairError or OSError if it fails to answer.
+        """
         assert self.process.poll() is None, "serve.py ended"
-        assert procfs.children(self.process.pid) == [self.triton], "another server"
-        assert sorted(procfs.children(self.triton)) == self.stubs, "other Python stubs"
+        assert procfs.children(self.process.pid) == [self.triton], "the server was replaced"
+        assert sorted(procfs.children(self.triton)) == self.stubs, "Python stubs were replaced"
         distance = np.linalg.norm(
             self.client.embed(self.photos).vectors - self.expected, axis=1
         ).max()
@@ -631,7 +644,11 @@ class Server:
         return self.http(content, "METRICS_PORT")
 
     def http(self, content: bytes, port: str = "HTTP_PORT") -> str:
-        """Sends a request. Returns: its outcome. Raises: AssertionError."""
+        """Send a request.
+
+        Returns: the status or the name of the connection's error.
+        Raises: AssertionError if there is no answer in time or a control API is open.
+        """
         with (
             self.largest if len(content) >= max(LARGE) else nullcontext(),
             socket.create_connection(
@@ -645,7 +662,9 @@ class Server:
                     connection.recv(1, socket.MSG_PEEK)
                 connection.settimeout(SECONDS)
                 with suppress(OSError):
-                    connection.shutdown(socket.SHUT_WR)  # it may wait for more of the body
+                    connection.shutdown(
+                        socket.SHUT_WR
+                    )  # the server may be waiting for more of the body
                 answer = http.client.HTTPResponse(connection)
                 answer.begin()
                 answer.read()
@@ -654,12 +673,18 @@ class Server:
             except (http.client.HTTPException, ConnectionError) as error:
                 return type(error).__name__
         path = content.split(b" ", 2)[1].decode("latin-1") if content.count(b" ") > 1 else ""
-        closed = port == "HTTP_PORT" and path in CONTROL  # metrics are the answer to any path
+        closed = (
+            port == "HTTP_PORT" and path in CONTROL
+        )  # the metrics port answers any path with metrics
         assert answer.status != http.client.OK or not closed, f"{path} is open"
         return str(answer.status)
 
     def grpc(self, content: bytes) -> str:
-        """Makes a call, whose name is the first line. Returns: its outcome. Raises: AssertionError."""
+        """Call the RPC named in the first line with the message that follows it.
+
+        Returns: the status code or the number of the stream's answers.
+        Raises: AssertionError if there is no answer in time or a control API is open.
+        """
         name, _, message = content.partition(b"\n")
         path = f"/inference.GRPCInferenceService/{name.decode()}"
         compression = grpc.Compression.Gzip if len(message) % 10 == 0 else None
@@ -685,9 +710,8 @@ def running(protocol: str) -> Iterator[Server]:
     try:
         lines_until_ready(process)
         assert process.stderr is not None
-        threading.Thread(
-            target=deque, args=(process.stderr, 10), daemon=True
-        ).start()  # a full pipe would stop the server
+        # Drain stderr: a full pipe would block the server.
+        threading.Thread(target=deque, args=(process.stderr, 10), daemon=True).start()
         with closing(Server(process, ports, protocol)) as server:
             server.check()
             yield server
@@ -704,7 +728,7 @@ def request(protocol: str, seed: int, number: int) -> bytes:
 def problem(
     server: Server, protocol: str, contents: Iterable[bytes], outcomes: Counter[str]
 ) -> str:
-    """Sends requests, several at once, and checks the server after them. Returns: what is wrong, empty where nothing is."""
+    """Send requests concurrently, then check the server; return the problem found, or ""."""
     try:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             outcomes.update(pool.map(getattr(server, protocol), contents))
@@ -715,7 +739,10 @@ def problem(
 
 
 def fuzz_server(protocol: str, seed: int, first: int, runs: int) -> int:
-    """Returns: the exit code."""
+    """Send requests to a real server and narrow a failure down to one request.
+
+    Returns: the exit code.
+    """
     outcomes, began, wrong = Counter[str](), time.monotonic(), ""
     with running(protocol) as server:
         for start in range(first, first + runs, BLOCK):
@@ -727,10 +754,12 @@ def fuzz_server(protocol: str, seed: int, first: int, runs: int) -> int:
                 break
             if (start - first) % (50 * BLOCK) == 0:
                 say(
-                    f"{protocol}: request {start:,}, {time.monotonic() - began:.0f} s, peak of {server.megabytes:.0f} MB"
+                    f"{protocol}: request {start:,}, {time.monotonic() - began:.0f} s, "
+                    f"peak of {server.megabytes:.0f} MB"
                 )
         say(
-            f"{protocol}: {outcomes.total():,} requests, {time.monotonic() - began:.0f} s, peak of {server.megabytes:.0f} MB"
+            f"{protocol}: {outcomes.total():,} requests, {time.monotonic() - began:.0f} s, "
+            f"peak of {server.megabytes:.0f} MB"
         )
     say(
         f"{protocol}: "
@@ -739,7 +768,8 @@ def fuzz_server(protocol: str, seed: int, first: int, runs: int) -> int:
     if not wrong:
         return 0
     say(f"{protocol}: {wrong}")
-    with ExitStack() as stack:  # which of them was it, alone?
+    with ExitStack() as stack:
+        # Send the block again, request by request, to find the one that fails.
         server = stack.enter_context(running(protocol))
         for number in block:
             if wrong := problem(server, protocol, [request(protocol, seed, number)], outcomes):
@@ -749,13 +779,19 @@ def fuzz_server(protocol: str, seed: int, first: int, runs: int) -> int:
                 block = range(number, number + 1)
                 break
     say(
-        f"again: python tests/fuzz/fuzz.py {protocol} --seed {seed} --first {block.start} --runs {len(block)}"
+        f"again: python tests/fuzz/fuzz.py {protocol} --seed {seed} --first {block.start} "
+        f"--runs {len(block)}"
     )
     return 1
 
 
 def fuzz_decode(seed: int, runs: int) -> int:
-    """Returns: libFuzzer's exit code; it leaves a failing photo in this folder, as crash-, timeout- or oom- and a hash."""
+    """Run libFuzzer on the decoder.
+
+    It saves a failing photo in the working directory as crash-, timeout- or oom-HASH.
+
+    Returns: libFuzzer's exit code.
+    """
     others = {"grey.lossless": lossless(1), "rgb.lossless": lossless(3), "scans": many_scans(3)}
     texts = {
         f"{name}.txt": base64.b64encode(PHOTOS[name])
@@ -792,9 +828,7 @@ def main() -> int:
         default="all",
         help="(%(default)s)",
     )
-    parser.add_argument(
-        "--runs", type=int, default=5_000, help="inputs of each target (%(default)s)"
-    )
+    parser.add_argument("--runs", type=int, default=5_000, help="inputs per target (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
     parser.add_argument(
         "--first", type=int, default=0, help="number of the first request (%(default)s)"

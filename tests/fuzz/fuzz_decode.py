@@ -1,6 +1,8 @@
-"""The decode target of tests/fuzz/fuzz.py: libFuzzer, steered by the branches that Pillow's and npair's Python code takes.
+"""Fuzz the decoder with libFuzzer, guided by branch coverage of Pillow's and npair's Python code.
 
-python tests/fuzz/fuzz_decode.py FILE    # replays one input
+tests/fuzz/fuzz.py runs it. Replay one input with:
+
+    PYTHONPATH=src .venv/bin/python tests/fuzz/fuzz_decode.py FILE
 """
 
 from __future__ import annotations
@@ -16,13 +18,8 @@ import atheris
 import numpy as np
 
 with atheris.instrument_imports(include=["PIL", "npair.serving"]):
-    for plugin in (
-        "Jpeg",
-        "Mpo",
-        "Png",
-        "Tiff",
-        "WebP",
-    ):  # which Pillow would import only later; EXIF data is TIFF
+    # Pillow imports its plugins lazily, which would be too late here. EXIF data is TIFF.
+    for plugin in ("Jpeg", "Mpo", "Png", "Tiff", "WebP"):
         import_module(f"PIL.{plugin}ImagePlugin")
     from npair.serving.preprocess import Limits, Preprocessing, decode
     from npair.serving.refusal import PhotoError
@@ -30,16 +27,21 @@ with atheris.instrument_imports(include=["PIL", "npair.serving"]):
 
 PREPROCESSING = Preprocessing(size=64, resample="BILINEAR", background=255)
 LIMITS = Limits(max_bytes=1 << 20, max_pixels=1 << 18)
-# For one input, beside what the process has: what docs/hostile-input.md allows for so many pixels, and text that Pillow unpacks.
+# Memory that one input may add: what docs/hostile-input.md allows for this many pixels, plus the
+# text that Pillow decompresses.
 MEGABYTES = 32 * LIMITS.max_pixels / 1e6 + 64
 
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def one_input(photo: bytes) -> None:
-    """Raises: whatever decode raises beside PhotoError; AssertionError for anything but pixels, or too much memory."""
+    """Decode one photo.
+
+    Raises: any exception of the decoder but PhotoError; AssertionError if the result is not pixels
+    or decoding took too much memory.
+    """
     before = resident("VmRSS")
-    REFERENCES.write_text("5")  # the peak starts anew
+    REFERENCES.write_text("5")  # reset the peak
     try:
         pixels = decode(photo_of(photo, LIMITS), PREPROCESSING, LIMITS)
     except PhotoError:
@@ -52,7 +54,7 @@ def one_input(photo: bytes) -> None:
 
 
 def resident(key: str) -> float:
-    """MB."""
+    """Return a field of /proc/self/status in MB."""
     return (
         next(
             float(line.split()[1])
@@ -64,7 +66,10 @@ def resident(key: str) -> float:
 
 
 def mutate(photo: bytes, largest: int, seed: int) -> bytes:
-    """libFuzzer's mutation; a PNG gets right checksums in three of four cases, else it would hardly get further."""
+    """Mutate as libFuzzer does, then fix a PNG's checksums in three of four cases.
+
+    Pillow rejects a PNG with a wrong checksum before most of its code runs.
+    """
     changed = bytearray(atheris.Mutate(photo, largest))
     start = 8
     while seed % 4 and changed.startswith(b"\x89PNG\r\n\x1a\n") and start + 12 <= len(changed):

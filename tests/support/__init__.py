@@ -1,1 +1,1 @@
-"""What several tests need, beside conftest's fixtures."""
+"""Helpers that several test modules share."""

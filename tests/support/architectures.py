@@ -1,4 +1,4 @@
-"""Small local checkpoints of vision models of transformers."""
+"""Small local checkpoints of vision models from transformers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ VISION: Any = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
-# ResNet has 16 channels at least: after the backward pass of a narrower 1x1 convolution, oneDNN's cache crashes as Python exits.
-# ResNet has 16 channels at least: after the backward pass of a narrower 1x1 convolution,
-# oneDNN's cache crashes as Python exits.
+# Give ResNet at least 16 channels: the backward pass of a narrower 1x1 convolution makes oneDNN's
+# cache crash when Python exits.
 ARCHITECTURES = {
     "resnet": transformers.ResNetConfig(
         embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"
@@ -34,7 +33,7 @@ ARCHITECTURES = {
 
 
 def checkpoint(folder: Path, config: transformers.PretrainedConfig) -> str:
-    """A local checkpoint of random weights, laid out as the Hugging Face hub has them."""
+    """Write random weights in the Hugging Face hub's layout; return the folder."""
     torch.manual_seed(0)
     model: Any = transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)

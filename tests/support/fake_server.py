@@ -1,4 +1,4 @@
-"""A server that answers inference requests over HTTP as a test says, on a real socket."""
+"""An HTTP server on a real socket that gives inference requests the answers a test chooses."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 from npair.client import NpairClient
 
 PHOTOS = list[bytes]
-Answer = Callable[[PHOTOS, str], tuple[int, str]]  # of photos and a path: a status and a body
+Answer = Callable[[PHOTOS, str], tuple[int, str]]  # (photos, path) to (status, body)
 
 
 def embeddings(photos: PHOTOS, version: str = "1") -> tuple[int, str]:
-    """Vectors that tell which photo they are of: the first component is the photo's length."""
+    """Answer with vectors whose first component is the length of their photo."""
     data = [float(value) for photo in photos for value in [len(photo), *[0] * 127]]
     output = {"name": "EMBEDDING", "datatype": "FP32", "shape": [len(photos), 128], "data": data}
     return 200, json.dumps({"model_version": version, "outputs": [output]})
 
 
 def of_version(version: str) -> Answer:
-    """Embed by this version, and tell nothing else about the model."""
+    """Embed as this version; answer other requests with an empty object."""
     return lambda photos, _: embeddings(photos, version) if photos else (200, "{}")
 
 
@@ -38,7 +38,7 @@ UNHEALTHY = always(500, '{"error": "stub is not healthy"}')
 
 
 def changing(after: int) -> Answer:
-    """Serve version 1 for so many batches, and version 2 from then on."""
+    """Serve version 1 for the first ``after`` batches, then version 2."""
     left = iter(range(after))
 
     def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
@@ -57,7 +57,7 @@ def changing(after: int) -> Answer:
 
 
 class FakeServer(http.server.ThreadingHTTPServer):
-    """Each connection has a thread of its own."""
+    """Handles each connection in a thread of its own and records the requests."""
 
     daemon_threads = True
 
@@ -104,7 +104,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def serving(
     answer: Answer = echo, tls: ssl.SSLContext | None = None
 ) -> Iterator[tuple[str, FakeServer]]:
-    """Yield the URL of a server, and the server."""
+    """Run a server; yield its URL and the server itself."""
     server = FakeServer(answer)
     if tls:
         server.socket = tls.wrap_socket(server.socket, server_side=True)
@@ -117,6 +117,6 @@ def serving(
 def client_of(
     answer: Answer = echo, tls: ssl.SSLContext | None = None, **options: Any
 ) -> Iterator[tuple[NpairClient, FakeServer]]:
-    """Yield a client with these options of a server, and the server."""
+    """Run a server; yield a client of it, made with these options, and the server itself."""
     with serving(answer, tls) as (url, server), NpairClient(url, **options) as client:
         yield client, server

@@ -1,4 +1,4 @@
-"""JPEGs that Pillow does not write."""
+"""JPEGs that Pillow cannot write."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import struct
 from PIL import Image
 
 GRADIENT = Image.linear_gradient("L").resize((24, 24))
-# GRADIENT, as cjpeg -grayscale -quality 60 -arithmetic writes it, and with -progressive.
+# GRADIENT written by cjpeg -grayscale -quality 60 -arithmetic, and again with -progressive.
 ARITHMETIC = [
     base64.b64decode(text)
     for text in (
@@ -27,7 +27,7 @@ def segment(marker: int, content: bytes) -> bytes:
 
 
 def lossless(components: int, width: int = 420, height: int = 420, marker: int = 0xC3) -> bytes:
-    """Of one colour: every difference is 0, which is one bit."""
+    """A lossless JPEG of a single colour: every difference is 0, coded in one bit."""
     frame = struct.pack(">BHHB", 8, height, width, components) + b"".join(
         bytes([c, 0x11, 0]) for c in range(components)
     )
@@ -46,8 +46,7 @@ def lossless(components: int, width: int = 420, height: int = 420, marker: int =
 
 
 def many_scans(count: int) -> bytes:
-    """A grey progressive JPEG of 800 x 800 pixels with so many scans, all but the first of which say that nothing changes."""
-
+    """A grey progressive JPEG of 800 x 800 pixels. Every scan after the first changes nothing."""
     tables = [
         segment(0xDB, b"\0" + b"\1" * 64),
         *(

@@ -1,4 +1,4 @@
-"""Versions to test: the shipped one, tiny ones, broken ones."""
+"""Model versions: the shipped one, tiny ones and broken ones."""
 
 from __future__ import annotations
 
@@ -16,13 +16,8 @@ from npair.serving.manifest import Manifest
 from npair.training.run import TrainConfig
 
 ROOT = Path(__file__).parents[2]
-
-
-SHIPPED = next(
-    (ROOT / "model_repository/npair").glob("[0-9]*")
-)  # the version that this repository serves
-
-
+# The version that this repository serves.
+SHIPPED = next((ROOT / "model_repository/npair").glob("[0-9]*"))
 TINY = TrainConfig(
     network="compact", epochs=2, classes_per_batch=4, size=64, crop_size=48, evaluations=2
 )
@@ -30,7 +25,7 @@ TINY = TrainConfig(
 
 @contextmanager
 def without_int8() -> Iterator[None]:
-    """Publish in fp32 and bf16 alone: int8 takes most of the time, and the fixture ``published`` has it."""
+    """Publish in fp32 and bf16 only: int8 is slow, and the fixture ``published`` covers it."""
 
     def refused(*_: object, **__: object) -> None:
         raise RuntimeError("not for this test")
@@ -43,7 +38,7 @@ def without_int8() -> Iterator[None]:
 def publish_into(
     repository: Path, run: Path, data: Path, *, accept_recall_drop: str = "", accept_cost: str = ""
 ) -> Path:
-    """The folder of the next version."""
+    """Publish the next version; return its folder."""
     manifest = publish_next(
         open_repository(repository),
         run,
@@ -60,12 +55,9 @@ def rewrite_manifest(folder: Path, **changes: object) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
 
 
-BREAKS = b"the network fails on this"  # a fault that cannot be made for real: such a network would not be loaded
-
-
+# Faults in the network have to be simulated: a network that really had them would not be loaded.
+BREAKS = b"the network fails on this"
 HANGS = b"the network never ends on this"
-
-
 BROKEN = f"""
 
 embed_photos = Embedder.embed_photos
@@ -84,7 +76,7 @@ Embedder.embed_photos = broken
 
 
 def let_fail(version: Path) -> None:
-    """Change a version so that it is served, fails on BREAKS and hangs on HANGS."""
+    """Make a version that still loads fail on BREAKS and hang on HANGS."""
     with (version / "embedder.py").open("a") as code:
         code.write(BROKEN)
     Manifest.read(version).write(version)

@@ -1,4 +1,4 @@
-"""Photos and data sets that are drawn for tests."""
+"""Drawn photos and data sets."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from npair.publishing.drawings import draw, encode
 from npair.serving.preprocess import Limits, Preprocessing
 
 PREPROCESSING = Preprocessing(size=64, resample="BILINEAR", background=255)
-
-
 LIMITS = Limits(max_bytes=1_000_000, max_pixels=1_000_000)
-
-
 PNG = encode(draw(0, 0, 8), "PNG")
 
 
 def photo(path: Path, number: int = 0) -> Path:
-    """A photo whose bytes are a function of the number: what follows the end of a PNG does not count."""
+    """Write a PNG with this number after its end, where decoders ignore it; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(PNG + number.to_bytes(4, "big"))
     return path

@@ -1,4 +1,4 @@
-"""Colour profiles (ICC.1) of a few tags, made here so that nobody's are needed."""
+"""Minimal colour profiles (ICC.1), built here so that none has to be copied."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def profile(
 
 
 def rgb(primaries: list[tuple[float, float]], white: tuple[float, float], curve: bytes) -> bytes:
-    """Of these chromaticities (x, y), adapted to D50 as profiles are."""
+    """An RGB profile of these chromaticities (x, y), adapted to D50 as ICC.1 requires."""
     columns = np.array([[x / y, 1, (1 - x - y) / y] for x, y in primaries]).T
     light = np.array([white[0] / white[1], 1, (1 - white[0] - white[1]) / white[1]])
     adapted = np.linalg.inv(BRADFORD) @ np.diag((BRADFORD @ D50) / (BRADFORD @ light)) @ BRADFORD
@@ -64,7 +64,8 @@ DISPLAY_P3 = rgb([(0.68, 0.32), (0.265, 0.69), (0.15, 0.06)], D65, SRGB_CURVE)
 ADOBE_RGB = rgb([(0.64, 0.33), (0.21, 0.71), (0.15, 0.06)], D65, gamma(563 / 256))
 PROPHOTO = rgb([(0.7347, 0.2653), (0.1596, 0.8404), (0.0366, 0.0001)], (0.3457, 0.3585), gamma(1.8))
 GREY = profile(b"GRAY", {b"wtpt": xyz(D50), b"kTRC": gamma(1.0)})
-# A printer whose every mixture of inks is the same grey of L* = 50: a table of two steps for each of four inks.
+# A printer that prints every mixture of its four inks as the same grey of L* = 50: a table of two
+# steps per ink.
 LUT = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
 PRINTER = profile(
     b"CMYK",

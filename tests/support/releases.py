@@ -1,4 +1,4 @@
-"""Versions, sound and broken, and questions that tests of releases ask about them."""
+"""Sound and broken versions, and helpers that inspect them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Standing = tuple[Path, Server, dict[str, str]]
 
 
 def golden(models: Path, number: int) -> tuple[list[Path], Vectors]:
-    """The paths of a version's golden photos, and their embeddings."""
+    """Return the paths of a version's golden photos and their embeddings."""
     folder = models / str(number)
     entry = Manifest.read(folder).golden
     return [folder / photo for photo in entry.photos], entry.read(folder)[1]
@@ -47,12 +47,12 @@ def only_openvino(folder: Path) -> None:
 
 
 def other_network(folder: Path, run: Path) -> None:
-    """Turn a copy of version 1 into version 2: another last layer, and OpenVINO in fp32 alone."""
+    """Turn a copy of version 1 into version 2: another last layer, and only OpenVINO in fp32."""
     network = load_network(run)
     torch.nn.init.normal_(network.embedding.weight, generator=torch.Generator().manual_seed(1))
     export(network, 64, folder / "network.pt2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nncf.quantize", None)  # it would take most of the time
+        patch.setattr("nncf.quantize", None)  # quantising is slow
         write_graphs(folder, np.zeros((1, 64, 64, 3), np.uint8))
     manifest = Manifest.read(folder)
     manifest.version = 2
@@ -104,7 +104,7 @@ def _narrower(network: EmbeddingNetwork) -> None:
     network.embedding = torch.nn.Linear(network.embedding.in_features, 64)
 
 
-# Ways to break a version, given its folder and the run of its network.
+# Ways to break a version, given its folder and the run that trained its network.
 DAMAGES: dict[str, Callable[[Path, Path], None]] = {
     "truncated": lambda folder, _: truncate(folder / "network.pt2"),
     "flipped": lambda folder, _: flip(next(iter(folder.glob("network*.bin")))),
@@ -117,9 +117,9 @@ DAMAGES: dict[str, Callable[[Path, Path], None]] = {
 
 
 def two_versions(folder: Path, trained: Path) -> None:
-    """Add version 2 to a model's folder with version 1. Both have one engine, the quickest to load.
+    """Add version 2 to a model's folder that has version 1; leave both with the fastest engine.
 
-    Version 2 is made from the first, without the minute that training and publishing take.
+    Deriving version 2 from version 1 saves the minute that training and publishing take.
     """
     only_openvino(folder / "1")
     shutil.copytree(folder / "1", folder / "2")

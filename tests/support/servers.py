@@ -1,4 +1,4 @@
-"""Real servers: start them, wait for them, stop them."""
+"""Start, await and stop real servers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def eventually(true: Callable[[], object], seconds: float = 20) -> None:
 
 
 def free_ports() -> dict[str, str]:
-    """Neither such as the system gives to whoever connects nor another worker's, which might be taken before a server starts."""
+    """Choose ports below the ephemeral range and outside the ranges of the other xdist workers.
+
+    No other process should take them before a server starts.
+    """
     ports: dict[str, str] = {}
     lowest = 15_000 + 4_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 4)
     with ExitStack() as listeners:
@@ -51,7 +54,7 @@ def start(*options: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def lines_until_ready(process: subprocess.Popen[str]) -> list[str]:
-    """What a starting server says on stderr, up to the line that says that it is ready; fails the test where it ends instead."""
+    """Read a starting server's stderr up to "ready after"; fail the test if it ends first."""
     assert process.stderr is not None
     lines = []
     while line := process.stderr.readline():
@@ -63,12 +66,12 @@ def lines_until_ready(process: subprocess.Popen[str]) -> list[str]:
 
 @contextmanager
 def running(**environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
-    """A server that is ready, and its URLs by protocol."""
+    """Run a server; yield its process and its URLs by protocol once it is ready."""
     ports = free_ports()
     process = start(**ports, **environment)
     try:
         lines = [line for line in lines_until_ready(process) if "this CPU has none of" not in line]
-        assert len(lines) == 1, f"one line says that it is ready, and nothing else is said: {lines}"
+        assert len(lines) == 1, f"expected the ready line only: {lines}"
         yield (
             process,
             {
@@ -83,7 +86,7 @@ def running(**environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[st
 
 @contextmanager
 def controlled(models: Path) -> Iterator[tuple[Server, dict[str, str]]]:
-    """A server of a model's folder, with its control API open, and its URLs by protocol."""
+    """Serve a model's folder; yield the server's control API and its URLs by protocol."""
     with running(MODEL_REPOSITORY=str(models.parent), NPAIR_CONTROL_SECRET=releases.SECRET) as (
         _,
         urls,

@@ -1,4 +1,4 @@
-"""A real server whose processes tests may hurt."""
+"""A real server whose processes tests may kill or stop."""
 
 from __future__ import annotations
 
@@ -15,20 +15,18 @@ import pytest
 from observing import prepared
 from supervisor import procfs
 
-from npair.client import (
-    NpairClient,
-)
+from npair.client import NpairClient
 from support.models import ROOT, SHIPPED, let_fail
 from support.servers import free_ports
 
-RECOVERY = 60.0  # seconds within which a server must be well again
+RECOVERY = 60.0  # seconds that a server has to recover
 
 
 @dataclass
 class Service:
-    """serve.py, and another one whenever it ends by itself, as ``restart: unless-stopped`` has it.
+    """Runs serve.py and restarts it whenever it ends, like ``restart: unless-stopped``.
 
-    wrapped: a command that runs it.
+    wrapped: a command that runs serve.py, as a prefix. codes: the exit codes so far.
     """
 
     folder: Path
@@ -61,7 +59,7 @@ class Service:
             raise
 
     def stop(self) -> None:
-        """And start no other."""
+        """Stop serve.py and do not restart it."""
         self.stopping.set()
         self.process.terminate()
         self.keeper.join(30)
@@ -101,7 +99,7 @@ class Service:
 
 
 def broken_models(folder: Path) -> Path:
-    """A model repository with the shipped network and the present code, broken as by let_fail."""
+    """Write a model repository of the shipped network and the current code, broken by let_fail."""
     models = prepared(folder / "models", "")
     let_fail(models / "npair" / SHIPPED.name)
     return models

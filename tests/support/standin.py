@@ -1,5 +1,7 @@
-"""Stands in for tritonserver, with a fault of timing (STANDIN_FAULT) that Triton cannot be made to
-have: it answers only what serve.py asks."""
+"""A stand-in for tritonserver that answers only the requests of serve.py.
+
+STANDIN_FAULT selects a timing fault that cannot be provoked in Triton.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ FAULT = os.environ["STANDIN_FAULT"]
 LIVE, READY = "/v2/health/live", "/v2/models/npair/ready"
 STATISTICS = "/v2/models/npair/stats"
 FLAGS = ["--model-repository", "--http-port", "--http-restricted-api", "--grpc-restricted-protocol"]
-VERSION = next(Path(__file__).parents[1].glob("model_repository/npair/[0-9]*"))
+VERSION = next(Path(__file__).parents[2].glob("model_repository/npair/[0-9]*"))
 ANSWERS: dict[str, object] = {
     LIVE: {},
     READY: {},
@@ -28,9 +30,10 @@ ANSWERS: dict[str, object] = {
 
 
 class Triton(http.server.BaseHTTPRequestHandler):
-    """late: for the first time, these answers come later than serve.py waits.
+    """Answers serve.py, with one of these faults.
 
-    loading: the load ends right after the first question whether it has.
+    late: the first answer to each of these paths comes after serve.py has given up.
+    loading: the model becomes ready right after the first question whether it is.
     """
 
     late = [STATISTICS, READY] if FAULT == "late" else []

@@ -1,4 +1,4 @@
-"""Servers under serve.py, as several tests need them, and a stand-in for Triton."""
+"""Helpers for servers under serve.py, and the stand-in for Triton."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ SERVE = ROOT / "model/api/serve.py"
 
 
 def ended(**environment: str) -> tuple[int, str]:
-    """Exit code and stderr of a server that is expected to end by itself."""
+    """Start a server that is expected to end by itself; return its exit code and stderr."""
     process = start(**environment)
     _, output = process.communicate(timeout=120)
     return process.returncode, output
 
 
 def stopped(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and last words of a server that is told to stop."""
+    """Stop a server; return its exit code and the rest of its stderr."""
     process.terminate()
     _, output = process.communicate(timeout=30)
     return process.returncode, output
 
 
 def health(address: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What ``serve.py --health`` makes of the server with this HTTP port or URL."""
+    """Run ``serve.py --health`` against the server with this HTTP port or URL."""
     port = address.rpartition(":")[2]
     command = [sys.executable, str(SERVE), "--health", f"--http-port={port}"]
     return subprocess.run(
@@ -49,12 +49,12 @@ def stubs_of(process: subprocess.Popen[str]) -> list[int]:
 
 
 def computed(process: subprocess.Popen[str]) -> float:
-    """Seconds of CPU that the stubs have used so far."""
+    """Return the CPU seconds that the stubs have used so far."""
     return sum(map(cpu_seconds, stubs_of(process)))
 
 
 def control(url: str, action: str) -> int:
-    """Have the model loaded or unloaded, with the secret "s"; returns the status."""
+    """Load or unload the model with the secret "s"; return the HTTP status."""
     address = f"{url}/v2/repository/models/npair/{action}"
     request = urllib.request.Request(address, b"{}", {CONTROL_HEADER: "s"})
     with urllib.request.urlopen(request, timeout=60) as answer:
@@ -62,7 +62,7 @@ def control(url: str, action: str) -> int:
 
 
 def standin(folder: Path, fault: str) -> dict[str, str]:
-    """The environment in which serve.py finds tests/support/standin.py in place of Triton."""
+    """Install standin.py as Triton; return the environment in which serve.py finds it."""
     wheel = folder / "pytriton"
     (wheel / "tritonserver/backends/python").mkdir(parents=True)
     (wheel / "tritonserver/bin").mkdir()

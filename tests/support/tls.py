@@ -1,4 +1,4 @@
-"""Certificates for tests."""
+"""Self-signed certificates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from cryptography.x509.oid import NameOID
 
 
 def certificate(folder: Path, *hosts: str) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 or these host names that is its own authority, and its key, both PEM, valid for an hour."""
+    """Write a self-signed certificate and its key, both PEM, valid for an hour.
+
+    It is for these host names, or for 127.0.0.1 if there are none.
+
+    Returns: the paths of the certificate and of the key.
+    """
     key, now, hour = (
         ec.generate_private_key(ec.SECP256R1()),
         datetime.now(timezone.utc),
