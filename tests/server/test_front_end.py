@@ -57,7 +57,7 @@ def form(path: str, size: int, content_type: str) -> bytes:
 
 
 class TestForms:
-    """Triton's HTTP library copies a form twice to a thread's stack, whole each time."""
+    """Triton's HTTP library copies each form twice to a thread's stack."""
 
     @pytest.mark.parametrize("size", [5_000_000, 20_000_000, MAX_REQUEST_BYTES])
     @pytest.mark.parametrize(
