@@ -1,4 +1,4 @@
-"""Other clients on a real server: each block of docs/clients.md gets what NpairClient gets."""
+"""Run every block of docs/clients.md against a real server and compare with NpairClient."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from npair.client import Embeddings, NpairClient
 CLIENTS = ROOT / ".venv/clients"
 PAGE = (ROOT / "docs/clients.md").read_text()
 BLOCKS = re.findall(r"^### (.*?)\n.*?^```(sh|python)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-PHOTOS = {"photo.jpg": "photo.jpg", "other.jpg": "turned.jpg"}  # golden photos, by the page's names
+PHOTOS = {"photo.jpg": "photo.jpg", "other.jpg": "turned.jpg"}  # the page's names for golden photos
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def expected(urls: dict[str, str]) -> Embeddings:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The clients first on the path, and perf_analyzer's libraries from the server's wheel."""
+    """Put the clients first on PATH and take perf_analyzer's libraries from the server's wheel."""
     if not (CLIENTS / "installed").exists():
         pytest.fail("these tests need other clients: make .venv/clients/installed")
     libraries = tmp_path_factory.mktemp("libraries")

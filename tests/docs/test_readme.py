@@ -1,4 +1,4 @@
-"""Run `make serve`, then every block marked sh or python in the README and in docs/client.md, against that server."""
+"""Run every sh and python block of README.md and docs/client.md against `make serve`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def ports() -> Iterator[dict[str, str]]:
     reader = threading.Thread(target=lambda: rest.extend(make.stderr or []), daemon=True)
     reader.start()
     yield ports
-    os.killpg(make.pid, signal.SIGINT)  # Ctrl-C: the terminal signals make and all that it started
+    os.killpg(make.pid, signal.SIGINT)  # like Ctrl-C: signal make and its children
     make.wait(timeout=30)
     reader.join(timeout=10)
     assert "npair: stopped\n" in rest, rest

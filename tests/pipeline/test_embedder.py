@@ -1,4 +1,4 @@
-"""A version that is incomplete, changed or different refuses to load, with the reason."""
+"""Load complete versions; refuse incomplete, changed or foreign ones with the reason."""
 
 from __future__ import annotations
 
@@ -37,9 +37,8 @@ def test_embeds_any_number_of_photos(version: Path, name: str, threads: int) -> 
         vectors = embedder.embed(pixels[:number])
         assert vectors.shape == (number, 128)
         assert vectors.dtype == np.float32
-        np.testing.assert_allclose(
-            vectors, expected[:number], atol=1e-3
-        )  # OpenVINO keeps fp16 weights
+        # OpenVINO stores weights in fp16.
+        np.testing.assert_allclose(vectors, expected[:number], atol=1e-3)
         embedded = embedder.embed_photos(photos[:number], LIMITS)
         np.testing.assert_array_equal(np.stack(embedded), vectors)  # type: ignore[arg-type]
 
@@ -121,7 +120,7 @@ def test_nan_never_passes_for_an_embedding(version: Path) -> None:
 
 
 class TestEngines:
-    """The first engine is another one now, which fails in some way."""
+    """Put an engine first that fails in some way."""
 
     @staticmethod
     def put_first(version: Path, **changes: object) -> None:
@@ -131,7 +130,7 @@ class TestEngines:
         )
 
     def test_without_its_instructions(self, version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """This CPU may have them, so an older one is pretended."""
+        """Simulate an older CPU, since this one may have the instructions."""
         self.put_first(version, precision="int8")
         monkeypatch.setattr(engine, "cpu_flags", lambda: frozenset({"avx2"}))
         embedder = Embedder(version, cores=1)
@@ -163,7 +162,8 @@ class TestEngines:
 
 
 def test_serves_without_torch(version: Path) -> None:
-    code = "import sys; sys.modules['torch'] = None; from npair.serving.embedder import Embedder, Path;"
+    code = "import sys; sys.modules['torch'] = None;"
+    code += "from npair.serving.embedder import Embedder, Path;"
     code += f"print(Embedder(Path({str(version)!r}), cores=1, engine='openvino-fp32').engine)"
     result = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
@@ -191,15 +191,14 @@ def test_weights_are_never_unpickled(
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + 1
 
-    torch.export.save(
-        torch.export.export(Weights(), (torch.zeros(2),)), tmp_path / "pickled.pt2"
-    )  # with its example inputs
+    # Saving pickles the example inputs.
+    torch.export.save(torch.export.export(Weights(), (torch.zeros(2),)), tmp_path / "pickled.pt2")
     with pytest.raises(EngineError, match="holds pickled data"):
         engine.load_graph("torch", tmp_path / "pickled.pt2", "fp32", threads=1, cores=1)
 
 
 def test_tells_nobody(version: Path) -> None:
-    """OpenVINO's package for telemetry would send an event at import."""
+    """Never import OpenVINO's telemetry package, which sends an event at import."""
     code = "from npair.serving.embedder import Embedder, Path;"
     code += f"Embedder(Path({str(version)!r}), cores=1, engine='openvino-fp32');"
     code += "import openvino.tools.ovc as ovc; print(type(ovc.telemetry).__module__)"

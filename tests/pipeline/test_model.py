@@ -1,4 +1,4 @@
-"""What a version tells of itself, in the metrics of the real server that serves it."""
+"""Check a version's own metrics on a real server."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ REFUSED = {
 
 
 class Series(dict[tuple[str, frozenset[tuple[str, str]]], float]):
-    """One reading of npair's own metrics. What must fit together is of one reading: golden photos are counted all the time."""
+    """One reading of npair's own metrics.
+
+    Golden photos are counted all the time, so compare values of a single reading only.
+    """
 
     def total(self, name: str, **labels: str) -> float:
         return sum(
@@ -55,7 +58,7 @@ class Series(dict[tuple[str, frozenset[tuple[str, str]]], float]):
 
 
 class Served:
-    """A server, and what its metrics say."""
+    """A server and its metrics."""
 
     def __init__(self, models: Path, ports: dict[str, str]) -> None:
         self.models, self.url = models, f"http://127.0.0.1:{ports['HTTP_PORT']}"
@@ -86,7 +89,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Of two versions the first, with low limits."""
+    """Serve the first of two versions, with low limits."""
     models = tmp_path_factory.mktemp("observed")
     shutil.copytree(published, models / "npair")
     shutil.copytree(published / "1", models / "npair/2")
@@ -106,7 +109,7 @@ def served(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def test_counts_what_it_embeds(served: Served, published: Path) -> None:
-    """And the golden photo, once a second."""
+    """The golden photo is counted as well, once a second."""
     embedder = Embedder(published / "1", cores=1)
 
     def norm(photo: bytes) -> float:
@@ -133,7 +136,7 @@ def test_counts_what_it_embeds(served: Served, published: Path) -> None:
     photos, decode_seconds, network_seconds, norms = np.subtract(counted(), before)
     elapsed = time.monotonic() - began
     assert 64 <= photos <= 64 + elapsed + 2
-    # A reading may come between a golden photo's count and its length.
+    # A golden photo may be counted just before a reading and its norm added after it.
     assert norms == pytest.approx(64 * own + (photos - 64) * golden, abs=1.5 * golden)
     assert 0 < decode_seconds < 16 * elapsed
     assert 0 < network_seconds < 16 * elapsed
@@ -172,7 +175,7 @@ def test_counts_refusals_by_reason(served: Served) -> None:
 
 
 def test_photos_may_be_base64(served: Served) -> None:
-    """Which clients need that speak JSON alone; in one batch with photos as they are, over both protocols."""
+    """Accept base64, for clients limited to JSON, mixed with raw photos over both protocols."""
     text = base64.b64encode(PHOTO)
     with NpairClient(served.url) as client, NpairClient(served.grpc) as grpc:
         expected = client.embed(PHOTO).vectors[0]
@@ -200,7 +203,10 @@ def test_photos_may_be_base64(served: Served) -> None:
 
 
 def test_refused_photos_leave_no_memory_behind(served: Served) -> None:
-    """Whatever keeps them until the garbage collector comes gives each shared memory of its own, which is never returned."""
+    """Release refused photos at once.
+
+    If they waited for the garbage collector, each would take new shared memory for good.
+    """
     with NpairClient(served.url) as client:
         for _ in range(40):
             with pytest.raises(InvalidPhotoError):
@@ -227,7 +233,7 @@ def test_batches_are_a_histogram(served: Served) -> None:
 
 
 def test_instances_add_up(served: Served) -> None:
-    """Each has its own series, so that the end of one takes nothing from the other."""
+    """Each instance has its own series, so that one may end without affecting the other."""
 
     def by_process() -> dict[str, float]:
         series = served.series()
@@ -270,11 +276,14 @@ def test_labels_are_bounded_whatever_clients_send(served: Served) -> None:
 
 
 def test_versions_are_apart_and_gone_when_unloaded(served: Served) -> None:
-    """Under load: a series that outlived its process, or the other way round, could end the server."""
+    """Switch versions under load.
+
+    A series that outlives its process, or a process its series, could crash the server.
+    """
     stop, failures = False, list[Any]()
 
     def processes(*versions: str) -> set[str]:
-        """All that there are, where they serve these versions and no other; else none."""
+        """Return all processes if exactly these versions are served, else none."""
         series = served.series()
         return (
             series.label_values("process")

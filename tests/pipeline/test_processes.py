@@ -1,4 +1,4 @@
-"""Training in two real processes, started by torchrun, against one."""
+"""Compare training in two processes, started by torchrun, with training in one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.architectures import ARCHITECTURES, checkpoint
 
-# Each process embeds its share of the same 6 pairs or tuplets; the first one saves the gradients.
+# Each process embeds its share of the same 6 pairs or tuplets; rank 0 saves the gradients.
 GRADIENTS = """
 import sys, torch
 from torch import nn
@@ -43,7 +43,7 @@ with process_group():
 
 
 def in_processes(count: int, *arguments: str | Path) -> None:
-    # After --, torchrun takes no option for its own, as it would take --run.
+    # Without --, torchrun would parse --run itself.
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--"]
         if count > 1
@@ -73,7 +73,7 @@ def test_gradients_are_those_of_one_process(tmp_path: Path) -> None:
 
 
 def test_training_in_two_processes_goes_the_way_of_one(dataset: Path, tmp_path: Path) -> None:
-    """Without random augmentation, and without batch normalisation, which CPUs do not share."""
+    """Use no random augmentation and no batch normalisation, which CPUs do not synchronise."""
     network = checkpoint(tmp_path / "convnextv2", ARCHITECTURES["convnextv2"])
     for count in (1, 2):
         options = (

@@ -1,4 +1,4 @@
-"""A version is there whole or not at all, and worse than what is served only where somebody said why."""
+"""Publish complete versions only, and worse ones only if given a reason."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from npair.training.run import RunError
 
 @pytest.fixture(autouse=True)
 def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That the other engines are measured, and older instruction sets, test_artifact.py shows; it takes most of the time."""
+    """Skip the other, slow engines and instruction sets; test_artifact.py covers them."""
     monkeypatch.setattr(
         artifact,
         "write_graphs",
@@ -43,7 +43,7 @@ def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def second(published: Path, repository: Path) -> Path:
-    """A model's folder with version 1, which is pinned."""
+    """Return a model folder with version 1, pinned."""
     shutil.copytree(published / "1", repository / "1")
     config = repository / "config.pbtxt"
     config.write_text(with_release(config.read_text(), [1], {}))
@@ -70,7 +70,7 @@ def test_a_worse_network_needs_a_reason(
     second: Path, trained: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def blind(run: Path) -> EmbeddingNetwork:
-        """To which all photos are alike."""
+        """Load a network that maps all photos to one vector."""
         network = load_network(run)
         with torch.no_grad():
             network.embedding.weight.zero_()

@@ -50,7 +50,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 
 def test_learns_to_tell_drawn_products_apart(tmp_path: Path) -> None:
-    """Training on drawings must do far better than chance, which is 1 in 6, and than its start."""
+    """Training on drawings must far exceed its start and chance, which is 1 in 6."""
     write_dataset(tmp_path, products=6, train=8, val=4)
     config = dataclasses.replace(TINY, epochs=20, classes_per_batch=6, evaluations=1)
     assert train(tmp_path, tmp_path / "run", config)
@@ -98,7 +98,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_resuming_ends_where_the_whole_run_does(
 
 
 def test_what_is_ignored_does_not_interrupt() -> None:
-    """A shell ignores SIGINT in what a script starts in the background."""
+    """A shell ignores SIGINT in processes that a script starts in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with interruption() as interrupted:

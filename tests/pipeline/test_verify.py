@@ -1,4 +1,4 @@
-"""Versions and pins are checked without a server."""
+"""Check versions and pins without a server."""
 
 from __future__ import annotations
 

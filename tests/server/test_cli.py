@@ -1,4 +1,4 @@
-"""The npair command, as users call it. Training is in test_train.py."""
+"""Run the npair command as users do; test_train.py covers training."""
 
 from __future__ import annotations
 

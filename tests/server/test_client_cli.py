@@ -1,4 +1,4 @@
-"""The client's commands, in processes of their own."""
+"""Run the client's commands in separate processes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(url: str, *arguments: str | Path) -> Run:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Three photos, with lengths from 2 to 4, and another file."""
+    """Three photos of 2 to 4 bytes, and another file."""
     for name, length in (("b.jpg", 2), ("a.png", 3), ("deep/c.WEBP", 4), ("notes.txt", 5)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x" * length)
@@ -60,7 +60,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hundred(tmp_path: Path) -> Path:
-    """Photos 001.jpg to 100.jpg, named by their lengths, in two folders."""
+    """Photos 001.jpg to 100.jpg in two folders, each named after its length in bytes."""
     for length in range(1, 101):
         path = tmp_path / "shop" / ("a" if length < 40 else "b") / f"{length:03}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ class TestScript:
         ],
     )
     def test_no_module_is_loaded_twice(self, start: str, module: str) -> None:
-        """If it were, there would be two classes of a name."""
+        """A second copy would define each exception class twice."""
         script = (
             "import gc, runpy, sys\n"
             f"sys.path.insert(0, {str(CLIENT.parent)!r})\n"
@@ -149,15 +149,15 @@ class TestEmbed:
         assert [str(path.relative_to(tmp_path)) for path in found] == wanted
         kinds = "2 .heic, 1 .db, 1 without a suffix"
         assert result.stderr == f"4 other files in folders passed over: {kinds}\n"
-        assert len(named.stdout.splitlines()) == 2, "what is named is not passed over"
+        assert len(named.stdout.splitlines()) == 2, "a file named explicitly is never skipped"
         assert named.stderr == ""
 
     def test_photos_that_nobody_answered_are_named(self, hundred: Path) -> None:
-        """One of them may be what stops the server."""
+        """One of them may be the photo that crashes the server."""
 
         def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
             if photos and len(photos[0]) == 33:
-                time.sleep(1)  # the other batches are answered meanwhile
+                time.sleep(1)  # let the server answer the other batches first
                 return UNHEALTHY(photos, path)
             return echo(photos, path)
 
@@ -172,7 +172,7 @@ class TestEmbed:
     def test_an_interrupt_does_not_wait_for_answers(
         self, hundred: Path, scheme: str, answered: int
     ) -> None:
-        """Neither for a first batch nor for those that threads have sent."""
+        """Neither the first batch nor batches sent by threads delay the exit."""
         asked = threading.Event()
 
         def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
@@ -204,9 +204,9 @@ class TestEmbed:
         assert "Traceback" not in said
 
     def test_memory_does_not_grow_with_the_photos(self, tmp_path: Path) -> None:
-        """8,000 photos more, of 20 kB, whose vectors and names alone have 5 MB."""
+        """Add 8,000 photos of 20 kB; their vectors and names alone take 5 MB."""
         (tmp_path / "photo").write_bytes(b"x" * 20_000)
-        # Not getrusage, whose maximum a process inherits from the one that starts it.
+        # Do not use getrusage: a process inherits the maximum of its parent.
         script = (
             f"import sys\nsys.path.insert(0, {str(CLIENT.parent)!r})\nimport client_cli\n"
             "code = client_cli.main()\nwith open('/proc/self/status') as status:\n"
@@ -224,14 +224,14 @@ class TestEmbed:
             assert result.returncode == 0, result.stderr
             return int(result.stdout.split()[-2])
 
-        _, reply = embeddings([b"photo"] * 32)  # of a full batch, which all are
+        _, reply = embeddings([b"photo"] * 32)  # every batch is full
         with serving(always(200, reply)) as (url, _):
             assert peak(8320) - peak(320) < 3000  # kB
 
 
 class TestResume:
     def interrupted(self, folder: Path, out: Path) -> Run:
-        """The server fails from the third batch on."""
+        """Embed the folder on a server that fails from the third batch on."""
 
         def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
             return (UNHEALTHY if photos and len(photos[0]) > 64 else echo)(photos, path)
@@ -248,7 +248,7 @@ class TestResume:
         assert f"64 photos are in {unfinished}" in first.stderr
         assert not out.exists()
         with unfinished.open("a") as lines:
-            lines.write('{"photo": "cut o')  # as by a full disk
+            lines.write('{"photo": "cut o')  # a full disk cuts a line short
         with serving() as (url, server):
             second = run(url, "embed", hundred, "--out", out)
         assert second.returncode == 0, second.stderr
@@ -349,7 +349,7 @@ class TestSavedVectors:
 
 class TestCompare:
     def test_gives_a_verdict_with_the_served_thresholds(self, tmp_path: Path) -> None:
-        """A real server whose configuration has thresholds, over both protocols."""
+        """Ask a real server with configured thresholds over both protocols."""
         shutil.copytree(ROOT / "model_repository", tmp_path / "models")
         config = tmp_path / "models/npair/config.pbtxt"
         golden = sorted((tmp_path / "models/npair").glob("[0-9]*/golden/*.jpg"))

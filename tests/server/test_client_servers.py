@@ -1,4 +1,4 @@
-"""The client on real servers: threads, processes, and a balancer during an update."""
+"""Use the client on real servers: from threads, processes, and behind a load balancer."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ PHOTO = SHIPPED / "golden/photo.jpg"
 
 @pytest.fixture(scope="module")
 def urls() -> Iterator[dict[str, str]]:
-    """A real server's, by protocol."""
+    """Start a real server and yield its URL for each protocol."""
     with running() as (_, urls):
         yield urls
 
 
 class Balancer:
-    """A TCP port that passes each connection on to one of the ports in ``live``, by chance."""
+    """Forward each TCP connection to a random port in ``live``."""
 
     def __init__(self) -> None:
         self.live: list[str] = []
@@ -69,7 +69,7 @@ class Balancer:
 
 
 def test_a_rolling_restart_fails_no_call(published: Path, tmp_path: Path) -> None:
-    """Replace two real servers behind an address, one after the other, with another version."""
+    """Replace two real servers behind one address, one after the other, by another version."""
     old, new = str(ROOT / "model_repository"), str(tmp_path / "models")
     shutil.copytree(published, tmp_path / "models/npair")
     config = tmp_path / "models/npair/config.pbtxt"
@@ -115,7 +115,7 @@ def test_a_rolling_restart_fails_no_call(published: Path, tmp_path: Path) -> Non
             thread.start()
         for process, ports in zip(processes[:2], before, strict=True):
             process.terminate()
-            time.sleep(1)  # until the balancer learns of it
+            time.sleep(1)  # until the balancer notices
             for protocol, port in ports.items():
                 balancers[protocol].live.remove(port)
             process.wait(timeout=60)
@@ -221,7 +221,7 @@ class TestThreadsAndProcesses:
             assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
 
     def test_processes(self, urls: dict[str, str], scheme: str, tmp_path: Path) -> None:
-        """Forked or spawned, with a client that their parent has used."""
+        """Fork or spawn children that use a client which their parent has used."""
         script = tmp_path / "processes.py"
         script.write_text(PROCESSES)
         command: list[str | Path] = [sys.executable, script, urls[scheme], PHOTO]

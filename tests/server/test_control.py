@@ -1,4 +1,4 @@
-"""Servers behind a host name, over TLS, and all at once."""
+"""Control several servers at once, behind a host name and over TLS."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Resolve = Callable[..., None]
 
 @pytest.fixture
 def resolve(monkeypatch: pytest.MonkeyPatch) -> Resolve:
-    """Make host names known to a fake resolver; real ones need the machine's settings."""
+    """Resolve made-up host names; a real resolver would need the machine's settings."""
     real = socket.getaddrinfo
 
     def known(host: str, *addresses: str) -> None:
@@ -138,7 +138,7 @@ class TestHostsOfSeveralServers:
     def test_tls_is_by_name(
         self, tmp_path: Path, resolve: Resolve, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A fake server, since Triton has no TLS over HTTP: proxies before it have."""
+        """Use a fake server, since Triton leaves TLS over HTTP to a proxy."""
         cert, key = certificate(tmp_path, "npair.test")
         monkeypatch.setenv("SSL_CERT_FILE", str(cert))
         hosts = []

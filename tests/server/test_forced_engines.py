@@ -1,4 +1,4 @@
-"""A version's engines on the real server: forced, unknown, and passed over."""
+"""Choose a version's engine on the real server: forced, unknown or passed over."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from npair.client import NpairClient
 
 
 class TestEngines:
-    """On a copy of the repository's model."""
+    """Serve a copy of the shipped model with changed engines."""
 
     @pytest.fixture
     def model(self, tmp_path: Path) -> Path:
@@ -46,7 +46,7 @@ class TestEngines:
         assert "has no engine best, only openvino-int8" in output
 
     def test_passed_over_and_said(self, model: Path) -> None:
-        """The fastest engine cannot be as exact as this manifest asks."""
+        """The manifest demands more accuracy than the fastest engine has."""
         engines = json.loads((model / SHIPPED.name / "manifest.json").read_bytes())["engines"]
         engines["openvino-int8"]["tolerance"] = 0
         rewrite_manifest(model / SHIPPED.name, engines=engines)

@@ -1,4 +1,4 @@
-"""Triton's HTTP front end, on both ports: no content type, size or path may end the server."""
+"""No content type, size or path may crash Triton's HTTP front end, on either port."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SENDS_A_BODY = re.compile(
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[fuzz.Server]:
-    """Started with the limit of open files that a login shell has."""
+    """Start a server with a login shell's limit on open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(1_024, hard), hard))
     try:
@@ -42,7 +42,10 @@ def server() -> Iterator[fuzz.Server]:
 
 
 def form(path: str, size: int, content_type: str) -> bytes:
-    """A request whose body is one key, such as a photo without & and =: it takes the most stack."""
+    """Return a request whose body is a single form key, the worst case for the stack.
+
+    A photo without the bytes & and = looks like this.
+    """
     head = [
         f"POST {path} HTTP/1.1",
         "Connection: close",
@@ -54,7 +57,7 @@ def form(path: str, size: int, content_type: str) -> bytes:
 
 
 class TestForms:
-    """Which the library parses: into two arrays on a thread's stack, each as long as the body."""
+    """Triton's HTTP library copies each form twice to a thread's stack."""
 
     @pytest.mark.parametrize("size", [5_000_000, 20_000_000, MAX_REQUEST_BYTES])
     @pytest.mark.parametrize(
@@ -100,7 +103,7 @@ def test_connections_that_are_only_held(server: fuzz.Server, port: str) -> None:
 
 @pytest.mark.parametrize(("target", "runs"), [("http", 8_000), ("metrics", 2_000)])
 def test_hostile_requests(server: fuzz.Server, target: str, runs: int) -> None:
-    """Requests of another seed than the first of `tests/fuzz/fuzz.py`, which can repeat them."""
+    """Send requests of another seed than the default of `tests/fuzz/fuzz.py`."""
     outcomes: Counter[str] = Counter()
     for first in range(0, runs, fuzz.BLOCK):
         numbers = range(first, first + fuzz.BLOCK)
@@ -108,13 +111,14 @@ def test_hostile_requests(server: fuzz.Server, target: str, runs: int) -> None:
             server, target, (fuzz.request(target, 17, number) for number in numbers), outcomes
         )
         assert not wrong, (
-            f"{wrong}; again: python tests/fuzz/fuzz.py {target} --seed 17 --first {first} --runs {fuzz.BLOCK}"
+            f"{wrong}; repeat with python tests/fuzz/fuzz.py {target} "
+            f"--seed 17 --first {first} --runs {fuzz.BLOCK}"
         )
     assert {"200", "405"} <= set(outcomes), outcomes
 
 
 def commands(page: Path) -> list[str]:
-    """Lines of code, each with those that continue it."""
+    """Return a page's lines of code, joined at backslashes."""
     text = page.read_text().replace("\\\n", " ")
     return "\n".join(
         re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)

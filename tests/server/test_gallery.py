@@ -1,4 +1,4 @@
-"""Galleries on the real server: build, kill, change, switch versions, search and damage them."""
+"""Build, interrupt, change, search and damage galleries on the real server."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ OLD, NEW = SHIPPED.name, str(int(SHIPPED.name) + 1)
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[NpairClient]:
-    """Of a server with the version of this repository."""
+    """Yield a client of a server with the shipped version."""
     with running() as (_, urls), NpairClient(urls["http"]) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def newer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpairClient]:
-    """Of a server with the next version, too, which answers what names none; over gRPC."""
+    """Yield a gRPC client of a server with the shipped version and the next one, its default."""
     models = tmp_path_factory.mktemp("models")
     model = Path(shutil.copytree(SHIPPED.parent, models / "npair"))
     shutil.copytree(model / OLD, model / NEW)
@@ -68,7 +68,7 @@ def manifest_of(config: str) -> str:
 
 
 def stored(folder: Path) -> dict[str, str]:
-    """Label by photo of the table that is searched; fails where a photo is there twice."""
+    """Map the active table's photos to their labels; fail if a photo occurs twice."""
     rows = Gallery(folder).table.search().select(["photo", "label"]).to_list()
     assert len({row["photo"] for row in rows}) == len(rows)
     return {row["photo"]: row["label"] for row in rows}
@@ -130,7 +130,7 @@ class TestBuild:
     def test_searches_find_what_was_there_until_the_new_is(
         self, client: NpairClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """As where the photos' folder has moved, so that each has another name."""
+        """Moving the folder renames every photo."""
         photos, index = folders(tmp_path / "photos", classes=2, photos=3), tmp_path / "index"
         build(photos, index, client)
         before, embed = stored(index), gallery._embed
@@ -264,12 +264,12 @@ def test_goes_on_where_it_was_killed(client: NpairClient, tmp_path: Path) -> Non
 
 
 def count(index: Path) -> int:
-    """Rows of the only table, complete or not."""
+    """Count the rows of the only table, complete or not."""
     database = lancedb.connect(index)
     names = database.list_tables().tables if index.exists() else []
     try:
         return sum(database.open_table(name).count_rows() for name in names)
-    except ValueError:  # the folder is there, and the table not yet
+    except ValueError:  # the folder exists before the table
         return 0
 
 
@@ -286,7 +286,7 @@ class TestVersions:
         seen = []
 
         def look(_: object) -> None:
-            """When the new table is complete, and before the switch."""
+            """Search once the new table is complete, just before the switch."""
             seen.append(
                 (
                     Gallery(index).version,
@@ -440,7 +440,7 @@ def test_damaged(damage: Callable[[Path], None], client: NpairClient, tmp_path: 
 def test_what_may_not_be_read_is_not_called_damaged(
     made: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fake, since root may read all."""
+    """Fake the error, since root may read every file."""
 
     def refused(_: Path) -> dict[str, str]:
         raise PermissionError(13, "Permission denied")

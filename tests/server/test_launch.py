@@ -1,4 +1,4 @@
-"""How serve.py starts Triton: paths, addresses, stacks and the secret, on the real server."""
+"""Start Triton by serve.py: paths, addresses, stack size and the secret."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from npair.client import InvalidPhotoError, NpairClient
 
 
 def listening(pid: int, ports: dict[str, str]) -> set[str]:
-    """The addresses on which this network namespace listens at these ports, as URLs have them."""
+    """Return the addresses listening on these ports in pid's namespace, as written in URLs."""
     found = set()
     for file, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         for line in Path(f"/proc/{pid}/net/{file}").read_text().splitlines()[1:]:
@@ -46,7 +46,7 @@ def listening(pid: int, ports: dict[str, str]) -> set[str]:
 
 
 def form_status(url: str, size: int) -> int:
-    """The HTTP status of a golden photo, padded to this size and sent as curl does by default."""
+    """Send a golden photo padded to size, form-encoded as by curl, and return the HTTP status."""
     photo = (SHIPPED / "golden/photo.jpg").read_bytes()
     headers = {
         "Content-Type": "application/x-www-form-urlencoded",
@@ -61,7 +61,7 @@ def form_status(url: str, size: int) -> int:
 
 
 class TestStack:
-    """Triton's HTTP library copies a form-encoded body to a thread's stack, whatever the path."""
+    """Triton's HTTP library copies form-encoded bodies to a thread's stack on every path."""
 
     def test_the_largest_form_encoded_bodies_do_not_end_the_server(self) -> None:
         ports = free_ports()
@@ -117,7 +117,7 @@ class TestStack:
 
 
 class TestPaths:
-    """Triton starts its stubs by a bash command line, without quotes."""
+    """Triton starts its stubs by an unquoted bash command line."""
 
     @pytest.mark.parametrize(
         "name", ["my clone", "O'Brien", "npair (1)", "a&b;c", "a$b:c", "Téléchargements"]
@@ -137,7 +137,7 @@ class TestPaths:
                 client.embed(SHIPPED / "golden/photo.jpg")
 
     def test_python_in_such_a_folder(self, tmp_path: Path) -> None:
-        """As where the clone has its .venv in it; with a link in place of one."""
+        """Start from a .venv in a clone with an odd name; a symbolic link stands in for it."""
         venv = tmp_path / "my clone" / "l'été:1"
         venv.parent.mkdir()
         venv.symlink_to(sys.prefix)
@@ -187,7 +187,7 @@ def test_on_all_ports(host: str, called: str, listens: str) -> None:
         line = lines_until_ready(process)[-1]
         assert f"at http://{listens}:{http_port} and grpc://{listens}:{grpc_port}, " in line
         assert f", metrics at http://{listens}:{metrics_port}/" in line
-        everywhere = {"0.0.0.0", "[::]"}  # as gRPC's server takes either
+        everywhere = {"0.0.0.0", "[::]"}  # gRPC may bind to either
         assert listening(child_of(process), ports) <= (
             everywhere if listens in everywhere else {listens}
         )

@@ -1,4 +1,4 @@
-"""What serve.py passes on: the log of a real server as JSON, and its traces to a collector."""
+"""Check a real server's JSON log and the traces that it sends to a collector."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ HOSTILE = {
 
 
 class Server:
-    """lines: of the log so far. spans: that the collector has received. url: for HTTP and gRPC."""
+    """A server with its log lines so far, the collector's spans, and its HTTP and gRPC URLs."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -63,7 +63,7 @@ class Server:
 
 @contextlib.contextmanager
 def collector(spans: list[dict[str, Any]]) -> Iterator[str]:
-    """Takes traces as JSON over HTTP, as OpenTelemetry's collector does; yields its URL."""
+    """Receive OpenTelemetry traces as JSON over HTTP; yield the collector's URL."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -173,7 +173,7 @@ class TestLog:
 
     @pytest.mark.parametrize("request_id", HOSTILE, ids=lambda request_id: repr(request_id[:20]))
     def test_no_id_breaks_or_forges_a_line(self, server: Server, request_id: bytes) -> None:
-        time.sleep(1)  # or the limit on lines would hide it
+        time.sleep(1)  # else the rate limit hides the line
         before, errors = len(server.log(message="photo refused")), server.log(level="error")
         server.refuse(request_id)
         eventually(lambda: len(server.log(message="photo refused")) > before)

@@ -1,4 +1,4 @@
-"""A repository in an object store, on an S3 server: publish, kill, release, and serve from it."""
+"""Publish to, interrupt, release and serve a repository in an S3 object store."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ with open_repository(sys.argv[1]).new_version() as (number, folder):
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    """The URL of an S3 server, which this process and its children use in place of AWS's."""
+    """Start an S3 server that replaces AWS in this process and its children; yield its URL."""
     server = ThreadedMotoServer("127.0.0.1", 0)
     server.start()
     host, port = server.get_host_and_port()
     put, lock = S3Response._key_response_put, threading.Lock()
 
     def one_at_a_time(*arguments: Any) -> Any:
-        """Make conditional writes atomic, as S3's are: moto's check and write are two steps."""
+        """Make conditional writes atomic as in S3; moto checks and writes in two steps."""
         with lock:
             return put(*arguments)
 
@@ -72,12 +72,11 @@ def endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def location(endpoint: str, request: pytest.FixtureRequest) -> str:
-    """A model's folder without a version, in a bucket of the test's own."""
+    """Create a model folder without versions in the test's own bucket and return its URL."""
     assert endpoint
     bucket = re.sub("[^a-z0-9]+", "-", request.node.name)[:60].strip("-")
-    store = s3fs.S3FileSystem(
-        skip_instance_cache=True
-    )  # what it knows is not known to the code under test
+    # Share no cache with the code under test.
+    store = s3fs.S3FileSystem(skip_instance_cache=True)
     store.mkdir(bucket)
     store.pipe_file(
         f"{bucket}/models/npair/config.pbtxt", (SHIPPED.parent / "config.pbtxt").read_bytes()
@@ -168,7 +167,7 @@ def test_nothing_is_left_of_a_failure(location: str, error: BaseException) -> No
 
 
 def test_what_did_not_arrive_is_no_version(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fake, since the store refuses what breaks off: one file arrives short."""
+    """Fake one short upload, since the store rejects truncated ones."""
     ask = Store._ask
 
     def short(self: Store, operation: str, *arguments: object, **options: object) -> object:
@@ -193,7 +192,7 @@ def test_publishers_side_by_side_get_numbers_of_their_own(location: str) -> None
 
 
 def test_one_of_many_creates(location: str) -> None:
-    """The very same object, which publishers seldom try at once."""
+    """Publishers rarely race for the same object, so force it."""
     stores = [Store(location) for _ in range(8)]
     with ThreadPoolExecutor(len(stores)) as threads:
         for name in range(20):
@@ -207,9 +206,8 @@ def test_one_of_many_creates(location: str) -> None:
 
 def test_what_cannot_be_created(endpoint: str) -> None:
     assert endpoint
-    with pytest.raises(
-        FileNotFoundError
-    ):  # and not taken for another's claim, or a publisher would try one number after another
+    # If this counted as another publisher's claim, publishing would try numbers forever.
+    with pytest.raises(FileNotFoundError):
         Store("s3://no-such-bucket/models/npair")._create(
             "no-such-bucket/models/npair/1/manifest.json", b""
         )
@@ -245,9 +243,8 @@ def test_killed_publishers_leave_nothing_that_counts(location: str) -> None:
 
 
 def test_a_store_that_goes_away(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = ThreadedMotoServer(
-        "127.0.0.1", 0
-    )  # of the same buckets: in one process, these are shared
+    # Servers in one process share their buckets.
+    server = ThreadedMotoServer("127.0.0.1", 0)
     server.start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
@@ -293,7 +290,7 @@ def test_removed_never_half(location: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_lock_is_known_although_the_answer_was_lost(
     location: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store has it, and refuses the library's second try."""
+    """The first write succeeds, so the store rejects the library's retry."""
     create = Store._create
 
     def twice(self: Store, path: str, content: bytes) -> bool:
@@ -357,12 +354,12 @@ except RepositoryError as error:
 
 @pytest.fixture
 def served(location: str, endpoint: str, tmp_path: Path) -> Iterator[Server]:
-    """Triton on the store, with version 1, which is the shipped one by its own number there."""
+    """Serve version 1, a copy of the shipped one, from the store."""
     release(open_repository(location))
     http, grpc, metrics = map(int, free_ports().values())
     place = location.replace("s3://", f"s3://{endpoint}/").removesuffix(
         "/npair"
-    )  # Triton's way to name a server that is not AWS's
+    )  # Triton's syntax for S3 servers other than AWS
     options = Options(place, http_port=http, grpc_port=grpc, metrics_port=metrics)
     triton = find_triton(tmp_path)
     process = subprocess.Popen(
@@ -379,7 +376,7 @@ def served(location: str, endpoint: str, tmp_path: Path) -> Iterator[Server]:
 
 
 def release(repository: Repository, *, spoil: str = "") -> int:
-    """The shipped version as the next one, pinned by config.pbtxt."""
+    """Add the shipped version as the next one, pin it, and return its number."""
     with repository.new_version() as (number, folder):
         shutil.copytree(
             SHIPPED, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
@@ -398,7 +395,7 @@ def release(repository: Repository, *, spoil: str = "") -> int:
 def test_triton_reads_the_store(location: str, served: Server) -> None:
     repository = open_repository(location)
     with repository.version(1) as folder:
-        served.check(folder)  # waits until it has started
+        served.check(folder)  # wait until the server has started
     assert served.serving() == [1]
     assert release(repository) == 2
     assert served.serving() == [1], "nothing is loaded before it is asked for"
@@ -411,7 +408,7 @@ def test_triton_reads_the_store(location: str, served: Server) -> None:
 
 
 def test_served_from_the_store(location: str) -> None:
-    """By serve.py, which watches the golden photo there, too."""
+    """Let serve.py read the golden photo from the store and watch it."""
     repository = open_repository(location)
     release(repository)
     ports = free_ports()

@@ -1,4 +1,4 @@
-"""The pipeline's documentation matches its parts; scripts/test_image.py runs the pipeline."""
+"""Check the pipeline's documentation; scripts/test_image.py runs the pipeline itself."""
 
 from __future__ import annotations
 

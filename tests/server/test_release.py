@@ -1,4 +1,4 @@
-"""Releases on the real server: sound versions are served, broken ones never."""
+"""Release versions on the real server: sound ones go live, broken ones never."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class TestPromote:
         assert (broken / "config.pbtxt").read_bytes() == before
 
     def test_broken_forced_by_hand_does_not_serve(self, broken: Path, standing: Standing) -> None:
-        """The old version goes on, and health is green."""
+        """The old version keeps serving, and the server stays healthy."""
         models, server, urls = standing
         config, sound = (
             (models / "config.pbtxt").read_text(),
@@ -131,7 +131,7 @@ class TestPromote:
             assert urllib.request.urlopen(urls["http"] + path).status == 200
 
     def test_what_the_server_refuses_is_put_back(self, models: Path, tmp_path: Path) -> None:
-        """It serves a copy of the folder whose version 2 was spoilt on the way."""
+        """The server reads a copy of the repository in which version 2 is damaged."""
         theirs = Path(shutil.copytree(models, tmp_path / "theirs/npair"))
         flip(theirs / "2/model.py")
         repository = open_repository(models)
@@ -180,7 +180,7 @@ class TestPromote:
         )
 
     def test_all_servers_go_back_whichever_fails(self, models: Path) -> None:
-        """By fakes: the first fails once it has loaded, and the last refuses to.
+        """Of three fake servers, the last cannot load version 2 and the first cannot go back.
 
         No load ends before all have started.
         """
@@ -214,7 +214,7 @@ class TestPromote:
 
     @pytest.mark.parametrize("damage", ["gone", "truncated"])
     def test_what_cannot_be_served_again_is_not_remembered(self, models: Path, damage: str) -> None:
-        """As where a new folder's config.pbtxt pins a version of elsewhere."""
+        """A copied config.pbtxt may pin a version that this repository lacks."""
         if damage == "gone":
             shutil.rmtree(models / "1")
         else:
@@ -235,7 +235,7 @@ class TestPromote:
     def test_nothing_is_retired_on_no_answer(
         self, models: Path, monkeypatch: pytest.MonkeyPatch, status: int, answer: str, reason: str
     ) -> None:
-        """Such as a proxy's, or a starting server's."""
+        """A proxy or a starting server may give no answer."""
 
         def refused(*_: object) -> None:
             raise InferenceServerException(answer, status=str(status))

@@ -1,4 +1,4 @@
-"""Promotions that are interrupted, killed, or under load, on the real server."""
+"""Interrupt, kill and load promotions on the real server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from npair.releasing.repository import open_repository
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_promotions_go_back(standing: Standing, number: signal.Signals) -> None:
-    """While the server loads, which here takes longer. Under nohup, a hangup does not interrupt."""
+    """Interrupt a slowed-down load. Under nohup, SIGHUP does not interrupt it."""
     models, server, urls = standing
     before = (models / "config.pbtxt").read_bytes()
     code = """
@@ -69,7 +69,10 @@ sys.exit(cli.main())
 
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_promotions_leave_what_serves(standing: Standing, seed: int) -> None:
-    """kill -9 at a chosen moment, and at random ones. Many more: benchmarks/promotions.py."""
+    """Send SIGKILL at a chosen moment (seed 0) or at random ones.
+
+    benchmarks/promotions.py repeats this many times.
+    """
     models, server, urls = standing
     dice, repository = random.Random(seed), open_repository(models)
     for target in (2, 1, 2):
@@ -80,7 +83,7 @@ def test_killed_promotions_leave_what_serves(standing: Standing, seed: int) -> N
         )
         if seed:
             time.sleep(dice.uniform(0.5, 3))
-        else:  # certainly when config.pbtxt is written and the server perhaps has not loaded it
+        else:  # config.pbtxt is written, but the server may not have loaded it
             eventually(partial(pins, models, target), 60)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -89,9 +92,9 @@ def test_killed_promotions_leave_what_serves(standing: Standing, seed: int) -> N
 
 
 def test_promotions_under_load(standing: Standing) -> None:
-    """No request fails, and every answer is of one of the versions.
+    """No request fails, and each answer comes from a single version.
 
-    benchmarks/promotions.py makes many more.
+    benchmarks/promotions.py repeats this many times.
     """
     models, server, urls = standing
     repository, stop, failures = open_repository(models), threading.Event(), list[str]()

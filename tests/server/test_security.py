@@ -1,4 +1,4 @@
-"""What docs/security.md says of ports, the control secret, TLS and Triton's releases, tried on a real server."""
+"""Check docs/security.md on a real server: ports, the secret, TLS and Triton releases."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ PHOTO = SHIPPED / "golden/photo.jpg"
 
 
 class Server(NamedTuple):
-    """One with a secret and TLS, that logs all it can. lines: of stderr until it was ready. pid: of Triton."""
+    """A verbose server with a control secret and TLS.
+
+    pid is Triton's process; lines are those of stderr until the server was ready.
+    """
 
     process: subprocess.Popen[str]
     pid: int
@@ -187,7 +190,7 @@ class TestSecret:
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        """As under Yama's ptrace_scope 3, which holds for a whole machine."""
+        """Simulate Yama's ptrace_scope 3, which can only be set for the whole machine."""
 
         def refuse(_: int) -> None:
             raise PermissionError(13, "Permission denied")
@@ -203,8 +206,11 @@ class TestSecret:
         )
 
     def test_another_users_process_cannot_be_written(self) -> None:
-        """By nobody, where this runs as root."""
-        code = "import os; from supervisor.launch import hide_secret; os.getuid() or os.setuid(65534); hide_secret(1)"
+        """If the tests run as root, switch to an unprivileged user first."""
+        code = (
+            "import os; from supervisor.launch import hide_secret; "
+            "os.getuid() or os.setuid(65534); hide_secret(1)"
+        )
         command = [sys.executable, "-c", code]
         result = subprocess.run(
             command, cwd=ROOT / "model/api", capture_output=True, text=True, check=False
@@ -227,7 +233,7 @@ class TestSecret:
         assert secret not in str(refused.value)
 
     def test_is_in_no_image(self) -> None:
-        """What a Dockerfile does not name gets into no layer: it copies files by name."""
+        """The Dockerfile copies files by name, so unlisted files reach no layer."""
         dockerfile = (ROOT / "model/api/Dockerfile.cpu").read_text()
         assert "NPAIR_" not in dockerfile
         assert not re.search(r"^(COPY|ADD)( --chmod=\d+)? \.", dockerfile, re.MULTILINE)
@@ -357,7 +363,7 @@ class TestRelease:
 
 
 class TestFlags:
-    """2.51, which is here, knows all but one flag, so programs stand in for the help of other releases."""
+    """Fake programs print the help of Triton releases with other flags than the installed 2.51."""
 
     def command(self, folder: Path, *known: str) -> list[str]:
         program = folder / "tritonserver"
@@ -378,7 +384,7 @@ class TestFlags:
     def test_this_one_cannot(self, tmp_path: Path) -> None:
         real = command(parse([]), find_triton(tmp_path), "secret")
         assert not any(flag.startswith("--http-max-input-size") for flag in real), (
-            "then docs/security.md is wrong about 2.51"
+            "docs/security.md says that 2.51 lacks this flag"
         )
 
     def test_what_would_be_open_is_not_started(

@@ -1,4 +1,4 @@
-"""How serve.py stops a server, on signals and by itself."""
+"""Stop a server through serve.py, by signals and by itself."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_stops_in_order_although_an_idle_client_holds_its_connection() -> None:
 
 
 def test_stops_in_order_although_the_repository_has_other_folders(tmp_path: Path) -> None:
-    """As the root of a Kubernetes volume has."""
+    """The root of a Kubernetes volume has a lost+found folder."""
     shutil.copytree(ROOT / "model_repository", tmp_path / "models")
     (tmp_path / "models/lost+found").mkdir()
     with running(MODEL_REPOSITORY=str(tmp_path / "models")) as (process, _):
@@ -49,9 +49,8 @@ def test_stops_in_order_although_the_repository_has_other_folders(tmp_path: Path
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_answers_what_it_accepted_before_it_stops(protocol: str) -> None:
-    photos = [
-        encode(Image.new("RGB", (4100, 4100)), "PNG")
-    ] * 16  # so large that they are decoded one after another
+    # Photos of this size are decoded one at a time.
+    photos = [encode(Image.new("RGB", (4100, 4100)), "PNG")] * 16
     with (
         running(DRAIN_SECONDS="30") as (process, urls),
         NpairClient(urls[protocol], batch_size=64) as client,
@@ -60,9 +59,8 @@ def test_answers_what_it_accepted_before_it_stops(protocol: str) -> None:
         request = threading.Thread(target=lambda: answers.append(len(client.embed(photos).vectors)))
         worked = computed(process)
         request.start()
-        eventually(
-            lambda: computed(process) > worked + 0.2
-        )  # it is accepted, and takes seconds; a golden photo takes less
+        # More CPU time than a golden photo needs shows that the request was accepted.
+        eventually(lambda: computed(process) > worked + 0.2)
         assert not answers
         process.send_signal(signal.SIGTERM)
         request.join(timeout=60)
@@ -137,7 +135,7 @@ def test_what_others_compute_beside_a_dead_stub_is_answered() -> None:
 
 
 def test_log_lines_that_cannot_be_written_do_not_end_the_server() -> None:
-    """As if the disk behind stderr were full."""
+    """Simulate a full disk behind stderr."""
     ports = free_ports()
     url = f"http://127.0.0.1:{ports['HTTP_PORT']}"
     with Path("/dev/full").open("w") as full:

@@ -49,7 +49,7 @@ def answering(status: int = 200, after: float = 0.0) -> Iterator[str]:
             pass
 
     class Server(http.server.ThreadingHTTPServer):
-        request_queue_size = 64  # of connections that wait to be accepted
+        request_queue_size = 64  # connections waiting to be accepted
 
     server = Server(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -135,7 +135,7 @@ class TestCommand:
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     def test_finds_and_writes(self, published: Path, dataset: Path, tmp_path: Path) -> None:
-        """Start from a setting that is bad on every machine: a lone photo waits for a second."""
+        """Start from a setting that is bad on every machine: a single photo waits one second."""
         models = Path(shutil.copytree(published, tmp_path / "npair"))
         config = models / "config.pbtxt"
         bad = with_setting(

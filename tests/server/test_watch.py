@@ -1,4 +1,4 @@
-"""What serve.py makes of a server that fails, is busy, or does what it was told."""
+"""Watch servers that fail, are busy or follow the control API."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class TestStart:
 
 
 def test_a_start_that_hangs_ends_with_the_reason() -> None:
-    """Triton gives up a stub that gets no CPU for two seconds while it loads, and waits forever."""
+    """If a loading stub gets no CPU for two seconds, Triton gives it up and waits forever."""
     ports = free_ports()
     process = start(**ports, START_SECONDS="15")
 
@@ -92,7 +92,7 @@ def test_a_load_that_ends_between_two_questions_is_not_taken_for_refused(tmp_pat
 
 
 def test_an_answer_that_does_not_come_is_not_taken_for_refused(tmp_path: Path) -> None:
-    """As on a starved machine: the first answers of a server that has loaded come too late."""
+    """On a starved machine, a loaded server's first answers may come too late."""
     environment = standin(tmp_path, "late")
     process = start(**free_ports(), **environment)
     lines_until_ready(process)
@@ -102,7 +102,7 @@ def test_an_answer_that_does_not_come_is_not_taken_for_refused(tmp_path: Path) -
 
 
 class TestControl:
-    """What the control API is told to do is no fault, and a dead model is still one."""
+    """Unloading by the control API is no fault; a dead model still is."""
 
     def test_unloaded_and_never_loaded(self) -> None:
         with running(NPAIR_CONTROL_SECRET="s") as (process, urls):
@@ -157,7 +157,7 @@ class TestControl:
             assert stopped(process) == (0, "npair: stopped\n")
 
     def test_unloaded_beside_a_dead_stub(self) -> None:
-        """If the unload ends before the dead stub is seen, a load starts new stubs."""
+        """If the unload ends before the dead stub is noticed, the next load starts new stubs."""
         with (
             running(NPAIR_CONTROL_SECRET="s") as (process, urls),
             NpairClient(urls["http"]) as client,
@@ -175,7 +175,7 @@ class TestControl:
 
 
 def test_dead_stub_ends_the_server_with_the_reason() -> None:
-    """Readiness URLs stay green after this, and another instance answers most golden photos."""
+    """Triton stays ready, and the other instance answers most golden photos."""
     with running() as (process, urls):
         assert health(urls["http"]).returncode == 0
         os.kill(stubs_of(process)[0], signal.SIGKILL)
@@ -206,7 +206,7 @@ def test_hanging_stubs_end_the_server_with_the_reason() -> None:
 
 
 def test_load_is_not_taken_for_death() -> None:
-    """Golden photos wait in everybody's queue, longer than a dead model would be left alone."""
+    """Golden photos queue behind others for longer than a dead model is tolerated."""
     photos = [encode(draw(0, 0, 1500), "PNG")] * 64
     with running() as (process, urls):
         end = time.monotonic() + 1.5 * UNHEALTHY_AFTER
@@ -224,7 +224,7 @@ def test_load_is_not_taken_for_death() -> None:
 
 
 def test_storage_that_goes_away_does_not_end_a_server_that_runs(tmp_path: Path) -> None:
-    """As an unmount would; all is in memory."""
+    """Everything is in memory, so losing the mount does no harm."""
     model = Path(shutil.copytree(ROOT / "model_repository", tmp_path / "models")) / "npair"
     with (
         running(MODEL_REPOSITORY=str(model.parent)) as (process, urls),

@@ -1,4 +1,4 @@
-"""The arrows between the pieces, as docs say them: imports point one way, and what is published stands alone."""
+"""Check that imports follow the documented arrows and that published code stands alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from npair.releasing import control, release, tune
 
 SOURCE = ROOT / "src/npair"
 
-# Which packages of npair each package may import, imports inside functions included.
+# The packages that each package may import, including imports inside functions.
 ARROWS = {
     "cli": {
         "data",
@@ -42,10 +42,10 @@ ARROWS = {
     "client_cli": {"client", "client_files"},
     "client_files": {"client"},
 }
-# Of releasing, publishing verifies a version before it appears in a repository: it asks no server.
+# Publishing may use only these modules of releasing: it never calls a server.
 RELEASING_FOR_PUBLISHING = {"config", "repository", "verify"}
 
-# The libraries that a version's own code may import: they are what the image holds.
+# The libraries that served code may import, since the image holds no others.
 LIBRARIES = {
     "serving/model": {"numpy", "triton_python_backend_utils"},
     "serving/embedder": {"numpy"},
@@ -62,12 +62,12 @@ LIBRARIES = {
 
 
 def imports(path: Path) -> Iterator[tuple[str, ...]]:
-    """The parts of each module's name that a file imports, anywhere in it."""
+    """Yield the dotted name of each module that a file imports, split into parts."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (tuple(alias.name.split(".")) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level:
-            # A version's code and the client import their neighbours relatively.
+            # Served code and the client use relative imports.
             package = ("npair", "serving") if path.parent.name == "serving" else ("npair",)
             yield from ((*package, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -80,12 +80,12 @@ def imports(path: Path) -> Iterator[tuple[str, ...]]:
 
 
 def packages(path: Path) -> set[str]:
-    """The packages of npair that a file imports."""
+    """Return the packages of npair that a file imports."""
     return {parts[1] for parts in imports(path) if parts[0] == "npair" and len(parts) > 1}
 
 
 def libraries(path: Path) -> set[str]:
-    """What a file imports of others, beyond the standard library."""
+    """Return the third-party libraries that a file imports."""
     return (
         {parts[0] for parts in imports(path)}
         - {"npair", "__future__"}
@@ -140,7 +140,7 @@ def test_arrows_have_no_circle() -> None:
 
 def test_docker_context_stands_alone() -> None:
     api = ROOT / "model/api"
-    siblings = {"client", "client_files"}  # which the client's files import relatively
+    siblings = {"client", "client_files"}  # imported relatively by the client's files
     assert all(packages(path) <= siblings for path in api.glob("*.py"))
     for path in (api / "serve.py", *api.glob("supervisor/*.py")):
         assert libraries(path) <= {"supervisor"}
@@ -149,7 +149,7 @@ def test_docker_context_stands_alone() -> None:
 
 
 def test_both_sides_agree_on_names() -> None:
-    """Neither side may import the other."""
+    """Compare constants that each side defines, since neither may import the other."""
     assert control.CONTROL_HEADER == CONTROL_HEADER
     assert release.FALLBACK == FALLBACK
     assert (ROOT / "model/api/serve.py").samefile(tune.SERVE)

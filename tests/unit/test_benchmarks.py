@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic; what they measure is in the docs."""
+"""Check the benchmarks' arithmetic and that the docs quote their results."""
 
 from __future__ import annotations
 
@@ -81,16 +81,16 @@ def test_report_compares_with_the_best_peer_another_version_and_other_networks(
     )
     assert "npair reaches 0.96" in lines
     assert (
-        "Best peer as documented: LitServe, of which npair has 6.00 times the photos/s, and 0.10 of the p50 at one"
-        in lines
+        "Best peer as documented: LitServe, of which npair has 6.00 times the photos/s, "
+        "and 0.10 of the p50 at one" in lines
     )
     assert (
-        "npair, version 9: npair has 1.50 times the photos/s, and 0.50 of the p50 at one connection."
-        in lines
+        "npair, version 9: npair has 1.50 times the photos/s, "
+        "and 0.50 of the p50 at one connection." in lines
     )
     assert (
-        "infinity, CLIP ViT-B/32: npair has 30.00 times the photos/s, and 0.05 of the p50 at one connection."
-        in lines
+        "infinity, CLIP ViT-B/32: npair has 30.00 times the photos/s, "
+        "and 0.05 of the p50 at one connection." in lines
     )
     assert "decoder inside" not in lines  # the other version is no peer
 
@@ -186,15 +186,18 @@ def test_unseen_products_are_in_no_train_split(dataset: Path, tmp_path: Path) ->
     for folded in tables:
         assert folded.val is not None
         assert not set(folded.train.fine) & set(folded.val.fine)
-        assert (
-            len(folded.train) + len(folded.val) == 24
-        )  # the photos of train; val's are in neither
+        # The folds split the 24 photos of train and leave out those of val.
+        assert len(folded.train) + len(folded.val) == 24
         found += [folded.val.fine_names[label] for label in np.unique(folded.val.fine)]
     assert sorted(found) == sorted(read_dataset(dataset).train.fine_names)
 
 
 def test_unseen_products_are_not_found_by_lookalikes() -> None:
-    """Two products in three colours, four photos each, in embeddings that see colours alone: a photo finds its own colour first."""
+    """Score each photo only against photos outside its group of lookalikes.
+
+    Two products have four photos in each of three colours. A photo is nearest to those of its own
+    product and colour.
+    """
     product, colour = (part.ravel() for part in np.mgrid[0:2, 0:3].repeat(4, axis=2))
     paths = tuple(Path(f"{index}.png") for index in range(24))
     photos = Photos(paths, product, product, ("a", "b"), ("a", "b"))
@@ -205,7 +208,7 @@ def test_unseen_products_are_not_found_by_lookalikes() -> None:
     seen = np.eye(6, dtype=np.float32)[3 * product + colour]
     vectors = (
         0.8 * seen + 0.6 * np.roll(np.eye(6, dtype=np.float32), 3, axis=1)[3 * product + colour]
-    )  # next, the other product's
+    )  # the other product's photos of this colour are the next nearest
     found = Comparison("colours", photos, vectors, photos, vectors)
     assert found.recall_at_1()["fine"] == 1
     scores = across_groups(found, previews)

@@ -1,4 +1,4 @@
-"""The client on a server that answers as a test says. A real one answers it in model/api."""
+"""Run the client against fake servers; model/api/test_model_api.py uses a real one."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class TestBatches:
             assert taken <= 5
 
     def test_several_batches_at_a_time_in_order(self) -> None:
-        """Even if a batch is answered after later ones; no more are under way than memory holds."""
+        """Keep the order if batches finish out of turn, and limit how many are in flight."""
         under_way, most, lock = 0, 0, threading.Lock()
 
         def answer(photos: PHOTOS, _: str) -> tuple[int, str]:
@@ -96,7 +96,7 @@ class TestBatches:
         assert 1 < most <= IN_FLIGHT
 
     def test_nothing_is_left_of_many_calls(self) -> None:
-        """Nor of the threads that embed several batches at a time."""
+        """Calls that embed batches in threads leave no thread or file behind."""
 
         def files() -> int:
             return len(list(Path("/proc/self/fd").iterdir()))
@@ -129,7 +129,7 @@ class TestBatches:
             assert len(server.batches) <= 2 + IN_FLIGHT
 
     def test_later_batches_stay_with_the_first_version(self) -> None:
-        """A new version goes live after the first batch: unpinned requests would get it."""
+        """Pin later batches: a new version goes live after the first one."""
         answered: list[str] = []
 
         def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
@@ -158,7 +158,7 @@ class TestVersionGone:
 
 
 class TestConnections:
-    """Each connection of a FakeServer has a thread of its own."""
+    """A FakeServer handles each connection in its own thread."""
 
     def test_are_kept(self) -> None:
         used: set[threading.Thread] = set()
@@ -175,7 +175,7 @@ class TestConnections:
         assert len(used) <= 1 + IN_FLIGHT
 
     def test_a_new_one_before_a_call_is_repeated(self) -> None:
-        """A server that drains says this for as long as the connection is open."""
+        """A draining server refuses every call on an open connection."""
         draining = set[threading.Thread]()
 
         def answer(photos: PHOTOS, _: str) -> tuple[int, str]:
@@ -211,7 +211,7 @@ class TestConnections:
             assert client.embed(b"x").version == "1"
 
     def test_each_reaches_another_version(self) -> None:
-        """As behind a balancer during an update: each call gets vectors of one version."""
+        """Behind a balancer during an update, each call gets vectors of a single version."""
         numbers, versions = iter(range(10**6)), dict[threading.Thread, str]()
 
         def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
@@ -267,7 +267,7 @@ class TestErrors:
             (403, "<html>Forbidden</html>", AccessDeniedError),
             (429, '{"error": "too many requests"}', UnavailableError),
             (503, '{"error": "busy"}', UnavailableError),
-            (*NO_VERSIONS, UnavailableError),  # it stops
+            (*NO_VERSIONS, UnavailableError),  # the server is stopping
             (502, "<html>Bad gateway</html>", UnavailableError),
             (200, '{"model_name": "npair", "model_version": "1", "outputs": []}', ServerFaultError),
         ],
@@ -323,7 +323,7 @@ class TestErrors:
 
 
 def test_certificates_are_not_used_over_plain_http(tmp_path: Path) -> None:
-    """They may come from an environment that other URLs share."""
+    """Certificates may come from an environment shared with other URLs."""
     cert, _ = certificate(tmp_path)
     with client_of(ca=cert) as (client, _):
         assert client.embed(b"abc").vectors[0, 0] == 3

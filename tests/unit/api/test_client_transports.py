@@ -1,4 +1,4 @@
-"""The client's transports: what networks and servers do to them, each on a real socket."""
+"""Expose the client's transports to faults of networks and servers, on real sockets."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def fails(url: str, expected: type[NpairError], **options: Any) -> None:
 
 
 class TestTime:
-    """Servers that are silent or away."""
+    """Silent and absent servers."""
 
     @pytest.mark.parametrize("scheme", ["http", "grpc"])
     def test_closing_ends_the_calls_of_other_threads(self, scheme: str) -> None:
@@ -61,7 +61,7 @@ class TestTime:
             assert time.monotonic() - began < 5
 
     def test_a_connection_to_a_machine_that_is_gone_ends(self) -> None:
-        """What is not received within 10 s ends it, by the option of its socket."""
+        """TCP_USER_TIMEOUT ends a connection if data is not acknowledged within 10 s."""
         limits = []
         with (
             socket.create_server(("127.0.0.1", 0)) as listener,
@@ -75,7 +75,7 @@ class TestTime:
         assert limits == [10_000]
 
     def test_a_server_that_was_away_for_long_is_found_at_once(self) -> None:
-        """gRPC looks for it each second, and not after 1, 1.6, 2.6, ... s."""
+        """gRPC reconnects every second instead of backing off by 1, 1.6, 2.6, ... s."""
         with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
 
             def hang_up() -> None:
@@ -96,13 +96,13 @@ class TestTime:
 
 
 class TestAnswers:
-    """What the network and other servers do, on sockets that do it."""
+    """Cut-off, reset and foreign answers, sent by real sockets."""
 
     @contextmanager
     def answering(self, content: bytes, *, reset: bool = False) -> Iterator[tuple[str, list[int]]]:
-        """Read a bit, answer this and hang up. Yields an address, and a list of the calls."""
+        """Answer every request with content and hang up; yield the address and the calls."""
         calls: list[int] = []
-        linger = struct.pack("ii", 1, 0)  # drop what is unsent
+        linger = struct.pack("ii", 1, 0)  # discard unsent data
 
         def answer() -> None:
             while True:
@@ -214,7 +214,7 @@ class TestCertificates:
             fails(url, UnavailableError, ca=cert, retries=0)
 
     def test_those_of_a_name_hold_for_each_of_its_addresses(self, tmp_path: Path) -> None:
-        """As for releasing, which calls every server behind a name."""
+        """Releasing calls every server behind a name."""
         cert, key = certificate(tmp_path, "npair.invalid")
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         tls.load_cert_chain(cert, key)
@@ -234,7 +234,7 @@ class TestCertificates:
 
 
 def test_grpc_takes_an_api_key() -> None:
-    """A server that lets nobody pass, but notes who it was."""
+    """The server refuses every call but records its key."""
     seen: list[str | None] = []
 
     def refuse(_: object, context: grpc.ServicerContext) -> None:

@@ -1,4 +1,4 @@
-"""The options of serve.py: flags, variables and defaults."""
+"""Parse serve.py's options: flags, environment variables and defaults."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_flag_overrides_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compose sets each variable that it passes on."""
+    """Compose sets every variable that it passes on, if only to an empty string."""
     defaults = parse([])
     assert defaults.model_repository in ("/models", str(ROOT / "model_repository"))
     for each in fields(Options):

@@ -1,4 +1,4 @@
-"""What stops a server from starting, and on which machines it runs."""
+"""Refuse to start on unsupported machines and with bad settings."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TestPlatform:
     def test_platform(
         self, monkeypatch: pytest.MonkeyPatch, name: str, value: object, reason: str
     ) -> None:
-        """This machine is a supported one, so another is pretended."""
+        """This machine is supported, so simulate another."""
         monkeypatch.setattr(platform, name, lambda: value)
         with pytest.raises(ServeError, match=reason):
             check_platform()
@@ -71,12 +71,12 @@ class TestPlatform:
 
 @pytest.mark.parametrize("file", [SERVE, *SERVE.with_name("supervisor").glob("*.py")])
 def test_an_old_python_can_read_it(file: Path) -> None:
-    """Or it could not say what is missing."""
+    """An old Python must parse the file to report what is missing."""
     ast.parse(file.read_text(), feature_version=(3, 8))
 
 
 def test_a_name_with_both_kinds_stands_for_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine's own names may have none, so one is made up."""
+    """This machine's names may lack one address family, so fake the resolver."""
     found = [
         (socket.AF_INET6, 1, 6, "", ("fd00::7", 0, 0, 0)),
         (socket.AF_INET, 1, 6, "", ("10.0.0.7", 0)),

@@ -1,4 +1,4 @@
-"""Golden photos: a busy server is told from a dead one."""
+"""Distinguish busy servers from dead ones by golden photos."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def embeds_nothing(answered: Iterable[int], status: int | None = None) -> Iterator[Api]:
-    """A server that answers only its statistics: these numbers of requests, one after another. All
-    else gets this status, or no answer in time."""
+    """Serve statistics with these inference counts in turn; fail all other requests.
+
+    They get the status, or no answer in time if it is None.
+    """
     counts = iter(answered)
 
     class Statistics(http.server.BaseHTTPRequestHandler):
@@ -68,8 +70,10 @@ def test_busy_is_told_from_dead_whichever_request_waits(
 
 
 def test_working_is_told_from_hanging(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Stubs that compute without an answer, as for a request of many large photos, are left alone,
-    though not forever."""
+    """Tolerate stubs that compute without answering, but not forever.
+
+    A request of many large photos has this effect.
+    """
     compute = "import os\n[os.fork() for _ in range(2)]\nwhile True: pass"
 
     with (

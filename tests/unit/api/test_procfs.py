@@ -1,4 +1,4 @@
-"""What /proc and /dev/shm tell of a server and its stubs."""
+"""Find a server, its stubs and their shared memory in /proc and /dev/shm."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def test_killed_parent_leaves_no_server() -> None:
         while server_at(port):
             assert time.monotonic() < deadline, "the server outlived serve.py"
             time.sleep(0.1)
-        remove_remains(port)  # a stub that waits for a lock with which the server died
+        remove_remains(port)  # end stubs waiting for a lock that the dead server held
         eventually(lambda: not any(map(arguments, stubs)))
 
 
 def test_the_next_removes_what_the_killed_left() -> None:
-    """In a pod, /dev/shm outlives the containers."""
+    """In a pod, /dev/shm outlives its containers."""
     ports = free_ports()
 
     def regions() -> set[Path]:

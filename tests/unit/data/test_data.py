@@ -20,7 +20,7 @@ from npair.data.files import SUFFIXES
 from npair.data.sources import SYSTEM_FOLDERS, read_dataset, summary
 
 NFC, NFD = (unicodedata.normalize(form, "Crème") for form in ("NFC", "NFD"))
-# Pairs of names that Roboflow, Keras, Hugging Face and fastai use, and their spellings.
+# Split names used by Roboflow, Keras, Hugging Face and fastai, in various spellings.
 SPELLINGS = [
     *(("train", "valid"), ("train", "validation"), ("training", "dev")),
     *(("Train", "Val"), ("TRAINING", "Testing"), ("train", "Test")),
@@ -400,7 +400,7 @@ def test_the_summary_counts_what_was_passed_over() -> None:
 
 
 def test_every_tuple_of_suffixes_is_the_same() -> None:
-    """All parts of npair agree on what a photo is."""
+    """All parts of npair accept the same file suffixes."""
     sources = [
         path
         for folder in ("src", "model/api", "benchmarks", "scripts")

@@ -17,9 +17,9 @@ from npair.publishing.drawings import draw
 
 @pytest.fixture
 def visits(tmp_path: Path, cache: Path) -> tuple[Dataset, Pixels]:
-    """Four products on three visits in different light, four near copies each.
+    """Draw four products on three visits in different light, four near copies each.
 
-    The numbers of the photos do not tell the visit.
+    The photos' numbers do not reveal the visit.
     """
     for product in range(4):
         for visit, tint in enumerate(((1.0, 0.5, 0.3), (0.3, 1.0, 0.5), (0.4, 0.4, 1.0))):
@@ -58,8 +58,7 @@ def test_lookalikes_stay_together(visits: tuple[Dataset, Pixels]) -> None:
 def test_colours_find_lookalikes(
     visits: tuple[Dataset, Pixels], tmp_path: Path, cache: Path
 ) -> None:
-    """Colours find near copies of val photos, which a split by photo leaves in train; folds leave
-    none."""
+    """Splitting by photo leaves near copies of val in train; folds leave none."""
     dataset, pixels = visits
     assert found_by_colour(dataset.splits["val"], dataset.train, pixels) == 1
     for table in write_folds(dataset, pixels, 3, ["train", "val"], tmp_path / "folds"):

@@ -19,7 +19,7 @@ from npair.publishing.drawings import write_dataset
 
 @dataclass
 class Host:
-    """A server of one archive. sent: the bytes after which it stops, if not None."""
+    """A server of one archive, which stops after ``sent`` bytes unless that is None."""
 
     release: Release
     archive: bytes
@@ -27,7 +27,7 @@ class Host:
 
 
 def packed(folder: Path, **other: bytes) -> bytes:
-    """Pack a folder as GitHub packs a repository, with further members."""
+    """Pack a folder as GitHub packs a repository, and add other members."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         archive.add(folder, "GroceryStoreDataset-abc")

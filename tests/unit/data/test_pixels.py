@@ -72,7 +72,7 @@ class TestDecodeDataset:
         (root / "class 1/0.png").unlink()
         (root / "class 1/1.png").unlink()
         (root / "class 1/1.png").mkdir()
-        for _ in range(2):  # decoded, then from the cache
+        for _ in range(2):  # first decoded, then read from the cache
             kept, pixels, findings = decode_dataset(dataset, SMALL, tmp_path / "cache")
             reasons = {path.name: reason for path, reason in findings.corrupt}
             assert reasons.keys() == {"empty.png", "text.png", "half.png", "0.png", "1.png"}
@@ -128,7 +128,7 @@ class TestDecodeDataset:
 class TestCache:
     @pytest.fixture
     def decoded(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-        """Counts the photos that are decoded."""
+        """Record the size in bytes of each decoded photo."""
         sizes: list[int] = []
 
         def counted(

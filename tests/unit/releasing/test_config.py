@@ -1,4 +1,4 @@
-"""config.pbtxt: changes touch nothing else."""
+"""Change settings of config.pbtxt without touching anything else."""
 
 from __future__ import annotations
 

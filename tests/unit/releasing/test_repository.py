@@ -1,4 +1,4 @@
-"""A repository on disk: versions are complete, however many publish, and however they end."""
+"""A repository on disk holds complete versions only, despite races and killed publishers."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_killed_publishers_leave_nothing_that_counts(repository: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A model's folder on a disk of 1 MB."""
+    """Return a model folder on a disk of 1 MB."""
     if os.geteuid():
         pytest.skip("mounting a small disk needs root")
     folder = tmp_path / "small/npair"
@@ -182,7 +182,7 @@ def test_removed_whole(repository: Path) -> None:
 
 
 def test_servers_of_other_users_can_read_it(repository: Path) -> None:
-    """Whatever the umask."""
+    """Publish world-readable files even with a strict umask."""
     before = os.umask(0o077)
     try:
         opened = open_repository(repository)
@@ -223,7 +223,7 @@ def test_publishers_and_removers_side_by_side(repository: Path) -> None:
 def test_cleaning_spares_what_is_claimed_meanwhile(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another publisher claims the number between a cleaner's opening and locking of its folder."""
+    """A publisher claims the number after a cleaner opens its folder and before it locks it."""
     opened, locked = Folder(repository), repository_module._lock
     (repository / "staging-1").mkdir()
     with contextlib.ExitStack() as other:
@@ -239,7 +239,7 @@ def test_cleaning_spares_what_is_claimed_meanwhile(
 
 
 def test_a_number_that_was_published_meanwhile(repository: Path) -> None:
-    """After a publisher has looked which numbers there are: its claim leaves nothing behind."""
+    """If another publisher takes the number first, the claim fails and leaves nothing behind."""
     opened = open_repository(repository)
     assert isinstance(opened, Folder)
     (repository / "1").mkdir()

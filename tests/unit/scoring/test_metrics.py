@@ -1,4 +1,4 @@
-"""The metrics against naive loops over their definitions and against pytorch-metric-learning."""
+"""Compare the metrics with naive loops and with pytorch-metric-learning."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_retrieval_equals_its_definition(exclude_self: bool) -> None:
 
 @pytest.mark.parametrize("exclude_self", [False, True])
 def test_equals_pytorch_metric_learning(exclude_self: bool) -> None:
-    """Its precision at 1 leaves out unanswerable queries, which Recall@1 counts as misses."""
+    """Its precision at 1 skips unanswerable queries, which Recall@1 counts as misses."""
     queries, gallery = photos(300, 120, 3), photos(400, 100, 4)
     scores = evaluate(queries, None if exclude_self else gallery)
     assert scores.fine.unanswerable > 0

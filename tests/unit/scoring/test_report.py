@@ -1,4 +1,4 @@
-"""The report is one well-formed, escaped, self-contained file, even if parts are unknown."""
+"""Write the report as one well-formed, escaped, self-contained file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HOSTILE = (
 
 
 class Page(HTMLParser):
-    """Collects the tags and texts of a page; fails if a tag is not closed in turn."""
+    """Collect the tags and texts of a page; fail on tags that are not nested properly."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def test_is_one_file_that_says_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
-    """A hostile name is shown as it is and makes no tag."""
+    """A hostile name appears as text and never as a tag."""
     _, parsed, _ = page(tmp_path, photos(tmp_path / "q", 4, 2), photos(tmp_path / "g", 4, 4))
     for name in HOSTILE:
         assert name in parsed.texts

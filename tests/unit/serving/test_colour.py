@@ -1,4 +1,4 @@
-"""Colour profiles in every format, and PNGs whose chunks unpack to much."""
+"""Convert colour profiles in every format, and ignore oversized PNG chunks."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def decoded(photo: bytes) -> npt.NDArray[np.int64]:
 
 
 def in_space(profile: bytes) -> Image.Image:
-    """PLAIN, in the colours of a profile; where they cannot be had, the nearest."""
+    """Convert PLAIN to a profile, clipping colours outside its gamut to the nearest."""
     srgb, target = ImageCms.createProfile("sRGB"), ImageCms.ImageCmsProfile(io.BytesIO(profile))
     transform = ImageCms.buildTransform(
         srgb, target, "RGB", "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC
     )
     converted = transform.apply(PLAIN)
-    del converted.info["icc_profile"]  # or it would be saved
+    del converted.info["icc_profile"]  # else Pillow saves the profile
     return converted
 
 
@@ -59,7 +59,7 @@ def test_colours_are_those_of_the_profile(name: str, space: str) -> None:
 
 
 def test_grey_by_a_grey_profile() -> None:
-    """Linear grey: half of the light is lighter in sRGB."""
+    """In linear grey, 128 is half of white's light, which is 188 in sRGB."""
     for name in ("JPEG", "PNG"):
         photo = encode(Image.new("L", (80, 80), 128), name, icc_profile=profiles.GREY)
         assert np.abs(decoded(photo) - 188).max() <= 1
@@ -163,7 +163,7 @@ CHUNKS = {
 @pytest.mark.parametrize("kind", CHUNKS)
 def test_chunks_beside_the_pixels_do_not_spoil_a_png(kind: str) -> None:
     photo = encode(PLAIN, "PNG")
-    for start in (33, len(photo) - 12):  # behind the header, before the end
+    for start in (33, len(photo) - 12):  # after the header, before the end
         np.testing.assert_array_equal(
             decoded(photo[:start] + CHUNKS[kind] + photo[start:]), decoded(photo)
         )

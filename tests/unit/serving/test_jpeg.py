@@ -1,4 +1,4 @@
-"""Which JPEGs reach the decoder, and in what form. Pixels are in test_preprocess.py."""
+"""Check which JPEGs reach the decoder and in what form; test_preprocess.py checks pixels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def decoded(photo: bytes) -> npt.NDArray[np.uint8]:
 
 
 def with_frame(frame: bytes, marker: int = 0xC0) -> bytes:
-    """PHOTO with another frame header."""
+    """Replace PHOTO's frame header."""
     start = PHOTO.index(b"\xff\xc0")
     return PHOTO[:start] + segment(marker, frame) + PHOTO[start + 19 :]
 
@@ -48,7 +48,7 @@ FRAME = PHOTO[PHOTO.index(b"\xff\xc0") + 4 :][:15]
     ],
 )
 def test_frames_of_other_kinds_reach_no_decoder(components: int, marker: int, name: str) -> None:
-    """Decoders that are asked to scale a lossless frame write it past the end of their memory."""
+    """Decoders that scale a lossless frame overflow their buffers."""
     photo = lossless(components, marker=marker)
     frame = photo.index(bytes([0xFF, marker]))
     for between in (b"", b"\0\1\xff\0", b"\xff" * 9):
@@ -62,7 +62,7 @@ def test_frames_of_other_kinds_reach_no_decoder(components: int, marker: int, na
 
 @pytest.mark.parametrize("marker", [0xC3, 0xCB, 0xC0, 0xC2])
 def test_a_second_frame_cannot_hide(marker: int) -> None:
-    """Wherever libjpeg would find it: before, between and behind the scans, after whatever has no length."""
+    """Find a second frame wherever libjpeg would: around scans, after markers without length."""
     frame = segment(marker, FRAME)
     scan = PHOTO.index(b"\xff\xda")
     places = {
@@ -129,9 +129,8 @@ def test_extended_sequential_is_taken() -> None:
 def test_arithmetic_coding_is_taken(photo: bytes) -> None:
     expected = np.asarray(GRADIENT.resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
     assert np.abs(decoded(photo)[..., 0] - expected).mean() < 4
-    with pytest.raises(
-        PhotoError, match="ends too early"
-    ):  # the decoder takes what is missing for zeros
+    # The decoder would fill in zeros for missing data.
+    with pytest.raises(PhotoError, match="ends too early"):
         decoded(photo[:-2])
 
 
@@ -146,7 +145,7 @@ def test_the_decoder_sees_only_what_makes_the_pixels() -> None:
 
 @pytest.mark.parametrize("sampling", [(0x21, 0x12, 0x11), (0x31, 0x11, 0x11)])
 def test_odd_sampling_is_taken(sampling: tuple[int, int, int]) -> None:
-    """Its decoding is Pillow's: simplejpeg does not take it."""
+    """Decode by Pillow, since simplejpeg rejects this sampling."""
     units = sum((value >> 4) * (value & 15) for value in sampling)
     frame = struct.pack(">BHHB", 8, 8, 24, 3) + b"".join(
         bytes([c, value, 0]) for c, value in enumerate(sampling)
@@ -192,7 +191,7 @@ class TestDamage:
 
 
 def test_progressive_without_its_last_scans_is_truncated() -> None:
-    """Though the decoder misses nothing: it could be meant to be that coarse."""
+    """The decoder accepts missing scans, since a coarse photo may be intended."""
     scans = [i for i in range(len(PROGRESSIVE)) if PROGRESSIVE.startswith(b"\xff\xda", i)]
     assert len(scans) == 10
     for scan in scans:
@@ -201,7 +200,10 @@ def test_progressive_without_its_last_scans_is_truncated() -> None:
 
 
 def test_harmless_oddities_are_taken() -> None:
-    """Which libjpeg warns of: no parameters for the scan of a sequential JPEG, and a version of JFIF that nobody knows."""
+    """Accept missing scan parameters in a sequential JPEG and an unknown JFIF version.
+
+    libjpeg only warns about them.
+    """
     scan = PHOTO.index(b"\xff\xda")
     end = scan + 2 + int.from_bytes(PHOTO[scan + 2 : scan + 4], "big")
     np.testing.assert_array_equal(
@@ -217,7 +219,7 @@ def test_harmless_oddities_are_taken() -> None:
 def test_pixels_are_scaled_as_by_pillow(
     mode: str, colours: str, size: tuple[int, int], resample: str
 ) -> None:
-    """Up to rounding, which both do after either direction."""
+    """Agree up to rounding, which both do once for each direction."""
     photo = encode(draw(0, 0).convert(mode).resize(size), "JPEG", quality=90)
     pixels = simplejpeg.decode_jpeg(photo, colours, min_width=64, min_height=64)
     image = Image.fromarray(255 - pixels if mode == "CMYK" else pixels.squeeze(), mode)

@@ -1,4 +1,4 @@
-"""The manifest as a type: what stands in the file is read, written back as it was, and checked."""
+"""Read, check and write manifests without changing their content."""
 
 from __future__ import annotations
 

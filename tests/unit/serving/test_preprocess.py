@@ -1,4 +1,4 @@
-"""Decoding, from the limits inwards. That the served formats agree with their RGB twins is in model/api/test_model_api.py."""
+"""Decode and refuse photos; model/api/test_model_api.py compares formats on a real server."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def decoded(photo: bytes) -> npt.NDArray[np.uint8]:
 
 
 def by_pillow(photo: bytes) -> npt.NDArray[np.uint8]:
-    """The central square of all pixels, scaled to what SHARP asks for."""
+    """Crop the central square and scale it to SHARP's size with Pillow."""
     image = ImageOps.fit(
         Image.open(io.BytesIO(photo)).convert("RGB"), (208, 208), Image.Resampling.BILINEAR
     )
@@ -124,7 +124,7 @@ def test_orientation_counts_after_scaled_decoding() -> None:
 
 
 def tiff(order: str, *entries: bytes) -> bytes:
-    """EXIF data of these entries, big-endian (">") or little-endian ("<")."""
+    """Build EXIF data of these entries, big-endian (">") or little-endian ("<")."""
     start = b"MM\0*" if order == ">" else b"II*\0"
     return start + struct.pack(order + "IH", 8, len(entries)) + b"".join(entries) + bytes(4)
 
@@ -178,8 +178,8 @@ def test_exif_data_in_the_text_of_a_png_turns_it() -> None:
         b"II*\0",
         b"II*\0\xff\xff\xff\xff",
         tiff("<")[:9],
-        tiff("<", struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0))[:-9],  # within the orientation
-        tiff("<", struct.pack("<HHII", 0x0112, 3, 1000, 0)),  # many orientations
+        tiff("<", struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0))[:-9],  # cut within the orientation
+        tiff("<", struct.pack("<HHII", 0x0112, 3, 1000, 0)),  # 1000 orientations
         tiff("<", struct.pack("<HHI4s", 0x0112, 2, 2, b"6")),  # as text
         b"XX\0*" + tiff(">", struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0))[4:],
     ],
@@ -191,7 +191,7 @@ def test_malformed_exif_data_turn_nothing(exif: bytes) -> None:
 
 
 def test_what_browsers_show_is_taken() -> None:
-    """Zeros between two segments, over which libjpeg warns, and bytes after the end of the picture."""
+    """Accept zeros between segments, which libjpeg warns about, and bytes after the end."""
     photo = encode(PHOTO, "JPEG", quality=90)
     quantisation = photo.index(b"\xff\xdb")
     for odd in (photo[:quantisation] + b"\0\0" + photo[quantisation:], photo + b"more"):
@@ -206,7 +206,7 @@ def test_truncated_jpegs_are_refused(keep: float) -> None:
 
 
 def outcome(photo: bytes) -> object:
-    """Of pixels, their shape and type; of a refusal, "refused"; anything else that is raised fails the test."""
+    """Return the shape and dtype of the pixels, or "refused"; pass on other exceptions."""
     try:
         pixels = decoded(photo)
     except PhotoError:
@@ -224,7 +224,7 @@ TAKEN = ((64, 64, 3), "uint8")
     st.binary(max_size=200),
 )
 def test_anything_is_decoded_or_refused(start: bytes, content: bytes) -> None:
-    """What follows the end of a photo does not count; what only begins like one is none."""
+    """Ignore bytes after the end of a photo; refuse files that only begin like one."""
     assert outcome(start + content) == (TAKEN if len(start) > 12 else "refused")
 
 
@@ -262,12 +262,12 @@ def test_every_mode_size_and_orientation_is_taken(
 
 
 def other_formats() -> dict[str, bytes]:
-    """A file of every format that Pillow writes and reads and that is not taken, by format."""
+    """Write a file in each format that Pillow reads and writes but npair refuses."""
     Image.init()
     files = {}
     for name in sorted(set(Image.OPEN) & set(Image.SAVE) - {*FORMATS, "MPO"}):
         for mode in ("RGB", "L", "1", "P", "F"):
-            with contextlib.suppress(Exception):  # that mode, or all of them, cannot be written
+            with contextlib.suppress(Exception):  # the format may lack this mode
                 files[name] = encode(draw(0, 0, 64).convert(mode), name)
                 break
     return files
@@ -342,7 +342,7 @@ def test_most_formats_that_pillow_reads_were_tried() -> None:
 
 
 def test_polyglots_count_as_what_they_begin_with() -> None:
-    """The rest is for other programs: it neither makes a photo of what is none nor changes one."""
+    """Trailing content neither turns another file into a photo nor changes a photo."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("evil.py", "boom")
@@ -370,13 +370,13 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def with_chunks(*chunks: bytes) -> bytes:
-    """A PNG with these behind its header."""
+    """Insert chunks after the header of a PNG."""
     photo = PHOTOS["RGB.png"]
     return photo[:33] + b"".join(chunks) + photo[33:]
 
 
 def segments(kind: int, content: bytes, start: bytes = b"") -> bytes:
-    """A JPEG whose first segment, which gives a resolution, is replaced by ones of this kind, each with the same start."""
+    """Replace a JPEG's first segment by segments of this kind, each beginning with start."""
     photo, step = PHOTOS["RGB.jpg"], 65_533 - len(start)
     parts = [start + content[i : i + step] for i in range(0, len(content), step)]
     return (
@@ -387,19 +387,22 @@ def segments(kind: int, content: bytes, start: bytes = b"") -> bytes:
 
 
 def huge_exif(entries: int = 100, size: int = 900_000) -> bytes:
-    """Entries that each have all of the data for their value."""
+    """Build EXIF data in which every entry's value is all of the data."""
     tags = b"".join(struct.pack("<HHII", 1000 + entry, 7, size, 0) for entry in range(entries))
     return (b"II*\0" + struct.pack("<IH", 8, entries) + tags).ljust(size + 8, b"\0")
 
 
 def rationals() -> bytes:
-    """Turned, with 200 entries that each have all of the data for their numbers: 2.3 MB each if Pillow has its way."""
+    """Build rotated EXIF data whose 200 entries share the same numbers.
+
+    Pillow would take 2.3 MB for each entry.
+    """
     entries = (struct.pack("<HHII", 1000 + entry, 5, 8_000, 0) for entry in range(200))
     return tiff("<", struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0), *entries).ljust(64_000, b"\0")
 
 
 def animated(width: int, height: int) -> bytes:
-    """A WebP that says that it is so large."""
+    """Return an animated WebP that claims this size."""
     photo = bytearray(PHOTOS["animated.webp"])
     photo[24:30] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     return bytes(photo)
@@ -438,14 +441,13 @@ BOMBS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_take_little_memory(name: str) -> None:
-    """Each would take far more if it had its way."""
+    """Each bomb would take far more memory if it were unpacked."""
     photo = BOMBS[name]
     assert len(photo) < LIMITS.max_bytes
     status = Path("/proc/self/status")
-    ctypes.CDLL(None).malloc_trim(
-        0
-    )  # memory that is free, but not given back, would hide what is taken
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    # Return free memory to the system, since reusing it would not show in the peak.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = int(status.read_text().split("VmHWM:")[1].split()[0])
     outcome(photo)
     assert int(status.read_text().split("VmHWM:")[1].split()[0]) - before < 40_000
@@ -464,14 +466,17 @@ def test_scans_are_limited() -> None:
     assert outcome(many_scans(MAX_SCANS)) == TAKEN
     with pytest.raises(PhotoError, match=f"more than the limit of {MAX_SCANS} scans"):
         decoded(many_scans(MAX_SCANS + 1))
-    # What is not a scan but looks like one: a film behind the photo, and a thumbnail inside.
+    # Do not count lookalikes of scans in trailing data or in a thumbnail.
     assert outcome(PHOTOS["RGB.jpg"] + b"\xff\xda" * 1000) == TAKEN
     assert outcome(segments(0xE2, b"\xff\xda" * 1000)) == TAKEN
 
 
 @pytest.mark.parametrize("code", [0x00, 0x01, 0x02, 0xBF, 0xD0, 0xD7, 0xD8])
 def test_scans_behind_markers_without_a_length_count(code: int) -> None:
-    """What looks like the length of such a marker is the next scan. libjpeg sees it there, or gives up."""
+    """After a marker without a length, count the next scan at once.
+
+    libjpeg finds the scan there or gives up.
+    """
     header, first, *others = many_scans(2 * MAX_SCANS).split(b"\xff\xda")
     with pytest.raises(
         PhotoError,
@@ -481,7 +486,7 @@ def test_scans_behind_markers_without_a_length_count(code: int) -> None:
 
 
 def test_scans_are_counted_in_linear_time() -> None:
-    """Where fill bytes come before something that is no marker."""
+    """Skip fill bytes that no marker follows without scanning them again."""
     start = time.perf_counter()
     assert (
         outcome(segments(0xE2, b"\xff\xda" * 1000)[:-2] + b"\xff" * 200_000 + b"\0\xff\xd9")
@@ -514,7 +519,7 @@ def test_large_photos_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_want_of_memory_is_not_blamed_on_the_photo() -> None:
-    """In a process that may not have the 75 MB that the pixels take."""
+    """Decode in a process that cannot allocate the 75 MB of pixels."""
     code = """
 import io, resource, sys
 from PIL import Image

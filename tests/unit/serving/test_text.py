@@ -1,4 +1,4 @@
-"""Photos as base64 text; over the real server's protocols in test_model.py."""
+"""Decode photos sent as base64 text; test_model.py sends them to a real server."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WAYS: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("name", PHOTOS)
 def test_every_photo_gets_through_every_way(name: str, way: str) -> None:
     photo = PHOTOS[name]
-    for padding in range(3):  # what follows a photo's end does not count
+    for padding in range(3):  # bytes after a photo's end are ignored
         assert photo_of(WAYS[way](photo + bytes(padding)), LIMITS) == photo + bytes(padding)
 
 

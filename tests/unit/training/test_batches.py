@@ -62,7 +62,7 @@ def test_batches_can_be_shared_by_processes() -> None:
 
 
 def naive_hardest(embeddings: npt.NDArray[np.float32], first: int, n: int) -> list[int]:
-    """Section 3.2.1 by loops, for embeddings without ties."""
+    """Mine by loops over section 3.2.1, for embeddings without ties."""
     chosen = [first]
     while len(chosen) < n:
         violations = {

@@ -1,4 +1,4 @@
-"""The losses against naive loops over the paper's equations, and pytorch-metric-learning."""
+"""Compare the losses with naive loops over the paper and with pytorch-metric-learning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pairs(n: int = 7, d: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def naive(anchors: torch.Tensor, positives: torch.Tensor) -> float:
-    """N-pair-mc of section 3.2, term by term: one direction."""
+    """Compute N-pair-mc of section 3.2 term by term, in one direction."""
     total = 0.0
     for i in range(len(anchors)):
         others = (
@@ -39,7 +39,7 @@ def test_equals_the_equation() -> None:
 
 
 def test_equals_pytorch_metric_learning() -> None:
-    """Its NPairsLoss is one direction, without penalty, and normalises unless it is told not to."""
+    """NPairsLoss has one direction and no penalty, and normalises unless told not to."""
     anchors, positives = pairs()
     labels = torch.arange(len(anchors)).repeat(2)
     reference = NPairsLoss(distance=DotProductSimilarity(normalize_embeddings=False))
