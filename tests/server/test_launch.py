@@ -19,7 +19,6 @@ import tritonclient.grpc
 from supervisor import launch
 from supervisor.api import CONTROL_HEADER
 from supervisor.launch import scratch_folder, stack_bytes
-from supervisor.logs import log
 from supervisor.preflight import ServeError, in_url
 from support.models import ROOT, SHIPPED
 from support.servers import PORTS, free_ports, lines_until_ready, running, start
@@ -108,7 +107,6 @@ class TestStack:
     def test_too_small_a_hard_limit_is_said(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr(log, "disabled", False)  # libraries that other tests load disable it
         monkeypatch.setattr(resource, "getrlimit", lambda _: (8 << 20, 64 << 20))
         assert stack_bytes() == 64 << 20
         assert "WARNING: the stack's hard limit is 64 MiB" in caplog.text
