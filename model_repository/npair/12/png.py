@@ -1,23 +1,24 @@
-"""PNG, as far as its chunks go: the metadata that counts, and a copy with what makes the pixels and nothing else.
+"""Guard the PNG decoder: separate the metadata from a copy that holds only the pixels' chunks.
 
-Pillow unpacks all of the text and the profile, and refuses a file in which one of them is large.
+Pillow would unpack all text and the profile, and refuse a file in which one of them is large.
 """
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import zlib
 
 from .metadata import MAX_METADATA, MAX_PROFILE, Metadata
 
-START = 8  # behind the signature
+START = 8  # bytes of the signature
 EXIF_TEXT, XMP_TEXT = b"Raw profile type exif", b"XML:com.adobe.xmp"
 
 
 def read(photo: bytes) -> tuple[bytes, Metadata]:
-    """The file without its ancillary chunks, except for transparency, and the metadata in these.
+    """Return the file without its ancillary chunks, except transparency, and their metadata.
 
-    Whatever is no chunk stays as it is, for the decoder to refuse.
+    Bytes that are not a chunk are kept, for the decoder to refuse.
     """
     metadata, parts, start = Metadata(), [photo[:START]], START
     while start + 12 <= len(photo):
@@ -44,16 +45,16 @@ def _keep(metadata: Metadata, kind: bytes, content: bytes) -> None:
         metadata.xmp = _unpacked(text, MAX_METADATA) if value[:1] == b"\1" else text
     elif kind in (b"tEXt", b"zTXt") and key == XMP_TEXT:
         metadata.xmp = _unpacked(value[1:], MAX_METADATA) if kind == b"zTXt" else value
-    elif kind in (b"tEXt", b"zTXt") and key == EXIF_TEXT and not metadata.exif:  # as hexadecimal text: older than its chunk
+    elif kind in (b"tEXt", b"zTXt") and key == EXIF_TEXT and not metadata.exif:
+        # Hexadecimal text, from before PNG had a chunk for EXIF data.
         text = (_unpacked(value[1:], MAX_METADATA) if kind == b"zTXt" else value)[:MAX_METADATA]
-        try:
-            metadata.exif = bytes.fromhex("".join(text.decode("latin-1").split("\n")[3:])[: MAX_METADATA // 2 * 2])
-        except ValueError:
-            return
+        digits = "".join(text.decode("latin-1").split("\n")[3:])
+        with contextlib.suppress(ValueError):
+            metadata.exif = bytes.fromhex(digits[: MAX_METADATA // 2 * 2])
 
 
 def _unpacked(packed: bytes, most: int) -> bytes:
-    """What was compressed, empty if it is broken, cut at ``most`` bytes."""
+    """Decompress up to ``most`` bytes; empty if the data is broken."""
     try:
         return zlib.decompressobj().decompress(packed, most)
     except zlib.error:

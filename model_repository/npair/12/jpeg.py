@@ -1,7 +1,8 @@
-"""JPEG, as far as its segments go: which kind it is, its metadata, and a copy that holds only what makes its pixels.
+"""Guard JPEG decoders against hostile files.
 
-Decoders never see the file itself. The copy has one frame of a kind that they scale correctly, no metadata, nothing between its
-segments and nothing after its end, so that this module and libjpeg cannot understand it in two ways.
+A decoder never sees the file itself, but a copy with one frame of a kind that it scales correctly,
+no metadata, and nothing between segments or after the end. So this module and libjpeg cannot
+interpret the file differently.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import simplejpeg
 from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
 from .metadata import Metadata
 from .refusal import PhotoError
@@ -27,7 +29,8 @@ METADATA = {*range(0xE0, 0xF0), 0xFE}
 PROGRESSIVE, ARITHMETIC = {0xC2, 0xCA}, {0xC9, 0xCA}
 FRAMES = {0xC0, 0xC1, *PROGRESSIVE, *ARITHMETIC}
 SEGMENTS = {SOS, *TABLES, *METADATA, *FRAMES}
-# libjpeg cannot scale lossless frames: asked for a smaller picture, it writes all of it past the end of the small one's memory.
+# libjpeg cannot scale lossless frames: asked for a smaller picture, it writes past the end of its
+# buffer.
 OTHER_FRAMES = {
     **dict.fromkeys((0xC3, 0xCB), "lossless JPEG"),
     **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF, 0xDE, 0xDF), "hierarchical JPEG"),
@@ -35,16 +38,16 @@ OTHER_FRAMES = {
 }
 REMEDY = "which is not read; save it as a baseline or progressive JPEG, or as PNG"
 
-# As libjpeg finds them: any number of FF, then anything but 00. Other bytes before one are skipped; in the data of a scan,
-# restart markers belong to the data.
+# As libjpeg finds markers: any number of FF, then anything but 00. It skips other bytes before a
+# marker; within a scan, restart markers belong to the data.
 MARKER = re.compile(rb"\xff([^\x00\xff])")
 END_OF_SCAN = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 
-# Each scan goes over all of the pixels, and 70 bytes make one, so that 20 MB would keep a core busy for an hour. Encoders write
-# ten or so.
+# Every scan passes over all pixels, and can be as short as 70 bytes, so that 20 MB of scans would
+# keep a core busy for an hour. Encoders write about ten.
 MAX_SCANS = 100
 
-# Some cameras pad the data before the end marker, which libjpeg warns of as it does of data that are out of step.
+# Some cameras pad the data before the end marker; libjpeg warns as if the data were corrupt.
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 MAX_EXTRANEOUS = 4
 
@@ -52,7 +55,7 @@ JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
 EXIF, XMP, ICC = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0"
 
 CHANNELS = {1: PixelType.U8, 3: PixelType.U8x3, 4: PixelType.U8x4}
-FILTERS = {  # by Pillow's names
+FILTERS = {  # by Pillow's name
     "BOX": FilterType.box,
     "BILINEAR": FilterType.bilinear,
     "BICUBIC": FilterType.catmull_rom,
@@ -65,7 +68,9 @@ Pixels = npt.NDArray[np.uint8]
 class Jpeg:
     """A JPEG whose segments are sound.
 
-    size: width and height, in pixels. components: the names of its 1 (grey), 3, or 4 (CMYK) components. scans: their headers.
+    size: width and height, in pixels.
+    components: the identifiers of its 1 (grey), 3 or 4 (CMYK) components.
+    scans: their headers.
     content: the copy for the decoder.
     """
 
@@ -76,10 +81,11 @@ class Jpeg:
     content: bytes = b""
 
     def decode(self, size: int, resample: str) -> Pixels:
-        """The central square, scaled: uint8 [size, size] of a grey photo, else [size, size, 3 or 4], RGB or CMYK.
+        """Decode the central square, scaled.
 
         resample: BOX, BILINEAR, BICUBIC or LANCZOS.
-        Raises: PhotoError if any of the data is missing or destroyed; MemoryError.
+        Returns: uint8 [size, size] for grey, else [size, size, 3] RGB or [size, size, 4] CMYK.
+        Raises: PhotoError if data is missing or corrupt; MemoryError.
         """
         try:
             return self._decode(self.content, size, resample)
@@ -87,50 +93,58 @@ class Jpeg:
             padding = EXTRANEOUS.search(str(error))
             if not padding or int(padding[1]) > MAX_EXTRANEOUS:
                 raise
-            return self._decode(self.content[: -2 - int(padding[1])] + EOI, size, resample)  # all else may be wrong too
+            # Decode again without the padding, since its warning may have hidden another.
+            return self._decode(self.content[: -2 - int(padding[1])] + EOI, size, resample)
 
     def _decode(self, content: bytes, size: int, resample: str) -> Pixels:
         colours = {1: "GRAY", 3: "RGB", 4: "CMYK"}[len(self.components)]
-        try:  # at so few eighths of width and height that neither is below size
-            pixels: Pixels = simplejpeg.decode_jpeg(content, colours, min_width=size, min_height=size)
-        except ValueError as error:  # warnings too
+        try:  # at the smallest scale, in eighths, that is at least the size asked for
+            pixels: Pixels = simplejpeg.decode_jpeg(
+                content, colours, min_width=size, min_height=size
+            )
+        except ValueError as error:  # raised for warnings as well
             if "Could not determine subsampling" in str(error):
                 return self._decode_by_pillow(content, size, resample)
             if "nsufficient memory" in str(error):
                 raise MemoryError(str(error)) from error
             raise damaged(str(error)) from error
         pixels = _fit(pixels, size, resample)
-        if len(self.components) == 4:  # written inverted, as Adobe does, and as everyone reads it
+        if len(self.components) == 4:  # inverted, as Adobe writes it and everyone reads it
             return np.invert(pixels)
         return pixels[..., 0] if len(self.components) == 1 else pixels
 
     def _decode_by_pillow(self, content: bytes, size: int, resample: str) -> Pixels:
-        """Colours at odd resolutions, which simplejpeg does not take. Pillow knows halves only, and does not tell of warnings."""
-        image = Image.open(io.BytesIO(content), formats=["JPEG"])
+        """Decode unusual chroma subsampling, which simplejpeg refuses. Pillow hides warnings."""
+        image = JpegImageFile(io.BytesIO(content))
         image.draft(None, (size, size))
         return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling[resample]))
 
 
 def _fit(pixels: Pixels, size: int, resample: str) -> Pixels:
-    """The central square of pixels [h, w, channels], scaled to [size, size, channels].
+    """Scale the central square of pixels [h, w, channels] to [size, size, channels].
 
-    As ImageOps.fit does it, up to rounding, in a quarter of the time; the same on every CPU.
+    Equals ImageOps.fit up to rounding, in a quarter of the time, and is the same on every CPU.
     """
     height, width, channels = pixels.shape
     square = ImageData(size, size, CHANNELS[channels])
-    options = ResizeOptions(ResizeAlg.convolution(FILTERS[resample]), use_alpha=False, fit_into_destination=True)
-    Resizer().resize(ImageData(width, height, CHANNELS[channels], pixels.tobytes()), square, options)
+    scaling = ResizeAlg.convolution(FILTERS[resample])
+    options = ResizeOptions(scaling, use_alpha=False, fit_into_destination=True)
+    source = ImageData(width, height, CHANNELS[channels], pixels.tobytes())
+    Resizer().resize(source, square, options)
     return np.frombuffer(square.get_buffer(), np.uint8).reshape(size, size, channels)
 
 
 def damaged(why: str) -> PhotoError:
-    return PhotoError("damaged", f"the JPEG data is truncated or damaged ({why}); send the original file")
+    """Make the error for a JPEG that is truncated or damaged."""
+    message = f"the JPEG data is truncated or damaged ({why}); send the original file"
+    return PhotoError("damaged", message)
 
 
 def read(photo: bytes) -> Jpeg:
     """Read the segments of a JPEG up to its end, in linear time.
 
-    Raises: PhotoError if it is cut off before its scans, or has more than MAX_SCANS of them, or is of a kind that is not decoded.
+    Raises: PhotoError if it is cut off before its scans, has more than MAX_SCANS of them, or is of
+    a kind that is not decoded.
     """
     jpeg, frame = Jpeg(), 0
     parts, profile = [SOI], dict[bytes, bytes]()
@@ -145,7 +159,10 @@ def read(photo: bytes) -> Jpeg:
             raise PhotoError("not_an_image", f"a {OTHER_FRAMES[kind]}, {REMEDY}")
         if kind not in SEGMENTS:
             raise damaged(f"marker {kind:02X} where none may be")
-        start, marker_to_find = marker.end() + int.from_bytes(photo[marker.end() : begin], "big"), MARKER
+        start, marker_to_find = (
+            marker.end() + int.from_bytes(photo[marker.end() : begin], "big"),
+            MARKER,
+        )
         if not begin <= start <= len(photo):
             raise damaged("a segment is cut off")
         content = photo[begin:start]
@@ -159,9 +176,10 @@ def read(photo: bytes) -> Jpeg:
             if not frame or len(content) < 4:
                 raise damaged("a scan without a frame")
             if len(jpeg.scans) > MAX_SCANS:
-                raise PhotoError("too_many_scans", f"the photo has more than the limit of {MAX_SCANS} scans; save it anew")
+                message = f"the photo has more than the limit of {MAX_SCANS} scans; save it anew"
+                raise PhotoError("too_many_scans", message)
             marker_to_find = END_OF_SCAN
-            if frame not in PROGRESSIVE:  # some cameras leave zeros here, which libjpeg ignores with a warning
+            if frame not in PROGRESSIVE:  # some cameras write zeros here: libjpeg warns
                 parts.append(photo[marker.start() : start - 3] + b"\0\x3f\0")
                 continue
         if kind not in METADATA or (kind == 0xEE and content.startswith(b"Adobe")):
@@ -177,7 +195,8 @@ def read(photo: bytes) -> Jpeg:
     else:
         if marker_to_find is END_OF_SCAN:
             parts.append(photo[start:].rstrip(b"\xff"))
-        if frame in ARITHMETIC or not _complete(jpeg, frame):  # the decoder would not miss what arithmetic coding leaves out
+        # A decoder of arithmetic coding would not notice missing data.
+        if frame in ARITHMETIC or not _complete(jpeg, frame):
             raise damaged("it ends too early")
     if not jpeg.scans:
         raise damaged("it has no scan")
@@ -197,15 +216,18 @@ def _read_frame(jpeg: Jpeg, content: bytes) -> None:
     jpeg.components = content[6::3]
     jpeg.size = int.from_bytes(content[3:5], "big"), int.from_bytes(content[1:3], "big")
     if not all(jpeg.size):
-        raise PhotoError("not_an_image", f"a JPEG that does not say its size before its pixels, {REMEDY}")
+        message = f"a JPEG that does not say its size before its pixels, {REMEDY}"
+        raise PhotoError("not_an_image", message)
 
 
 def _complete(jpeg: Jpeg, frame: int) -> bool:
-    """Whether the scans give every coefficient of every component, down to its last bit."""
-    missing = {(component, coefficient): 1 for component in jpeg.components for coefficient in range(64)}
+    """Return whether the scans hold every coefficient of every component, down to its last bit."""
+    missing = {(component, index): 1 for component in jpeg.components for index in range(64)}
     for scan in jpeg.scans:
-        first, last, low = (scan[-3], scan[-2], scan[-1] & 15) if frame in PROGRESSIVE else (0, 63, 0)
+        first, last, low_bit = 0, 63, 0
+        if frame in PROGRESSIVE:
+            first, last, low_bit = scan[-3], scan[-2], scan[-1] & 15
         for component in scan[1:-3:2]:
-            for coefficient in range(first, last + 1):
-                missing[component, coefficient] = low
+            for index in range(first, last + 1):
+                missing[component, index] = low_bit
     return not any(missing.values())
