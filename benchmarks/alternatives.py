@@ -13,7 +13,6 @@ index.
 
 from __future__ import annotations
 
-import argparse
 import io
 import logging
 import operator
@@ -33,7 +32,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from machine import ROOT, python_of, say
+from machine import ROOT, command_line, python_of, say
 from PIL import Image, ImageOps
 from torch import nn
 
@@ -56,15 +55,7 @@ Decoder = Callable[[bytes], Pixels]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--photos",
-        type=Path,
-        default=Path("data/grocery"),
-        help="the data set that the version was trained on (%(default)s)",
-    )
+    parser = command_line(__doc__, "the data set that the version was trained on")
     arguments = parser.parse_args()
     python = python_of("alternatives", ROOT / ".venv/peers")
     if Path(sys.executable) != python:

@@ -53,7 +53,17 @@ from contestants import (
     Vectors,
     clip_folder,
 )
-from machine import MODELS, PEERS, ROOT, VERSION, free_port, proportional_memory, python_of, say
+from machine import (
+    MODELS,
+    PEERS,
+    ROOT,
+    VERSION,
+    command_line,
+    free_port,
+    proportional_memory,
+    python_of,
+    say,
+)
 from PIL import Image
 from wrk import CONNECTIONS, closed_loop, write_bodies
 
@@ -66,47 +76,7 @@ SIZES = ((348, 348), (1024, 1024), (4000, 3000))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--photos",
-        type=Path,
-        default=Path("data/grocery"),
-        help="a data set; its val photos are sent (%(default)s)",
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--seconds", type=int, default=6, help="of each closed loop (%(default)s)")
-    parser.add_argument(
-        "--environments",
-        type=Path,
-        default=ROOT / ".venv/peers",
-        help="folder for the peers' environments (%(default)s)",
-    )
-    parser.add_argument(
-        "--peers",
-        nargs="*",
-        choices=SAME,
-        default=SAME,
-        help="peers that serve the shipped network (all)",
-    )
-    parser.add_argument(
-        "--others",
-        nargs="*",
-        choices=OTHERS,
-        default=list(OTHERS),
-        help="networks in wide use (all)",
-    )
-    parser.add_argument("--also", type=Path, help="folder of another npair version")
-    parser.add_argument(
-        "--short",
-        action="store_true",
-        help="measure the ratios only: rounds of the fastest of the peers as documented; none with "
-        "npair inside, no load of 8 connections, no larger photos, no costs",
-    )
-    parser.add_argument("--json", type=Path, help="file for all measurements")
-    parser.add_argument("--pictures", type=Path, help="folder for pictures")
-    arguments = parser.parse_args()
+    arguments = options()
     if not shutil.which("wrk"):
         sys.exit("wrk is missing; on Debian: apt install wrk")
     dataset = read_dataset(arguments.photos)
@@ -154,6 +124,42 @@ def main() -> None:
         arguments.json.write_text(
             json.dumps({"limit": limits, "contestants": rows}, indent=1) + "\n"
         )
+
+
+def options() -> argparse.Namespace:
+    parser = command_line(__doc__, "a data set; its val photos are sent")
+    parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--seconds", type=int, default=6, help="of each closed loop (%(default)s)")
+    parser.add_argument(
+        "--environments",
+        type=Path,
+        default=ROOT / ".venv/peers",
+        help="folder for the peers' environments (%(default)s)",
+    )
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=SAME,
+        default=SAME,
+        help="peers that serve the shipped network (all)",
+    )
+    parser.add_argument(
+        "--others",
+        nargs="*",
+        choices=OTHERS,
+        default=list(OTHERS),
+        help="networks in wide use (all)",
+    )
+    parser.add_argument("--also", type=Path, help="folder of another npair version")
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="measure the ratios only: rounds of the fastest of the peers as documented; none with "
+        "npair inside, no load of 8 connections, no larger photos, no costs",
+    )
+    parser.add_argument("--json", type=Path, help="file for all measurements")
+    parser.add_argument("--pictures", type=Path, help="folder for pictures")
+    return parser.parse_args()
 
 
 def larger_photos(

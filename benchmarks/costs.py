@@ -9,7 +9,6 @@ independent check, is fetched the first time.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import csv
@@ -27,7 +26,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from machine import MODELS, ROOT, VERSION, descendants, pyplot
+from machine import MODELS, ROOT, VERSION, command_line, descendants, pyplot
 from supervisor import procfs
 
 from npair.cli.evaluate import embed_served
@@ -48,15 +47,7 @@ MANY = 32  # connections
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--photos",
-        type=Path,
-        default=Path("data/grocery"),
-        help="a data set with val photos (%(default)s)",
-    )
+    parser = command_line(__doc__, "a data set with val photos")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--seconds", type=int, default=4, help="of each load (%(default)s)")
     parser.add_argument("--pictures", type=Path, help="folder for a picture")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import socket
 import subprocess
@@ -15,6 +16,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PEERS = Path(__file__).parent / "peers"
 MODELS = ROOT / "model_repository"
 VERSION = next((MODELS / "npair").glob("[0-9]*"))  # the shipped one
+
+
+def command_line(doc: str | None, photos: str) -> argparse.ArgumentParser:
+    """Return a parser with --photos, a data set. photos: says what is done with them."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--photos", type=Path, default=Path("data/grocery"), help=f"{photos} (%(default)s)"
+    )
+    return parser
 
 
 def python_of(name: str, parent: Path) -> Path:

@@ -121,7 +121,8 @@ def embed(client: Client, options: Options) -> int:
 
 def _embed_to(out: Path, client: Client, options: Options) -> int:
     """Collect rows in a file beside ``out``, from which an interrupted run goes on; then write
-    ``out``. Memory does not grow with the number of photos."""
+    ``out``. Memory does not grow with the number of photos.
+    """
     if out.suffix not in (".npz", ".jsonl"):
         raise ValueError(f"--out must end in .npz or .jsonl, got {out}")
     if not out.parent.is_dir():

@@ -331,7 +331,8 @@ def stack_bytes() -> int:
 
 def start(arguments: list[str], triton: Triton) -> subprocess.Popen[bytes]:
     """Start the server. Call this from the main thread before there are others: the server dies
-    with the thread that starts it."""
+    with the thread that starts it.
+    """
     stack = stack_bytes()
 
     def prepare() -> None:

@@ -66,7 +66,8 @@ def configure(log_format: str) -> None:
 
 class Relay:
     """Passes on warnings and errors of the server, each with the lines that follow it and are not
-    Triton's, such as a traceback; all lines if verbose. held: the last 20 records not passed on."""
+    Triton's, such as a traceback; all lines if verbose. held: the last 20 records not passed on.
+    """
 
     def __init__(self, verbose: bool) -> None:
         self.verbose = verbose

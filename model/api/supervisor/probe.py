@@ -136,7 +136,8 @@ class Probe:
 
     def _folder(self, version: str) -> Path:
         """A version's folder. From an object store, Triton makes copies of its own, which the
-        command lines of its stubs name."""
+        command lines of its stubs name.
+        """
         if self.model_folder:
             return self.model_folder / version
         for stub in children(self.server) if self.server else []:

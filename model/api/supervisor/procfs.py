@@ -93,7 +93,8 @@ def server_at(port: int) -> int | None:
 
 def remove_remains(port: int) -> None:
     """Kill the stubs of a killed server, which may wait for it forever, and remove its shared
-    memory, which outlives the container in a pod. A server that runs or starts is left alone."""
+    memory, which outlives the container in a pod. A server that runs or starts is left alone.
+    """
     if server_at(port):
         return
     prefix = region_prefix(port)

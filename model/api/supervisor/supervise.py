@@ -138,7 +138,8 @@ class Supervisor:
 
     def _drain(self) -> None:
         """Unload the model before the server ends: by itself, Triton would go on answering clients
-        that keep their connections, and then cut them off."""
+        that keep their connections, and then cut them off.
+        """
         if self.deadline is not None:
             return
         self.deadline = time.monotonic() + self.options.drain + EXIT_GRACE

@@ -187,7 +187,8 @@ def _text(path: Path) -> str:
 
 class _Finder:
     """Finds listed photos whose names are composed (NFC) in the list and decomposed on disk, or the
-    reverse."""
+    reverse.
+    """
 
     def __init__(self) -> None:
         self._names: dict[Path, dict[str, str]] = {}  # of each folder: name on disk by composed one

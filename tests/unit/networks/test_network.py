@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,14 +14,6 @@ from support.models import ROOT
 from npair.networks import NetworkError
 from npair.networks.network import build_network, embed, multiply_adds, new_network
 from npair.publishing.graphs import export
-
-VISION: Any = {
-    "image_size": 64,
-    "patch_size": 8,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 
 
 @pytest.mark.parametrize(

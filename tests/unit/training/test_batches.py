@@ -98,7 +98,6 @@ def test_mining_breaks_ties_at_random() -> None:
 
 def test_mined_batches_bring_confused_classes_together() -> None:
     """Classes 2k and 2k + 1 look the same to this network, so each brings its twin."""
-
     looks: npt.NDArray[np.float32] = 3 * np.eye(5, dtype=np.float32)
 
     sampler = NPairSampler(LABELS, classes_per_batch=2, seed=0)
