@@ -9,6 +9,9 @@ from typing import Any
 import torch
 import transformers
 
+from npair.networks.network import Description, EmbeddingNetwork, build_network, embed
+from npair.publishing.graphs import export
+
 VISION: Any = {
     "image_size": 64,
     "patch_size": 8,
@@ -41,3 +44,24 @@ def checkpoint(folder: Path, config: transformers.PretrainedConfig) -> str:
         json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]})
     )
     return str(folder)
+
+
+def check_rebuilt_and_exported(
+    network: EmbeddingNetwork, description: Description, photos: torch.Tensor, folder: Path
+) -> None:
+    """Check that a network rebuilt from its description and an exported graph embed alike.
+
+    photos: uint8 [N, H, H, 3].
+    """
+    again = build_network(json.loads(json.dumps(description)))
+    again.load_state_dict(network.state_dict())
+    expected = embed(network, photos.numpy())
+    torch.testing.assert_close(embed(again, photos.numpy()), expected)
+    export(network, photos.shape[1], folder / "network.pt2")
+    graph = torch.export.load(folder / "network.pt2").module()
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(graph(photos)).detach(),
+        torch.from_numpy(expected),
+        rtol=1e-4,
+        atol=1e-5,
+    )

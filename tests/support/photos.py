@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 from npair.data.dataset import Dataset
@@ -35,3 +37,9 @@ def table(root: Path, text: str | bytes, name: str = "photos.csv") -> Path:
 
 def sizes(dataset: Dataset) -> dict[str, int]:
     return {split: len(photos) for split, photos in dataset.splits.items()}
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """Return a chunk of a PNG file, with its length and checksum."""
+    checksum = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)

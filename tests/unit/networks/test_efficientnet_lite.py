@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -9,12 +8,12 @@ from typing import Any
 import efficientnet_lite_pytorch
 import pytest
 import torch
+from support.architectures import check_rebuilt_and_exported
 from support.models import ROOT
 
 from npair.networks import NetworkError
 from npair.networks.efficientnet_lite import VARIANTS, EfficientNetLite, load_weights
-from npair.networks.network import build_network, embed, multiply_adds, new_network
-from npair.publishing.graphs import export
+from npair.networks.network import build_network, multiply_adds, new_network
 
 NAME = "efficientnet-lite0"
 
@@ -89,18 +88,7 @@ def test_trains_and_exports(tmp_path: Path) -> None:
     photos = torch.randint(0, 256, (3, 75, 75, 3), dtype=torch.uint8)
     network(photos).square().sum().backward()
     assert not [name for name, parameter in network.named_parameters() if parameter.grad is None]
-    again = build_network(json.loads(json.dumps(description)))
-    again.load_state_dict(network.state_dict())
-    expected = embed(network, photos.numpy())
-    torch.testing.assert_close(embed(again, photos.numpy()), expected)
-    export(network, 75, tmp_path / "network.pt2")
-    graph = torch.export.load(tmp_path / "network.pt2").module()
-    torch.testing.assert_close(
-        torch.nn.functional.normalize(graph(photos)).detach(),
-        torch.from_numpy(expected),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    check_rebuilt_and_exported(network, description, photos, tmp_path)
 
 
 def test_takes_other_weights_of_the_same_network(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from support.architectures import ARCHITECTURES, checkpoint
+from support.architectures import ARCHITECTURES, check_rebuilt_and_exported, checkpoint
 from support.models import ROOT
 
 from npair.networks import NetworkError
@@ -74,18 +73,7 @@ def test_pretrained_networks_train_and_export(architecture: str, tmp_path: Path)
         "every layer learns"
     )
 
-    again = build_network(json.loads(json.dumps(description)))
-    again.load_state_dict(network.state_dict())
-    expected = embed(network, photos.numpy())
-    torch.testing.assert_close(embed(again, photos.numpy()), expected)
-    export(network, 96, tmp_path / "network.pt2")
-    graph = torch.export.load(tmp_path / "network.pt2").module()
-    torch.testing.assert_close(
-        torch.nn.functional.normalize(graph(photos)).detach(),
-        torch.from_numpy(expected),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    check_rebuilt_and_exported(network, description, photos, tmp_path)
 
 
 def test_graph_needs_no_transformers(tmp_path: Path) -> None:

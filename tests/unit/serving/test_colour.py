@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageCms
 from support import profiles
-from support.photos import LIMITS, PREPROCESSING
+from support.photos import LIMITS, PREPROCESSING, chunk
 
 from npair.publishing.drawings import draw, encode
 from npair.serving.colour import to_srgb
@@ -135,15 +135,6 @@ def test_srgb_costs_nothing() -> None:
             "L",
         )
         is None
-    )
-
-
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
     )
 
 

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from support.jpegs import many_scans
-from support.photos import LIMITS, PREPROCESSING
+from support.photos import LIMITS, PREPROCESSING, chunk
 
 from npair.publishing.drawings import draw, encode
 from npair.serving import preprocess
@@ -358,15 +358,6 @@ def test_the_first_of_several_pictures_counts() -> None:
     several = encode(PHOTO, "MPO", save_all=True, append_images=[PHOTO.rotate(90)])
     assert b"MPF\0" in several
     np.testing.assert_allclose(decoded(several), decoded(encode(PHOTO, "JPEG")), atol=20)
-
-
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-    )
 
 
 def with_chunks(*chunks: bytes) -> bytes:
