@@ -14,6 +14,7 @@ from support.servers import free_ports, lines_until_ready, running, start
 from support.supervised import ended
 
 from npair.client import NpairClient
+from npair.serving.manifest import Manifest
 
 
 class TestEngines:
@@ -36,8 +37,9 @@ class TestEngines:
     @pytest.mark.parametrize("engine", ["torch", "openvino-fp32"])
     def test_forced(self, model: Path, engine: str) -> None:
         self.force(model, engine)
+        tolerance = Manifest.read(model / SHIPPED.name).engines[engine].tolerance
         with running(MODEL_REPOSITORY=str(model.parent)) as (_, urls):
-            assert self.golden_distance(model, urls["http"]) < 0.005
+            assert self.golden_distance(model, urls["http"]) < tolerance
 
     def test_unknown(self, model: Path) -> None:
         self.force(model, "best")
