@@ -240,6 +240,7 @@ class TestContract:
 
 RGB = draw(11)
 GREY = RGB.convert("L")
+OTHER_GREY = draw(1).convert("L")
 # High quality, and JPEG's full colour resolution: compression changes the edges of drawings, and
 # this tests decoding.
 FINE: dict[str, Any] = {"quality": 95, "subsampling": 0}
@@ -263,7 +264,7 @@ TWINS = {
     "jpeg": (encode(RGB, **FINE), RGB),
     "progressive jpeg": (encode(RGB, progressive=True, **FINE), RGB),
     "webp": (encode(RGB, "WEBP", quality=100), RGB),
-    "grey jpeg": (encode(GREY, quality=95), GREY.convert("RGB")),
+    "grey jpeg": (encode(OTHER_GREY, quality=95), OTHER_GREY.convert("RGB")),
     "grey png": (encode(GREY, "PNG"), GREY.convert("RGB")),
     "black and white png": (encode(GREY.convert("1"), "PNG"), GREY.convert("1").convert("RGB")),
     "palette png": (encode(RGB.quantize(256), "PNG"), RGB),
