@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
-import io
 import itertools
 import json
 import os
@@ -52,9 +51,9 @@ from contestants import (
     Setting,
     Vectors,
     clip_folder,
+    repository_of,
 )
 from machine import (
-    MODELS,
     PEERS,
     ROOT,
     VERSION,
@@ -62,13 +61,12 @@ from machine import (
     free_port,
     proportional_memory,
     python_of,
+    resized,
     say,
 )
-from PIL import Image
 from wrk import CONNECTIONS, closed_loop, write_bodies
 
 from npair.data.sources import read_dataset
-from npair.releasing.config import with_release
 from npair.releasing.verify import published_code
 from npair.serving.engine import cores
 
@@ -393,24 +391,6 @@ while time.monotonic() - began < int(seconds):
     done += len(photos)
 print(done / (time.monotonic() - began))
 """
-
-
-def repository_of(version: Path, scratch: Path) -> Path:
-    """A model repository of this npair version alone, which may be of another checkout."""
-    folder = scratch / "models/npair"
-    folder.mkdir(parents=True)
-    (folder / version.name).symlink_to(version)
-    config = (MODELS / "npair/config.pbtxt").read_text()
-    (folder / "config.pbtxt").write_text(with_release(config, [int(version.name)], {}))
-    return folder.parent
-
-
-def resized(photo: bytes, width: int, height: int) -> bytes:
-    file = io.BytesIO()
-    Image.open(io.BytesIO(photo)).convert("RGB").resize(
-        (width, height), Image.Resampling.BICUBIC
-    ).save(file, "JPEG", quality=90)
-    return file.getvalue()
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from machine import PEERS, ROOT, VERSION, free_port
+from machine import MODELS, PEERS, ROOT, VERSION, free_port
 from supervisor.launch import find_triton
 from wrk import Load
 
+from npair.releasing.config import with_release
 from npair.serving.engine import cores
 
 BOUNDARY = "npair-benchmark"
@@ -214,6 +215,16 @@ def mlserver_folder(
 def clip_folder(environments: Path) -> Path:
     """The folder in which peers/network.py keeps CLIP's weights: 600 MB, made on the first use."""
     return environments / "clip-vit-b-32"
+
+
+def repository_of(version: Path, scratch: Path) -> Path:
+    """Create a model repository of one npair version, which may lie in another checkout."""
+    folder = scratch / "models/npair"
+    folder.mkdir(parents=True)
+    (folder / version.name).symlink_to(version)
+    config = (MODELS / "npair/config.pbtxt").read_text()
+    (folder / "config.pbtxt").write_text(with_release(config, [int(version.name)], {}))
+    return folder.parent
 
 
 MULTIPART = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}

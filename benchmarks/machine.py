@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from supervisor import procfs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,3 +104,12 @@ def pyplot() -> Any:
     from matplotlib import pyplot  # noqa: PLC0415
 
     return pyplot
+
+
+def resized(photo: bytes, width: int, height: int) -> bytes:
+    """Scale a photo, and encode it as a JPEG."""
+    file = io.BytesIO()
+    Image.open(io.BytesIO(photo)).convert("RGB").resize(
+        (width, height), Image.Resampling.BICUBIC
+    ).save(file, "JPEG", quality=90)
+    return file.getvalue()

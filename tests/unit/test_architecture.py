@@ -33,7 +33,7 @@ ARROWS = {
     "publishing": {"training", "networks", "scoring", "releasing", "serving", "data"},
     "releasing": {"serving", "client"},
     "gallery": {"client", "data"},
-    "training": {"networks", "scoring", "data", "serving"},
+    "training": {"networks", "scoring", "data"},
     "scoring": {"data"},
     "networks": set(),
     "data": {"serving"},
@@ -42,8 +42,8 @@ ARROWS = {
     "client_cli": {"client", "client_files"},
     "client_files": {"client"},
 }
-# Publishing may use only these modules of releasing: it never calls a server.
-RELEASING_FOR_PUBLISHING = {"config", "repository", "verify"}
+# The only module of releasing that publishing may use: it knows neither repositories nor servers.
+RELEASING_FOR_PUBLISHING = {"verify"}
 
 # The libraries that served code may import, since the image holds no others.
 LIBRARIES = {

@@ -16,7 +16,8 @@ from npair.serving.manifest import Manifest
 def publish_next(repository: Repository, run: Path, data: Path, **options: Any) -> Manifest:
     """Publish a run as the repository's next version, compared with the newest pinned one.
 
-    options: of ``publishing.publish``. Raises: as that; RepositoryError, ConfigError.
+    options: passed on to ``publishing.publish``.
+    Raises: whatever ``publish`` raises; RepositoryError, ConfigError.
     """
     with (
         repository.new_version() as (number, folder),

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from npair.data.dataset import Dataset, Photos
-from npair.data.files import read_photo
+from npair.data.files import digest_of, read_photo
 from npair.publishing import PublishError
 from npair.publishing.graphs import milliseconds
 from npair.publishing.version_folder import LIBRARIES, write_version
@@ -48,12 +48,12 @@ def publish(
 ) -> Manifest:
     """Write a version from a run's averaged weights or an earlier version's, and verify it.
 
-    folder: an empty folder, whose content is to be discarded if this raises.
+    folder: an empty folder; discard what is in it if this raises.
     pinned: the folder of the version that is pinned, if any.
     cache: keeps the measurements of a refused version, so that accepting it takes seconds.
     accept_recall_drop, accept_cost: why a version may be published although it finds less than the
     pinned one, or is slower or larger, beyond the tolerance; the manifest keeps the reason.
-    say: is told about progress.
+    say: called with a sentence for each stage.
     Raises: PublishError, ReleaseError, RunError, DataError, VersionError.
     """
     check_libraries()
@@ -95,15 +95,10 @@ def _fingerprint(run: Path, data: Path, pinned: Path | None, model: str, version
     network = run / NAME if (run / NAME).exists() else run / "checkpoint.pt"
     sources = sorted(Path(__file__).parents[1].rglob("*.py"))
     files = [network, *([pinned / NAME] if pinned else []), *sources]
+    digests = [digest_of(file) if file.is_file() else "" for file in files]
     libraries = [installed(name) for name in LIBRARIES]
-    return fingerprint(files, [str(data.absolute()), model, version, cores(), libraries])
-
-
-def fingerprint(files: Iterable[Path], parts: object) -> str:
-    """Hash the content of files, missing ones as empty, and JSON."""
-    digests = [hashlib.sha256(each.read_bytes() if each.is_file() else b"") for each in files]
-    content = [[digest.hexdigest() for digest in digests], parts]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    parts = [digests, str(data.absolute()), model, version, cores(), libraries]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _keep(folder: Path, refused: Path) -> None:

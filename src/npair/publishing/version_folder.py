@@ -46,7 +46,7 @@ def write_version(
     run: the folder of the run whose averaged weights are published, or of an earlier version, to
     publish its network with the present serving code.
     data: the data set of the run; without val, the version has no metrics and no thresholds.
-    say: is told about progress.
+    say: called with a sentence for each stage.
     Returns: the cleaned data set, and the manifest.
     Raises: PublishError, RunError, DataError, VersionError.
     """

@@ -26,7 +26,7 @@ class Batches:
     def __init__(
         self, config: TrainConfig, photos: Photos, pixels: Pixels, device: torch.device
     ) -> None:
-        """photos: of train; pixels: of these at least, at any size above config.crop_size.
+        """photos: the train split. pixels: of these photos and maybe others, larger than the crops.
 
         Raises: ValueError if there are too few classes or N is too small for the processes.
         """

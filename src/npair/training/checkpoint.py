@@ -46,9 +46,8 @@ class TrainingState:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         average = moving_average(config.ema_decay)
         weights = [p for p in network.parameters() if p.ndim > 1]
-        others = [
-            p for p in network.parameters() if p.ndim <= 1
-        ]  # biases and normalisations' gains
+        # Biases, and the gains of normalisations.
+        others = [p for p in network.parameters() if p.ndim <= 1]
         optimizer = torch.optim.AdamW(
             [
                 {"params": weights, "weight_decay": config.weight_decay},
@@ -117,9 +116,9 @@ def load_network(run: Path) -> EmbeddingNetwork:
 
 
 def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
-    """Return an exponential moving average whose memory grows with the number of steps.
+    """Return an exponential moving average that remembers longer as training goes on.
 
-    So a short run forgets where it began.
+    A short run thus forgets its first weights as well.
     """
 
     def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
