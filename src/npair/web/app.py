@@ -27,7 +27,7 @@ from npair.client import NpairClient, NpairError
 from npair.gallery.gallery import GalleryError
 from npair.web.embeddings import Embedder, Embeddings, EmbeddingsRequest, Model, Models
 from npair.web.guard import SECURITY, SMALL, Guard
-from npair.web.refusals import RefusedError, answer, handle
+from npair.web.refusals import RefusedError, answer, refused_of
 from npair.web.search import MAX_K, MAX_PHOTO, Info, Neighbours, Search
 
 STATIC = Path(__file__).parent / "static"
@@ -53,12 +53,12 @@ JPEG: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}}}
 # Swagger UI, but no code in the page, which the Content-Security-Policy forbids.
 DOCS = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>npair web</title>
-<link rel="stylesheet" href="/docs/swagger-ui.css"></head>
+<link rel="stylesheet" href="docs/swagger-ui.css"></head>
 <body><div id="docs"></div>
-<script src="/docs/swagger-ui-bundle.js"></script>
-<script src="/docs/start.js"></script></body></html>
+<script src="docs/swagger-ui-bundle.js"></script>
+<script src="docs/start.js"></script></body></html>
 """
-START = 'SwaggerUIBundle({url: "/openapi.json", dom_id: "#docs"});\n'
+START = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#docs"});\n'
 DOCS_POLICY = SECURITY["Content-Security-Policy"].replace(
     "style-src 'self'", "style-src 'self' 'unsafe-inline'"
 )
@@ -98,6 +98,9 @@ def create_app(gallery: Path, client: NpairClient, *, hosts: frozenset[str], key
             message = "send the service's key: Authorization: Bearer KEY"
             raise RefusedError(401, message, param="Authorization", code="invalid_api_key")
 
+    async def refused(_: Request, error: Exception) -> JSONResponse:
+        return answer(refused_of(error, gallery))
+
     app = FastAPI(
         title="npair",
         version=version("npair"),
@@ -107,11 +110,12 @@ def create_app(gallery: Path, client: NpairClient, *, hosts: frozenset[str], key
         lifespan=closing,
     )
     dependencies = [Depends(check_key)] if key else []
-    app.include_router(_api(Search(gallery, client), Embedder(client)), dependencies=dependencies)
-    app.include_router(_public(Search(gallery, client)))
+    search = Search(gallery, client)
+    app.include_router(_api(search, Embedder(client)), dependencies=dependencies)
+    app.include_router(_public(search))
     app.mount("/static", StaticFiles(directory=STATIC, check_dir=False))
     for error in (RefusedError, NpairError, GalleryError):
-        app.add_exception_handler(error, handle)
+        app.add_exception_handler(error, refused)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _bug)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
-from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from npair.client import (
@@ -45,23 +45,22 @@ class RefusedError(Exception):
         self.status, self.param, self.code = status, param, code
 
 
-def refused_of(error: Exception) -> RefusedError:
-    """Translate an error of the client or the gallery. No message of a gallery gets out: it names
-    folders.
-    """
+def refused_of(error: Exception, gallery: Path) -> RefusedError:
+    """Translate an error of the client or the gallery, without the names of folders and files."""
     if isinstance(error, RefusedError):
         return error
+    if isinstance(error, PhotoGoneError):
+        message = "the gallery has no such photo, or its file is gone"
+        return RefusedError(404, message, code="photo_gone")
     if isinstance(error, GalleryError):
-        if isinstance(error, PhotoGoneError):
-            message = "the gallery has no such photo, or its file is gone"
-            return RefusedError(404, message, code="photo_gone")
         LOG.warning("%s", error)
         if isinstance(error.__cause__, VersionGoneError):
-            gone = f"{error.__cause__}; build the gallery anew: npair index build"
-            return RefusedError(
-                503, f"the gallery is of another version: {gone}", code="version_gone"
-            )
-        message = "the gallery cannot be searched; the service's log says why"
+            message = f"{error.__cause__}; build the gallery anew: npair index build"
+            return RefusedError(503, message, code="version_gone")
+        if error.__cause__:  # which may name files
+            message = "the gallery is damaged; delete it, and build it anew: npair index build"
+        else:
+            message = str(error).replace(f" in {gallery}", "")
         return RefusedError(503, message, code="gallery")
     if isinstance(error, InvalidPhotoError):
         lone = list(error.reasons) == [0]
@@ -83,8 +82,3 @@ def answer(refusal: RefusedError) -> JSONResponse:
         "code": refusal.code,
     }
     return JSONResponse({"error": error}, status, HEADERS.get(status))
-
-
-async def handle(_: Request, error: Exception) -> JSONResponse:
-    """Answer a RefusedError, NpairError or GalleryError."""
-    return answer(refused_of(error))

@@ -15,6 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from npair.client import NpairClient
+from npair.gallery.gallery import Gallery, GalleryError
 from npair.web.app import create_app
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -42,6 +43,10 @@ def serve(
     app = create_app(gallery, client, hosts=hosts, key=key)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listener:
+        try:
+            Gallery(gallery)
+        except GalleryError as error:  # looked for again at every request
+            print(f"npair: {error}", file=sys.stderr)
         name = f"[{host}]" if ":" in host else host
         print(f"npair: http://{name}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again
