@@ -26,7 +26,8 @@ from support.servers import eventually, running
 from support.web import Answer, call, serving
 
 from npair.client import NpairClient
-from npair.gallery.gallery import Gallery, build
+from npair.gallery.build import build
+from npair.gallery.gallery import Gallery
 from npair.web import guard
 from npair.web.app import BODIES
 from npair.web.search import MAX_PHOTO, SIDE
@@ -132,6 +133,18 @@ class TestSearch:
             first = call(url, "/search", photo).json["neighbours"][0]
             assert call(url, "/info").json["labels"] == 2
         assert (first["label"], first["columns"]) == ("apple", {"price": "1.20"})
+
+    def test_photos_that_were_moved_without_the_gallery(
+        self, server: str, client: NpairClient, tmp_path: Path
+    ) -> None:
+        photos = folders(tmp_path / "photos", classes=1, photos=1)
+        build(photos, tmp_path / "gallery", client)
+        photos.rename(tmp_path / "moved")
+        with serving(tmp_path / "gallery", server) as url:
+            path = call(url, "/search", GOLDEN[0].read_bytes()).json["neighbours"][0]["photo"]
+            assert call(url, path).status == 404
+        with serving(tmp_path / "gallery", server, photos=tmp_path / "moved") as url:
+            assert call(url, path).status == 200
 
     def test_what_another_process_builds_is_found_at_once(
         self, server: str, client: NpairClient, tmp_path: Path
@@ -280,7 +293,9 @@ class TestGuard:
     def test_names_of_loopback_are_taken(self, web: str, host: str) -> None:
         assert call(web, "/info", headers={"Host": host}).status == 200
 
-    @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1"])
+    @pytest.mark.parametrize(
+        "origin", ["https://evil.example", "null", "http://127.0.0.1:1", "http://[::1"]
+    )
     def test_other_origins_may_not_post(self, web: str, origin: str, photo: bytes) -> None:
         assert call(web, "/search", photo, {"Origin": origin}).status == 403
 
@@ -497,7 +512,11 @@ class TestDocs:
         for link in links:
             assert link.startswith("docs/")
             assert call(web, f"/{link}").status == 200
-        assert call(web, "/docs/package.json").status != 200
+        assert call(web, "/docs/package.json").status == 400
+
+    def test_refusals_are_described(self, web: str) -> None:
+        answers = call(web, "/openapi.json").json["paths"]["/search"]["post"]["responses"]
+        assert set(answers) == {"200", "default"}
 
 
 class TestCommand:

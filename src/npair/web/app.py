@@ -23,11 +23,11 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from npair.client import NpairClient, NpairError
+from npair.client import NpairError
 from npair.gallery.gallery import GalleryError
 from npair.web.embeddings import Embedder, Embeddings, EmbeddingsRequest, Model, Models
 from npair.web.guard import SECURITY, SMALL, Guard
-from npair.web.refusals import RefusedError, answer, refused_of
+from npair.web.refusals import Refusal, RefusedError, answer, refused_of
 from npair.web.search import MAX_K, MAX_PHOTO, Info, Neighbours, Search
 
 STATIC = Path(__file__).parent / "static"
@@ -80,17 +80,16 @@ class Health(BaseModel):
     version: str
 
 
-def create_app(gallery: Path, client: NpairClient, *, hosts: frozenset[str], key: str) -> ASGIApp:
-    """Build the service.
+def create_app(search: Search, *, hosts: frozenset[str], key: str) -> ASGIApp:
+    """Build the service, which closes the search's client when it ends.
 
-    gallery: its folder; each request sees it as it then is. client: closed with the service.
-    hosts: see Guard. key: what callers must send as a bearer token; empty, everyone may call.
+    hosts: see Guard. key: what callers must send as a bearer token; if empty, everyone may call.
     """
 
     @asynccontextmanager
     async def closing(_: FastAPI) -> AsyncIterator[None]:
         yield
-        client.close()
+        search.client.close()
 
     def check_key(credentials: Credentials) -> None:
         given = credentials.credentials if credentials else ""
@@ -99,7 +98,9 @@ def create_app(gallery: Path, client: NpairClient, *, hosts: frozenset[str], key
             raise RefusedError(401, message, param="Authorization", code="invalid_api_key")
 
     async def refused(_: Request, error: Exception) -> JSONResponse:
-        return answer(refused_of(error, gallery))
+        if not isinstance(error, RefusedError):
+            error = refused_of(error, search.folder)
+        return answer(error)
 
     app = FastAPI(
         title="npair",
@@ -108,13 +109,13 @@ def create_app(gallery: Path, client: NpairClient, *, hosts: frozenset[str], key
         docs_url=None,
         redoc_url=None,
         lifespan=closing,
+        responses={"default": {"model": Refusal, "description": "Refused"}},
     )
     dependencies = [Depends(check_key)] if key else []
-    search = Search(gallery, client)
-    app.include_router(_api(search, Embedder(client)), dependencies=dependencies)
+    app.include_router(_api(search, Embedder(search.client)), dependencies=dependencies)
     app.include_router(_public(search))
     app.mount("/static", StaticFiles(directory=STATIC, check_dir=False))
-    for error in (RefusedError, NpairError, GalleryError):
+    for error in (RefusedError, NpairError, GalleryError, PermissionError):
         app.add_exception_handler(error, refused)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)

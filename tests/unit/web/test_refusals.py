@@ -30,6 +30,7 @@ EXPECTED: dict[Exception, int] = {
     RequestTimeoutError("timed out"): 504,
     ServerFaultError("dead"): 502,
     GalleryError("the gallery in /srv/photos is damaged"): 503,
+    PermissionError(13, "Permission denied", "/srv/photos"): 503,
     PhotoGoneError("/srv/photos/a.jpg is gone"): 404,
 }
 
