@@ -5,6 +5,7 @@ A new version's table is filled beside the current one, and replaces it in one s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -115,9 +116,10 @@ def build(source: Path, folder: Path, client: NpairClient, *, prune: bool = Fals
             raise GalleryError(
                 f"none of the photos in {source} could be embedded, such as {photo}: {reason}"
             )
-        table.optimize(cleanup_older_than=READ)
-        index(table)
-        _switch(folder, pointer, table.name, name_of(catalogue.root, folder))
+        with _writable(folder):
+            table.optimize(cleanup_older_than=READ)
+            index(table)
+            _switch(folder, pointer, table.name, name_of(catalogue.root, folder))
     return Built(
         version,
         count,
@@ -277,14 +279,15 @@ class _Update:
             for name, vector in vectors.items()
         ]
         former = [self.moved[name] for name in vectors if self.moved.get(name) in self.stored]
-        if former or any(name in self.stored for name in vectors):
-            merge = self.table.merge_insert("photo").when_matched_update_all()
-            merge = merge.when_not_matched_insert_all()
-            if former:
-                merge = merge.when_not_matched_by_source_delete(f"photo IN ({_quoted(former)})")
-            merge.execute(rows)
-        elif rows:
-            self.table.add(rows)
+        with _writable(self.folder):
+            if former or any(name in self.stored for name in vectors):
+                merge = self.table.merge_insert("photo").when_matched_update_all()
+                merge = merge.when_not_matched_insert_all()
+                if former:
+                    merge = merge.when_not_matched_by_source_delete(f"photo IN ({_quoted(former)})")
+                merge.execute(rows)
+            elif rows:
+                self.table.add(rows)
 
     def remove(self, failed: Iterable[str], *, keep_missing: bool) -> int:
         """Remove what is not searched or was moved, these rows, and missing ones unless told.
@@ -296,8 +299,9 @@ class _Update:
         unmoved = {former for name, former in self.moved.items() if name not in rows}
         kept = (self.wanted.keys() | {*self.missing, *unmoved}) - lost
         gone = [name for name in rows if name not in kept]
-        for start in range(0, len(gone), ROWS):
-            self.table.delete(f"photo IN ({_quoted(gone[start : start + ROWS])})")
+        with _writable(self.folder):
+            for start in range(0, len(gone), ROWS):
+                self.table.delete(f"photo IN ({_quoted(gone[start : start + ROWS])})")
         return len(lost)
 
     def contradicting(self) -> tuple[tuple[str, ...], ...]:
@@ -311,6 +315,19 @@ class _Update:
             for names in copies.values()
             if len({self.wanted[name].label for name in names}) > 1
         )
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Map the errors that LanceDB raises when it writes to GalleryError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = re.sub(r"lance error: |, /\S+\.rs:\d+:\d+", "", str(error))
+        raise GalleryError(
+            f"the gallery in {folder} cannot be written: {reason}; when that is mended, run the same"
+            " command again, which continues"
+        ) from error
 
 
 def encoded_photo(path: Path) -> bytes:
