@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from npair.client import PIXEL, NpairClient, Vectors
+from npair.client_files import encoded_photo
 from npair.data.catalogue import Catalogue, read_catalogue
 from npair.data.files import digest_of, parallel_map, shown
 from npair.gallery.gallery import (
@@ -325,13 +326,9 @@ def _writable(folder: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         reason = re.sub(r"lance error: |, /\S+\.rs:\d+:\d+", "", str(error))
         raise GalleryError(
-            f"the gallery in {folder} cannot be written: {reason}; when that is mended, run the same"
+            f"the gallery in {folder} cannot be written: {reason}; mend that, then run the same"
             " command again, which continues"
         ) from error
-
-
-def encoded_photo(path: Path) -> bytes:
-    return path.read_bytes()
 
 
 def _rows(table: lancedb.table.Table) -> dict[str, _Row]:
