@@ -261,8 +261,8 @@ class _Update:
                     rows[name] = result.vector
                     self.embedded += 1
                 if len(rows) == ROWS:
-                    self._store(rows)
-                    rows = {}
+                    full, rows = rows, {}  # first, so that an interruption stores none twice
+                    self._store(full)
         finally:
             self._store(rows)
         return left_out
