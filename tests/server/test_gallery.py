@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,10 +19,12 @@ import lancedb
 import numpy as np
 import pytest
 from filelock import FileLock
+from PIL import Image
 from support.models import ROOT, SHIPPED
 from support.photos import folders, photo, table
 from support.servers import running
 
+from npair import cli
 from npair.client import Embeddings, InvalidPhotoError, NpairClient, UnavailableError
 from npair.data.catalogue import read_catalogue
 from npair.gallery import build as building
@@ -74,6 +77,14 @@ def stored(folder: Path) -> dict[str, str]:
     labels = {str(path_of(row["photo"], folder)): row["label"] for row in rows}
     assert len(labels) == len(rows)
     return labels
+
+
+def npair(client: NpairClient, *arguments: object) -> int:
+    """Run a command of npair index."""
+    with pytest.MonkeyPatch.context() as patch:
+        command = ["npair", "index", *map(str, arguments), "--url", client.url]
+        patch.setattr(sys, "argv", command)
+        return cli.main()
 
 
 def sha256(path: Path) -> str:
@@ -225,6 +236,230 @@ class TestBuild:
         ):
             build(tmp_path / "photos", tmp_path, client)
         assert build(tmp_path / "photos", tmp_path, client).photos == 1
+
+
+class TestNothingVanishes:
+    def test_another_source_does_not_replace_the_first(
+        self, client: NpairClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The photos have the same names below their sources, and other bytes."""
+        first, index = folders(tmp_path / "first", classes=2, photos=3), tmp_path / "index"
+        second = photo(tmp_path / "second/class 0/0.png", 999).parents[1]
+        assert npair(client, "build", first, "--index", index) == 0
+        assert npair(client, "build", second, "--index", index) == 1
+        said = capsys.readouterr()
+        assert f"6 photos of the gallery are not in {second}: {first}/class 0/0.png" in said.err
+        assert "They stay in the gallery. Bring them back, or remove them: --prune" in said.err
+        assert "7 photos in" in said.out
+        assert "1 of them now, 0 left out, 6 missing, 0 removed" in said.out
+        assert set(stored(index)) == {*map(str, labels_of(first)), *map(str, labels_of(second))}
+        assert npair(client, "build", second, "--index", index, "--prune") == 0
+        assert "0 left out, 0 missing, 6 removed" in capsys.readouterr().out
+        assert set(stored(index)) == set(map(str, labels_of(second)))
+
+    def test_a_folder_that_is_not_mounted(self, client: NpairClient, tmp_path: Path) -> None:
+        photos, index = folders(tmp_path / "photos", classes=2, photos=3), tmp_path / "index"
+        build(photos, index, client)
+        (photos / "class 1").rename(tmp_path / "elsewhere")
+        (photos / "class 1").mkdir()
+        built = build(photos, index, client)
+        assert (built.photos, len(built.missing)) == (6, 3)
+        with pytest.raises(PhotoGoneError, match="is gone; put it back"):
+            Gallery(index).photo(sha256(tmp_path / "elsewhere/0.png"))
+        shutil.rmtree(photos / "class 0")
+        with pytest.raises(GalleryError, match="no photos in"):
+            build(photos, index, client, prune=True)
+        (tmp_path / "elsewhere").replace(photos / "class 1")
+        folders(photos, classes=1, photos=3)
+        assert build(photos, index, client) == Built(OLD, 6, 0, {})
+
+    def test_a_folder_that_vanishes_meanwhile(
+        self, client: NpairClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        photos, index = folders(tmp_path / "photos", classes=2, photos=40), tmp_path / "index"
+        build(photos, index, client)
+        for path in labels_of(photos):
+            photo(path, int(sha256(path)[:4], 16) + 10_000)
+        store = building._Update._store
+
+        def unmount(update: Any, vectors: Any) -> None:
+            store(update, vectors)
+            shutil.rmtree(photos, ignore_errors=True)
+
+        monkeypatch.setattr(building, "ROWS", 4)
+        monkeypatch.setattr(building._Update, "_store", unmount)
+        with NpairClient(client.url, batch_size=4) as slow:
+            built = build(photos, index, slow)
+        assert built.photos == 80
+        assert 0 < built.embedded < 80
+        assert built.embedded + len(built.left_out) == 80
+        assert set(built.left_out.values()) == {"cannot be read: No such file or directory"}
+
+    def test_other_formats_are_converted_or_named(
+        self, client: NpairClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        photos, index = tmp_path / "photos", tmp_path / "index"
+        photos.mkdir()
+        with Image.open(SHIPPED / "golden/photo.jpg") as image:
+            for suffix in ("avif", "bmp", "gif", "tiff"):
+                image.save(photos / f"photo.{suffix}")
+        assert npair(client, "build", photos, "--index", index) == 0
+        found = Gallery(index).search(SHIPPED / "golden/photo.jpg", client)
+        assert len(found) == 4
+        assert all(hit.cosine > 0.9 for hit in found)
+        raw, gone = photos / "a.dng", photos / "b.heic"
+        raw.write_bytes(b"raw")
+        gone.symlink_to("nowhere")
+        capsys.readouterr()
+        assert npair(client, "build", photos, "--index", index) == 1
+        said = capsys.readouterr()
+        assert f"left out: {raw}: " in said.err
+        assert f"left out: {gone}: cannot be read: No such file or directory" in said.err
+        assert "0 of them now, 2 left out" in said.out
+        assert npair(client, "search", photos / "photo.tiff", "--index", index, "-k", 1) == 0
+        assert f"{photos}/photo." in capsys.readouterr().out
+
+    def test_a_version_that_would_lose_photos_is_not_switched_to(
+        self, client: NpairClient, newer: NpairClient, tmp_path: Path
+    ) -> None:
+        photos, index = folders(tmp_path / "photos", classes=2, photos=2), tmp_path / "index"
+        build(photos, index, client)
+        (photos / "class 1/1.png").unlink()
+        with pytest.raises(
+            GalleryError, match=r"would lose 1 .* not in the source, such as .*1\.png"
+        ):
+            build(photos, index, newer)
+        photo(photos / "class 1/1.png", 101)
+        (spoilt := photos / "class 0/0.png").write_bytes(b"")
+        with pytest.raises(GalleryError, match=r"would lose 1 .* left out, such as .*0\.png"):
+            build(photos, index, newer)
+        assert (Gallery(index).version, len(Gallery(index))) == (OLD, 4)
+        built = build(photos, index, newer, prune=True)
+        assert (built.version, built.photos, built.embedded, built.removed) == (NEW, 3, 0, 1)
+        photo(spoilt, 0)
+        (photos / "class 0/1.png").unlink()
+        assert build(photos, index, newer).missing == (str(photos / "class 0/1.png"),)
+        built = build(photos, index, client)
+        assert built.photos == 4, "the version before still has the photo that is missing"
+        assert built.missing == (str(photos / "class 0/1.png"),)
+
+    def test_a_full_disk(self, client: NpairClient, tmp_path: Path) -> None:
+        if os.geteuid():
+            pytest.skip("only root may mount a small disk")
+        photos = folders(tmp_path / "photos", classes=10, photos=30)
+        (tmp_path / "small").mkdir()
+        mount = f'mount -t tmpfs -o size=128k none {tmp_path / "small"} && exec "$@"'
+        ended = subprocess.run(
+            [
+                *("unshare", "--mount", "sh", "-c", mount, "sh"),
+                *(sys.executable, "-m", "npair", "index", "build", str(photos)),
+                *("--index", str(tmp_path / "small"), "--url", client.url),
+            ],
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 1
+        assert "cannot be written: " in ended.stderr
+        assert "No space left on device" in ended.stderr
+        assert ended.stderr.count("\n") == 1
+
+
+class TestCatalogue:
+    def test_columns_come_back(
+        self, client: NpairClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """One class is enough, and what a table says of a photo costs no vector."""
+        paths = [photo(tmp_path / f"photos/{number}.png", number) for number in range(2)]
+        copy, index = photo(tmp_path / "photos/copy.png", 0), tmp_path / "index"
+        for price, embedded in (("3.50", 3), ("4.00", 0)):
+            rows = f"photos/0.png,x,{price}\nphotos/1.png,x,\nphotos/copy.png,y,\n"
+            built = build(table(tmp_path, f"path,label,price\n{rows}"), index, client)
+            assert (built.photos, built.embedded, built.missing) == (3, embedded, ())
+            assert built.contradicting == ((str(paths[0]), str(copy)),)
+            hits = Gallery(index).search(paths[0], client)
+            assert {hit.photo: hit.columns["price"] for hit in hits} == {
+                str(paths[0]): price, str(paths[1]): "", str(copy): ""
+            }  # fmt: skip
+        assert npair(client, "search", paths[0], "--index", index) == 0
+        assert f"  x  {paths[0]}  price=4.00\n" in capsys.readouterr().out
+        assert npair(client, "search", paths[0], "--index", index, "--json") == 0
+        found = json.loads(capsys.readouterr().out)["found"]
+        assert {"price": "4.00"} in [hit["columns"] for hit in found]
+
+    def test_rows_that_are_gone_or_name_no_file(self, client: NpairClient, tmp_path: Path) -> None:
+        photos, index = folders(tmp_path / "photos", classes=1, photos=3), tmp_path / "index"
+        rows = "".join(f"photos/class 0/{number}.png,x\n" for number in range(3))
+        build(table(tmp_path, f"path,label\n{rows}"), index, client)
+        rows = "photos/class 0/0.png,x\nphotos/class 0/nowhere.png,x\n"
+        built = build(table(tmp_path, f"path,label\n{rows}"), index, client)
+        assert built.missing == tuple(str(photos / f"class 0/{number}.png") for number in (1, 2))
+        assert list(built.left_out) == [str(photos / "class 0/nowhere.png")]
+        assert built.photos == 3
+
+
+class TestMoved:
+    def test_with_its_photos_or_alone(
+        self, client: NpairClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folders(tmp_path / "a/photos", classes=1, photos=2)
+        rows = "path,label\nphotos/class 0/0.png,x\nphotos/class 0/1.png,x\n"
+        build(table(tmp_path / "a", rows), tmp_path / "a/index", client)
+        there, expected = tmp_path / "b", tmp_path / "b/photos/class 0/0.png"
+        (tmp_path / "a").rename(there)
+        digest = sha256(expected)
+        assert Gallery(there / "index").photo(digest) == expected
+        assert build(there / "photos.csv", there / "index", client).embedded == 0
+        alone = (there / "index").rename(tmp_path / "index")
+        with pytest.raises(PhotoGoneError, match=r"0\.png is gone"):
+            Gallery(alone).photo(digest)
+        assert Gallery(alone, there).photo(digest) == expected
+        assert npair(client, "search", expected, "--index", alone, "--photos", there, "-k", 1) == 0
+        assert str(expected) in capsys.readouterr().out
+
+    def test_a_gallery_of_the_release_before(self, client: NpairClient, tmp_path: Path) -> None:
+        """It has absolute paths, no columns, and does not name the photos' folder."""
+        photos, index = folders(tmp_path / "photos", classes=2, photos=2), tmp_path / "index"
+        build(photos, index, client)
+        table = Gallery(index).table
+        rows = table.to_arrow().drop_columns(["columns"])
+        names = [str(path_of(name.as_py(), index)) for name in rows["photo"]]
+        rows = rows.set_column(rows.schema.get_field_index("photo"), "photo", [names])
+        lancedb.connect(index).create_table(table.name, rows, mode="overwrite")
+        (index / "current.json").write_text(json.dumps({"table": table.name, "before": ""}))
+        path = photos / "class 0/0.png"
+        hit = Gallery(index).search(path, client, 1)[0]
+        assert (hit.photo, hit.label, hit.columns) == (str(path), "class 0", {})
+        assert Gallery(index).photo(hit.id) == path
+        with pytest.raises(GalleryError, match="does not know which folder its photos were in"):
+            Gallery(index, photos).photo(hit.id)
+        photo(photos / "class 1/1.png", 999)
+        assert build(photos, index, client) == Built(OLD, 4, 1, {})
+        assert Gallery(index, photos).photo(hit.id) == path
+        assert set(stored(index)) == set(map(str, labels_of(photos)))
+        assert "/" not in {row["photo"][0] for row in Gallery(index).table.search().to_list()}
+
+
+def test_ctrl_c_keeps_what_was_embedded(client: NpairClient, tmp_path: Path) -> None:
+    photos, index = folders(tmp_path / "photos", classes=10, photos=40), tmp_path / "index"
+    code = "import sys; from npair import cli; from npair.gallery import build; build.ROWS = 8; "
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-c", f"{code} sys.exit(cli.main())", "index", "build", str(photos)),
+            *("--index", str(index), "--url", client.url),
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while count(index) < 16 and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "")
+    assert 16 <= (kept := count(index)) < 400
+    assert build(photos, index, client) == Built(OLD, 400, 400 - kept, {})
 
 
 def test_goes_on_where_it_was_killed(client: NpairClient, tmp_path: Path) -> None:

@@ -221,6 +221,16 @@ class TestPhotos:
         assert (spoilt.status, gone.status, call(url, path).status) == (404, 404, 200)
         assert str(file.parent) not in spoilt.reason + gone.reason
 
+    def test_a_photo_that_was_converted(
+        self, server: str, client: NpairClient, tmp_path: Path
+    ) -> None:
+        with Image.open(GOLDEN[0]) as image:
+            image.save(tmp_path / "a.avif")
+        build(tmp_path, tmp_path / "gallery", client)
+        with serving(tmp_path / "gallery", server) as url:
+            (hit,) = call(url, "/search", GOLDEN[0].read_bytes()).json["neighbours"]
+            assert call(url, hit["photo"]).status == 200
+
     @pytest.mark.parametrize(
         "identifier",
         [

@@ -30,11 +30,12 @@ ARROWS = {
         "serving",
         "client",
         "client_cli",
+        "client_files",
     },
     "publishing": {"training", "networks", "scoring", "releasing", "serving", "data"},
     "releasing": {"serving", "client"},
-    "gallery": {"client", "data"},
-    "web": {"gallery", "serving", "client"},
+    "gallery": {"client", "client_files", "data"},
+    "web": {"gallery", "serving", "client", "client_files"},
     "training": {"networks", "scoring", "data"},
     "scoring": {"data"},
     "networks": set(),
@@ -59,7 +60,7 @@ LIBRARIES = {
     "serving/colour": {"numpy", "PIL"},
     "client": {"numpy", "tritonclient"},
     "client_cli": {"client", "client_files", "numpy"},
-    "client_files": {"client", "numpy", "tqdm"},
+    "client_files": {"PIL", "client", "numpy", "pillow_heif", "tqdm"},
 }
 
 

@@ -90,8 +90,8 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _search(arguments: argparse.Namespace) -> int:
+    from npair.client_files import encoded_photo
     from npair.data.files import shown
-    from npair.gallery.build import encoded_photo
     from npair.gallery.gallery import Gallery
 
     gallery = Gallery(arguments.index, arguments.photos)

@@ -5,6 +5,7 @@ A new version's table is filled beside the current one, and replaces it in one s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from npair.client import PIXEL, NpairClient, Vectors
+from npair.client_files import encoded_photo
 from npair.data.catalogue import Catalogue, read_catalogue
 from npair.data.files import digest_of, parallel_map, shown
 from npair.gallery.gallery import (
@@ -115,9 +117,10 @@ def build(source: Path, folder: Path, client: NpairClient, *, prune: bool = Fals
             raise GalleryError(
                 f"none of the photos in {source} could be embedded, such as {photo}: {reason}"
             )
-        table.optimize(cleanup_older_than=READ)
-        index(table)
-        _switch(folder, pointer, table.name, name_of(catalogue.root, folder))
+        with _writable(folder):
+            table.optimize(cleanup_older_than=READ)
+            index(table)
+            _switch(folder, pointer, table.name, name_of(catalogue.root, folder))
     return Built(
         version,
         count,
@@ -258,8 +261,8 @@ class _Update:
                     rows[name] = result.vector
                     self.embedded += 1
                 if len(rows) == ROWS:
-                    self._store(rows)
-                    rows = {}
+                    full, rows = rows, {}  # first, so that an interruption stores none twice
+                    self._store(full)
         finally:
             self._store(rows)
         return left_out
@@ -277,14 +280,15 @@ class _Update:
             for name, vector in vectors.items()
         ]
         former = [self.moved[name] for name in vectors if self.moved.get(name) in self.stored]
-        if former or any(name in self.stored for name in vectors):
-            merge = self.table.merge_insert("photo").when_matched_update_all()
-            merge = merge.when_not_matched_insert_all()
-            if former:
-                merge = merge.when_not_matched_by_source_delete(f"photo IN ({_quoted(former)})")
-            merge.execute(rows)
-        elif rows:
-            self.table.add(rows)
+        with _writable(self.folder):
+            if former or any(name in self.stored for name in vectors):
+                merge = self.table.merge_insert("photo").when_matched_update_all()
+                merge = merge.when_not_matched_insert_all()
+                if former:
+                    merge = merge.when_not_matched_by_source_delete(f"photo IN ({_quoted(former)})")
+                merge.execute(rows)
+            elif rows:
+                self.table.add(rows)
 
     def remove(self, failed: Iterable[str], *, keep_missing: bool) -> int:
         """Remove what is not searched or was moved, these rows, and missing ones unless told.
@@ -296,8 +300,9 @@ class _Update:
         unmoved = {former for name, former in self.moved.items() if name not in rows}
         kept = (self.wanted.keys() | {*self.missing, *unmoved}) - lost
         gone = [name for name in rows if name not in kept]
-        for start in range(0, len(gone), ROWS):
-            self.table.delete(f"photo IN ({_quoted(gone[start : start + ROWS])})")
+        with _writable(self.folder):
+            for start in range(0, len(gone), ROWS):
+                self.table.delete(f"photo IN ({_quoted(gone[start : start + ROWS])})")
         return len(lost)
 
     def contradicting(self) -> tuple[tuple[str, ...], ...]:
@@ -313,8 +318,17 @@ class _Update:
         )
 
 
-def encoded_photo(path: Path) -> bytes:
-    return path.read_bytes()
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Map the errors that LanceDB raises when it writes to GalleryError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = re.sub(r"lance error: |, /\S+\.rs:\d+:\d+", "", str(error))
+        raise GalleryError(
+            f"the gallery in {folder} cannot be written: {reason}; mend that, then run the same"
+            " command again, which continues"
+        ) from error
 
 
 def _rows(table: lancedb.table.Table) -> dict[str, _Row]:

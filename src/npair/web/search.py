@@ -13,9 +13,9 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from npair.client import PIXEL, NpairClient
+from npair.client_files import encoded_photo
 from npair.gallery.gallery import Gallery, Hit, PhotoGoneError
 from npair.serving.preprocess import Limits, Preprocessing, decode
-from npair.serving.refusal import PhotoError
 
 MAX_PHOTO = 20_000_000  # bytes: the model's own limit
 MAX_K = 100
@@ -107,7 +107,7 @@ class Search:
         try:
             stat = path.stat()
             return _thumbnail(path, stat.st_mtime_ns, stat.st_size)
-        except (OSError, PhotoError) as error:
+        except (OSError, ValueError) as error:
             raise PhotoGoneError(f"{path}: {error}") from error
 
     def _gallery(self) -> Gallery:
@@ -146,11 +146,9 @@ class Search:
 def _thumbnail(path: Path, *_: int) -> Thumbnail:
     """Encode a file's photo anew, without its metadata. _: what tells the file from a later one.
 
-    Raises: OSError, PhotoError.
+    Raises: OSError, ValueError.
     """
-    with path.open("rb") as file:
-        photo = file.read(MAX_PHOTO + 1)
     jpeg = io.BytesIO()
-    Image.fromarray(decode(photo, THUMBNAIL, LIMITS)).save(jpeg, "JPEG", quality=85)
+    Image.fromarray(decode(encoded_photo(path), THUMBNAIL, LIMITS)).save(jpeg, "JPEG", quality=85)
     etag = hashlib.sha256(jpeg.getvalue()).hexdigest()[:32]
     return Thumbnail(jpeg.getvalue(), f'"{etag}"')
