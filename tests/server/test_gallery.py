@@ -313,7 +313,7 @@ class TestNothingVanishes:
         capsys.readouterr()
         assert npair(client, "build", photos, "--index", index) == 1
         said = capsys.readouterr()
-        assert f"left out: {raw}: " in said.err
+        assert f"left out: {raw}: neither the server nor this command reads it" in said.err
         assert f"left out: {gone}: cannot be read: No such file or directory" in said.err
         assert "0 of them now, 2 left out" in said.out
         assert npair(client, "search", photos / "photo.tiff", "--index", index, "-k", 1) == 0

@@ -37,7 +37,7 @@ def add_commands(commands: Commands) -> None:
         help="remove photos of the gallery that PHOTOS does not have; they stay otherwise",
     )
     search = add_command(steps, "search", _search, "print the photos most similar to a photo")
-    search.add_argument("photo", type=Path, metavar="PHOTO")
+    search.add_argument("photo", metavar="PHOTO", help="file; - for standard input")
     search.add_argument(
         "--photos",
         type=Path,
@@ -90,13 +90,13 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from npair.client_files import encoded_photo
+    from npair.client_files import Unread
     from npair.data.files import shown
     from npair.gallery.gallery import Gallery
 
     gallery = Gallery(arguments.index, arguments.photos)
     with NpairClient(arguments.url, **from_environment()) as client:
-        found = gallery.search(encoded_photo(arguments.photo), client, arguments.k)
+        found = gallery.search(Unread(arguments.photo).read(), client, arguments.k)
     if arguments.json:
         hits = [hit._asdict() for hit in found]
         print(json.dumps({"version": gallery.version, "found": hits}))
