@@ -82,8 +82,7 @@ def stored(folder: Path) -> dict[str, str]:
 def npair(client: NpairClient, *arguments: object) -> int:
     """Run a command of npair index."""
     with pytest.MonkeyPatch.context() as patch:
-        command = ["npair", "index", *map(str, arguments), "--url", client.url]
-        patch.setattr(sys, "argv", command)
+        patch.setattr(sys, "argv", ["npair", "index", *map(str, arguments), "--url", client.url])
         return cli.main()
 
 
@@ -364,6 +363,23 @@ class TestNothingVanishes:
         assert "cannot be written: " in ended.stderr
         assert "No space left on device" in ended.stderr
         assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["build", "search"])
+def test_a_server_that_does_not_answer_is_named_at_once(
+    command: str, made: Gallery, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = photo(tmp_path / "photos/a.png")
+    source = path.parent if command == "build" else path
+    url = "http://127.0.0.1:9"
+    with NpairClient(url) as nobody:
+        began = time.monotonic()
+        assert npair(nobody, command, source, "--index", made.folder, "--wait", 1) == 1
+        assert time.monotonic() - began < 5
+    *retries, end = capsys.readouterr().err.splitlines()
+    assert len(retries) == 1
+    assert end.startswith(f"npair: {url}: ")
+    assert len(made) == 36
 
 
 class TestCatalogue:
