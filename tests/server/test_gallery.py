@@ -317,6 +317,9 @@ class TestNothingVanishes:
         assert "0 of them now, 2 left out" in said.out
         assert npair(client, "search", photos / "photo.tiff", "--index", index, "-k", 1) == 0
         assert f"{photos}/photo." in capsys.readouterr().out
+        (bad := tmp_path / "bad.jpg").write_bytes(b"text")
+        assert npair(client, "search", bad, "--index", index) == 1
+        assert capsys.readouterr().err.startswith(f"npair: {bad}: text, not a JPEG")
 
     def test_a_version_that_would_lose_photos_is_not_switched_to(
         self, client: NpairClient, newer: NpairClient, tmp_path: Path

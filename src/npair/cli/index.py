@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from npair.cli.options import Commands, add_command, add_group, say
-from npair.client import DEFAULT_URL, PIXEL, NpairClient, NpairError, log
+from npair.client import DEFAULT_URL, PIXEL, InvalidPhotoError, NpairClient, NpairError, log
 from npair.client_cli import (
     PATIENT_RETRIES,
     Retries,
@@ -89,6 +89,8 @@ def _connected(arguments: argparse.Namespace) -> Iterator[NpairClient]:
     try:
         with NpairClient(arguments.url, retries=retries, **from_environment()) as client:
             yield client
+    except InvalidPhotoError:
+        raise
     except NpairError as error:
         raise RuntimeError(f"{arguments.url}: {reason_of(error)}") from error
 
@@ -98,9 +100,8 @@ def _build(arguments: argparse.Namespace) -> int:
 
     with _connected(arguments) as client:
         client.embed(PIXEL)
-        client.retries = max(
-            client.retries, PATIENT_RETRIES
-        )  # once it has answered, a restart is waited for
+        # A server that has answered is waited for if it restarts.
+        client.retries = max(client.retries, PATIENT_RETRIES)
         built = build(arguments.photos, arguments.index, client, prune=arguments.prune)
     for photo, reason in built.left_out.items():
         say(f"left out: {photo}: {reason}")
@@ -131,8 +132,12 @@ def _search(arguments: argparse.Namespace) -> int:
     from npair.gallery.gallery import Gallery
 
     gallery = Gallery(arguments.index, arguments.photos)
-    with _connected(arguments) as client:
-        found = gallery.search(Unread(arguments.photo).read(), client, arguments.k)
+    try:
+        photo = Unread(arguments.photo).read()
+        with _connected(arguments) as client:
+            found = gallery.search(photo, client, arguments.k)
+    except InvalidPhotoError as error:
+        raise ValueError(f"{arguments.photo}: {error.reasons[0]}") from error
     if arguments.json:
         hits = [hit._asdict() for hit in found]
         print(json.dumps({"version": gallery.version, "found": hits}))
