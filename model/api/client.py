@@ -11,7 +11,8 @@ it, ``python client.py`` runs the commands. Exceptions::
     ├── InvalidRequestError       wrong model, version or server
     │   └── RequestTooLargeError  more bytes than the server, or a proxy before it, accepts
     ├── AccessDeniedError         a proxy before the server wants another API key
-    ├── UnavailableError          nobody answers or the model is not served; retries have failed
+    ├── UnavailableError          the model is not served; retries have failed
+    │   ├── UnreachableError      nobody answers at the URL
     │   └── VersionGoneError      the model is served, but not in the version the call is pinned to
     ├── RequestTimeoutError       no answer in time; the server may still be working on it
     └── ServerFaultError          the server failed, or its answer makes no sense
@@ -40,6 +41,7 @@ import contextlib
 import http.client
 import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -55,7 +57,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from email.message import Message
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import SplitResult, quote, urlsplit
 
 import numpy as np
@@ -64,13 +66,24 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
+
+class Readable(Protocol):
+    """An open binary file, or what reads a photo when its turn comes."""
+
+    def read(self) -> bytes: ...
+
+
 Answer = TypeVar("Answer")
 StrPath = str | os.PathLike[str]
-Photo = StrPath | bytes | IO[bytes]
+Photo = StrPath | bytes | Readable
 Vectors = npt.NDArray[np.float32]
+
+log = logging.getLogger("npair.client")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 IN_FLIGHT = 4  # batches of a stream under way, so that no instance of the server waits for the next
+CONNECT_SECONDS = 5.0
+BACKOFF_SECONDS = 0.2  # before the first retry, twice as much before each next
 MAX_SEARCHES = 8  # new connections on which to look for another server behind the same address
 JSON_LENGTH = "Inference-Header-Content-Length"  # the bytes of JSON before the tensors
 # Parameters of the model's configuration: the version that was measured, and its thresholds.
@@ -110,7 +123,11 @@ class AccessDeniedError(NpairError):
 
 
 class UnavailableError(NpairError):
-    """Nobody answers, or the model is not served."""
+    """The model is not served."""
+
+
+class UnreachableError(UnavailableError):
+    """Nobody answers at the URL."""
 
 
 class VersionGoneError(UnavailableError):
@@ -241,12 +258,16 @@ class NpairClient:
         Raises: AccessDeniedError, which says nothing about the model.
         """
         try:
-            self._infer([PIXEL], self.version, retries=0)
+            self.check()
         except AccessDeniedError:
             raise
         except NpairError:
             return False
         return True
+
+    def check(self, retries: int = 0) -> None:
+        """Raise an NpairError with the reason if the model does not embed a photo."""
+        self._infer([PIXEL], self.version, retries)
 
     def thresholds(self) -> Thresholds | None:
         """Get the served version's similarity thresholds, or None. Raises: NpairErrors."""
@@ -346,6 +367,7 @@ class NpairClient:
                     elif attempt == retries or isinstance(error, InvalidRequestError):
                         raise
                     else:
+                        log.info("%s does not answer (%s); trying again", self.url, error)
                         self._pool.back_off(attempt)
                         attempt += 1
                 self._search(transport, version)
@@ -463,6 +485,8 @@ class EmbeddingStream:
                 content = _read(photo)
             except OSError as error:
                 content = f"cannot be read: {error.strerror or error}"
+            except ValueError as error:  # a Readable's
+                content = str(error)
             full = len(batch) == self._client.batch_size
             if batch and (full or size + len(content) > self._client.batch_bytes):
                 yield start, batch
@@ -612,7 +636,9 @@ class HttpTransport:
             try:
                 reason = str(json.loads(content)["error"])
             except (ValueError, LookupError, TypeError):  # a proxy's page
-                reason = f"{answer.reason}: {content[:200].decode(errors='replace')}"
+                page = content.lstrip().startswith(b"<")
+                said = "a proxy's page" if page else content[:200].decode(errors="replace")
+                reason = f"{answer.status} {answer.reason}: {said}"
             raise InferenceServerException(reason, status=str(answer.status))
         return content, answer.headers
 
@@ -642,7 +668,12 @@ class _HttpConnection(http.client.HTTPConnection):
         self._address = address or self.host
 
     def connect(self) -> None:
-        self.sock = socket.create_connection((self._address, self.port), self.timeout)
+        limit = min(self.timeout or CONNECT_SECONDS, CONNECT_SECONDS)
+        try:
+            self.sock = socket.create_connection((self._address, self.port), limit)
+        except TimeoutError as error:
+            raise TimeoutError(f"no connection within {limit:g} s") from error
+        self.sock.settimeout(self.timeout)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tls is not None:
             self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
@@ -777,7 +808,7 @@ class _Pool:
 
     def back_off(self, attempt: int) -> None:
         """Back off exponentially, with jitter. Raises: RuntimeError if the client is closed."""
-        self._closed.wait(0.2 * 2**attempt * random.uniform(0.5, 1))
+        self._closed.wait(BACKOFF_SECONDS * 2**attempt * random.uniform(0.5, 1))
         self.check_open()
 
     def check_open(self) -> None:
@@ -812,14 +843,36 @@ _MESSAGES: dict[str, type[NpairError]] = {
     r"is not (at )?ready|has no available versions": UnavailableError,
     r"header with status: 413$": RequestTooLargeError,  # a proxy's; gRPC has no such status
     r"timed out": RequestTimeoutError,
+    r"failed to connect to all addresses|errors resolving": UnreachableError,
 }
 # Other exceptions of the transports; the first match counts. The rest are bugs and stay themselves.
 _EXCEPTIONS: dict[type[Exception], type[NpairError]] = {
     TimeoutError: RequestTimeoutError,
-    OSError: UnavailableError,  # unknown names, connections that are refused or break, TLS
+    OSError: UnreachableError,  # unknown names, connections that are refused or break, TLS
     http.client.IncompleteRead: UnavailableError,
     http.client.HTTPException: ServerFaultError,  # it does not speak HTTP
 }
+# Errors of libraries, in words that say what to do; the first match counts.
+_WORDS = {
+    "Connection refused": "nothing listens there",
+    "gaierror|errors resolving": "the name of its host is not found",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not trusted; ca (NPAIR_CA) names an authority",
+    "WRONG_VERSION_NUMBER|UNEXPECTED_EOF|Handshake read failed": (
+        "TLS is not spoken there; http:// and grpc:// do without"
+    ),
+    "BadStatusLine": "HTTP is not spoken there; a gRPC port needs grpc://",
+    "all addresses.*(Socket closed|http1)": "gRPC is not spoken there; an HTTP port needs http://",
+    "Deadline Exceeded|timed out": "no answer in time",
+}
+
+
+def _in_words(text: str, kind: str = "") -> str:
+    matches = (words for pattern, words in _WORDS.items() if re.search(pattern, kind + text))
+    words = next(matches, None)
+    detail = " ".join(text.rpartition("; last error: ")[2].split())
+    if not detail.isprintable():  # another protocol's bytes
+        detail = kind.strip(": ")
+    return f"{words} ({detail})" if words else detail
 
 
 @contextlib.contextmanager
@@ -837,6 +890,8 @@ def mapped_errors(model: str, request: str = "") -> Iterator[None]:
         kind = next(matches, _STATUSES.get(status, ServerFaultError))
         if kind is RequestTooLargeError:
             message = "too large for the server, or for a proxy before it (413)"
+        elif kind in (UnreachableError, RequestTimeoutError):
+            message = _in_words(message)
         elif kind is InvalidRequestError:
             message = f"model {model}: {message}"
         elif kind is ServerFaultError:
@@ -845,7 +900,7 @@ def mapped_errors(model: str, request: str = "") -> Iterator[None]:
         raise kind(message) from error
     except tuple(_EXCEPTIONS) as error:
         kind = next(kind for known, kind in _EXCEPTIONS.items() if isinstance(error, known))
-        raise kind(f"{type(error).__name__}: {error}") from error
+        raise kind(_in_words(str(error), f"{type(error).__name__}: ")) from error
 
 
 @contextlib.contextmanager

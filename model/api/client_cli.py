@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import math
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +23,14 @@ else:  # outside the package
     import client as library
     import client_files as files
 
-EXIT_OK, EXIT_PHOTOS, EXIT_USAGE, EXIT_SERVER, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
-PATIENT_RETRIES = 8  # half a minute or more, in which a full or restarted server recovers
+EXIT_OK, EXIT_PHOTOS, EXIT_USAGE, EXIT_SERVER = 0, 1, 2, 3
+EXIT_INTERRUPTED, EXIT_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # as shells report them
+PATIENT_RETRIES = files.PATIENT_RETRIES
+# The next step after an error; the first match counts.
+REMEDIES = {
+    library.UnreachableError: "start a server (make serve), or name another: --url or NPAIR_URL",
+    library.AccessDeniedError: "NPAIR_API_KEY holds the key",
+}
 
 Client = library.NpairClient
 Options = argparse.Namespace
@@ -32,67 +41,134 @@ def main() -> int:
     """Run the command that sys.argv names and return its exit code."""
     parser = argparse.ArgumentParser(
         description="Embed and compare photos with an npair server.",
-        epilog="For https:// and grpcs://, NPAIR_CA names certificates (PEM) to trust, NPAIR_CERT "
-        "and NPAIR_KEY a certificate to show and its key. NPAIR_API_KEY is sent as a bearer token. "
-        "Exit code: 0 done, 1 a photo could not be embedded, 2 wrong usage, 3 the server failed.",
+        epilog="Run a command with --help for its options.",
     )
     add_commands(parser.add_subparsers(required=True, metavar="COMMAND"))
     options = parser.parse_args()
-    code: int = options.command(options)
+    try:
+        code: int = options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
     return code
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands to a parser. ``options.command(options)`` runs one; see ``run``."""
     shared = argparse.ArgumentParser(add_help=False)
-    url = os.environ.get("NPAIR_URL", library.DEFAULT_URL)
-    shared.add_argument(
-        "--url", default=url, help="http(s):// or grpc(s):// (NPAIR_URL; %(default)s)"
+    server = shared.add_argument_group("server")
+    url = os.environ.get("NPAIR_URL") or library.DEFAULT_URL
+    server.add_argument(
+        "--url", default=url, help="http(s):// or grpc(s)://host:port (NPAIR_URL; %(default)s)"
     )
-    shared.add_argument("--version", help="pin a version of the model")
-    seconds = "seconds for one request (%(default)s)"
-    shared.add_argument("--timeout", type=float, default=30.0, help=seconds)
+    server.add_argument("--version", metavar="N", help="pin a version of the model")
+    seconds: dict[str, Any] = {"type": float, "metavar": "SECONDS"}
+    wait = "how long at most to try again if the server does not answer (%(default)g)"
+    server.add_argument("--wait", default=5.0, help=wait, **seconds)
+    timeout = "how long to wait for the answer to one request (%(default)g)"
+    server.add_argument("--timeout", default=30.0, help=timeout, **seconds)
     shared.add_argument("--json", action="store_true", help="print JSON")
 
-    def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, parents=[shared], help=text, description=text)
-        added.set_defaults(command=partial(run, command))
+    def add(name: str, command: Command, summary: str, more: str = "") -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            parents=[shared],
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}. {more}",
+            epilog="NPAIR_API_KEY is sent as a bearer token. For https:// and grpcs://, NPAIR_CA"
+            " names certificates (PEM) to trust, NPAIR_CERT and NPAIR_KEY a certificate to show and"
+            " its key. Exit codes: 0 done, 1 a photo was left out, 2 wrong usage, 3 the server"
+            " failed.",
+        )
+        added.set_defaults(command=partial(run, command), prog=added.prog)
         return added
 
-    photos = f"photo files, or folders that are searched for {', '.join(files.SUFFIXES)}"
-    embedding = add("embed", embed, "embed photos: JSON lines on standard output, or a file")
-    embedding.add_argument("photos", nargs="+", type=Path, help=photos)
+    embedding = add(
+        "embed",
+        embed,
+        "embed photos: JSON lines on standard output, or a file",
+        "Of folders, it takes the photos in them and below, but no hidden files. AVIF, BMP, GIF,"
+        " HEIC and TIFF are converted if Pillow and pillow-heif are installed"
+        " (pip install 'npair[heic]'). Photos that cannot be embedded are named and counted.",
+    )
+    photos = "photo files or folders; - is a photo on standard input"
+    embedding.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help=photos)
     out = "write vectors.npz or vectors.jsonl; after an interruption, the same command goes on"
-    embedding.add_argument("--out", type=Path, help=out)
+    embedding.add_argument("--out", type=Path, metavar="FILE", help=out)
     comparison = add("compare", compare, "tell whether two photos show the same product")
+    one = "a photo, - for standard input, or a file that embed made of one photo (.npz, .jsonl)"
     for name in "ab":
-        comparison.add_argument(
-            name, type=Path, help="a photo, or an .npz file that embed made of one"
-        )
+        comparison.add_argument(name, type=Path, metavar=name.upper(), help=one)
     far = "percentage of pairs of different products that may count as the same (%(default)s)"
     comparison.add_argument("--far", type=float, choices=(1.0, 0.1), default=1.0, help=far)
     ranking = add("rank", rank, "print the photos of a gallery that are most similar to a query")
-    ranking.add_argument("query", type=Path)
-    saved = f"{photos}, or .npz files that embed made"
-    ranking.add_argument("gallery", nargs="+", type=Path, help=saved)
+    query = "a photo, or - for standard input"
+    ranking.add_argument("query", type=Path, metavar="QUERY", help=query)
+    saved = "photo files, folders, or files that embed made (.npz, .jsonl)"
+    ranking.add_argument("gallery", nargs="+", type=Path, metavar="PHOTO", help=saved)
     ranking.add_argument("-k", type=int, default=5, help="how many to print (%(default)s)")
-    add("ready", ready, "tell whether the model embeds photos")
+    add(
+        "ready",
+        ready,
+        "tell whether the model embeds photos, and if not, why",
+        "It embeds a photo of one pixel, since Triton's own readiness says less.",
+    )
 
 
 def run(command: Command, options: Options) -> int:
-    """Run a command on a client. Returns: an exit code; errors become one line on stderr."""
+    """Run a command on a client. Returns: an exit code; errors become one line on stderr.
+
+    Raises: BrokenPipeError if the reader of standard output is gone.
+    """
+
+    def fail(reason: object, code: int) -> int:
+        files.say(f"{options.prog}: {reason}")
+        return code
+
     arguments = {"version": options.version, "timeout": options.timeout} | from_environment()
+    library.log.handlers = [Retries()]
+    library.log.setLevel(logging.INFO)
     try:
-        with Client(options.url, **arguments) as client:
+        with Client(options.url, retries=retries_within(options.wait), **arguments) as client:
             return command(client, options)
+    except BrokenPipeError:
+        raise
     except (library.InvalidPhotoError, OSError) as error:
-        return _fail(error, EXIT_PHOTOS)
+        return fail(error, EXIT_PHOTOS)
     except library.NpairError as error:
-        return _fail(f"{options.url}: {type(error).__name__}: {error}", EXIT_SERVER)
+        return fail(f"{options.url}: {reason_of(error)}", EXIT_SERVER)
     except ValueError as error:
-        return _fail(error, EXIT_USAGE)
+        return fail(error, EXIT_USAGE)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def reason_of(error: library.NpairError) -> str:
+    """Describe an error, and the next step."""
+    remedies = (remedy for kind, remedy in REMEDIES.items() if isinstance(error, kind))
+    return "; ".join([str(error), *remedies])
+
+
+def retries_within(seconds: float) -> int:
+    """Return how many retries of NpairClient take at most so long. Raises: ValueError."""
+    if not 0 <= seconds <= 1e6:
+        raise ValueError(f"--wait must be a number of seconds from 0 to 1000000, got {seconds}")
+    return int(math.log2(seconds / library.BACKOFF_SECONDS + 1))
+
+
+class Retries(logging.Handler):
+    """Prints each reason for a retry once, when it comes up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said = set[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self._said:
+            self._said.add(text)
+            files.say(text)
 
 
 def from_environment() -> dict[str, Any]:
@@ -110,7 +186,6 @@ def from_environment() -> dict[str, Any]:
 
 def embed(client: Client, options: Options) -> int:
     """Print a line of JSON for each photo, or write a file."""
-    client.retries = PATIENT_RETRIES
     if options.out is not None:
         return _embed_to(options.out, client, options)
     rows = files.Rows(client, options.photos)
@@ -175,18 +250,15 @@ def _embed_to(out: Path, client: Client, options: Options) -> int:
 
 def compare(client: Client, options: Options) -> int:
     """Print the cosine of two photos, and a verdict if the version has thresholds."""
-    saved = [path for path in (options.a, options.b) if path.suffix == ".npz"]
-    photos = [path for path in (options.a, options.b) if path.suffix != ".npz"]
+    saved = [path for path in (options.a, options.b) if path.suffix in files.SAVED_SUFFIXES]
+    photos = [path for path in (options.a, options.b) if path not in saved]
     vectors: list[library.Vectors] = []
     for path, (_, rows) in zip(saved, files.load(saved, client), strict=True):
         if len(rows) != 1:
             several = f"{path} holds the vectors of {len(rows)} photos"
             raise ValueError(f"{several}, and compare takes one; rank takes more")
         vectors += [*rows]
-    if photos:
-        embedded = client.embed(photos)
-        client.version = embedded.version
-        vectors += [*embedded.vectors]
+    vectors += _embedded(photos, client)
     cosine, version, threshold = float(vectors[0] @ vectors[1]), client.version, None
     thresholds = client.thresholds()
     if thresholds is not None and thresholds.version == version:
@@ -210,13 +282,13 @@ def rank(client: Client, options: Options) -> int:
     if options.k < 1:
         raise ValueError(f"-k must be at least 1, got {options.k}")
     # Saved vectors first: they pin the version that must embed the rest.
-    saved = files.load([path for path in options.gallery if path.suffix == ".npz"], client)
+    paths = [path for path in options.gallery if path.suffix in files.SAVED_SUFFIXES]
+    saved = files.load(paths, client)
     names = [name for of_file, _ in saved for name in of_file]
     blocks = [vectors for _, vectors in saved]
-    query = client.embed(options.query)
-    client.version = query.version
+    (query,) = _embedded([options.query], client)
     left_out = 0
-    if photos := [path for path in options.gallery if path.suffix != ".npz"]:
+    if photos := [path for path in options.gallery if path not in paths]:
         rows = files.Rows(client, photos)
         for row in rows:
             names.append(row["photo"])
@@ -224,27 +296,38 @@ def rank(client: Client, options: Options) -> int:
         left_out = rows.left_out
     if not names:
         return EXIT_PHOTOS
-    cosines = np.concatenate(blocks) @ query.vectors[0]
+    cosines = np.concatenate(blocks) @ query
     best = np.argsort(-cosines, kind="stable")[: options.k]
     if options.json:
         ranked = [{"photo": names[index], "cosine": float(cosines[index])} for index in best]
-        print(json.dumps({"version": query.version, "ranked": ranked, "left_out": left_out}))
+        print(json.dumps({"version": client.version, "ranked": ranked, "left_out": left_out}))
     else:
         print(*(f"{cosines[index]:.4f}  {names[index]}" for index in best), sep="\n")
     return EXIT_PHOTOS if left_out else EXIT_OK
 
 
 def ready(client: Client, options: Options) -> int:
-    """Print whether the model embeds photos."""
-    answer = client.ready()
-    text = f"{client.model} at {options.url} is {'ready' if answer else 'not ready'}"
-    print(json.dumps({"ready": answer}) if options.json else text)
-    return EXIT_OK if answer else EXIT_SERVER
+    """Print whether the model embeds photos, and if not, why."""
+    reason = None
+    try:
+        client.check(client.retries)
+    except library.NpairError as error:
+        reason = reason_of(error)
+    state = "ready" if reason is None else f"not ready: {reason}"
+    told = {"ready": reason is None} if reason is None else {"ready": False, "reason": reason}
+    print(json.dumps(told) if options.json else f"{client.model} at {options.url} is {state}")
+    return EXIT_OK if reason is None else EXIT_SERVER
 
 
-def _fail(reason: object, code: int) -> int:
-    files.say(f"{Path(sys.argv[0]).name}: {reason}")
-    return code
+def _embedded(photos: Sequence[Path], client: Client) -> list[library.Vectors]:
+    """Embed photos, each float32 [128], and pin the client to the version. Raises: OSError."""
+    stream = client.stream(files.Unread(str(photo)) for photo in photos)
+    results = list(stream)
+    if reasons := [f"{photos[each.index]}: {each.reason}" for each in results if each.reason]:
+        raise OSError("; ".join(reasons))
+    if results:
+        client.version = stream.version
+    return [each.vector for each in results if each.vector is not None]
 
 
 if __name__ == "__main__":

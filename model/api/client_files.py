@@ -1,4 +1,4 @@
-"""Files of the commands: photos in folders, vectors in .npz and .jsonl."""
+"""Files of the commands: photos in folders or to convert, vectors in .npz and .jsonl."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import json
 import os
 import re
 import sys
+import time
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -24,16 +26,33 @@ if TYPE_CHECKING or __package__:
 else:  # outside the package
     import client as library
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
+SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"),  # sent as they are
+    *(".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".hif", ".tif", ".tiff"),  # converted
+}
+# Photos that are neither sent nor converted, so they are named and counted as left out.
+OTHER_SUFFIXES = {
+    *(".apng", ".avifs", ".heics", ".j2k", ".jp2", ".jpf", ".jpx", ".jxl", ".jxr", ".psd"),
+    *(".svg", ".tga"),
+    *(".3fr", ".arw", ".cr2", ".cr3", ".dng", ".erf", ".mrw", ".nef", ".nrw", ".orf", ".pef"),
+    *(".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srw", ".x3f"),  # cameras' raw files
+}
+SAVED_SUFFIXES = (".npz", ".jsonl")
+STDIN = Path("-")
+PATIENT_RETRIES = 8  # half a minute or more, in which a full or restarted server recovers
 # Thumbnails, deleted files and snapshots of Synology, QNAP, macOS and Windows; case does not count.
 SYSTEM_FOLDERS = {
     *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
     *("__macosx", "lost+found", "$recycle.bin", "system volume information"),
 }
 Saved = tuple[list[str], library.Vectors]  # names and vectors of a file
+MadeBy = tuple[str, str, str]  # model, version, hash of its manifest or an empty string
 UNANSWERED = (library.UnavailableError, library.RequestTimeoutError, library.ServerFaultError)
 DAMAGED = (LookupError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
 
+
+CLEAR = "\r\033[K"  # the line of a terminal
+PROGRESS_SECONDS = 0.5  # between two pictures of it
 
 # How the files begin that are converted, by format.
 CONVERTED = {
@@ -119,7 +138,23 @@ def _converted(image: Image.Image) -> bytes:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr)
+    clear = CLEAR if sys.stderr.isatty() else ""
+    print(f"{clear}{text}", file=sys.stderr, flush=True)
+
+
+class Unread:
+    """A photo for NpairClient.stream, which reads it when its batch is due."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+
+    def read(self) -> bytes:
+        """Raises: OSError; ValueError with a reason."""
+        if self._path == STDIN:
+            return encoded_photo(io.BytesIO(sys.stdin.buffer.read()))
+        if self._path.suffix.lower() in OTHER_SUFFIXES:
+            raise ValueError("neither the server nor this command reads it; save it as JPEG")
+        return encoded_photo(self._path)
 
 
 class Rows:
@@ -138,10 +173,11 @@ class Rows:
         passed_over = Counter[str]()
         found = map(str, photos_in(self._paths, passed_over))
         names, photos = itertools.tee(name for name in found if name not in self._done)
-        stream, total, made_by = self._client.stream(photos), len(self._done), None
+        stream, total, made_by = self._client.stream(map(Unread, photos)), len(self._done), None
         try:
             for result, name in zip(self._progress(stream), names, strict=True):
                 total += 1
+                self._client.retries = max(self._client.retries, PATIENT_RETRIES)
                 if result.vector is None:
                     self.left_out += 1
                     say(f"{name}: {result.reason}")
@@ -165,39 +201,71 @@ class Rows:
         if self.left_out:
             say(f"{self.left_out} of {total} photos left out")
 
-    def _progress(self, results: Iterable[library.Embedded]) -> Iterable[library.Embedded]:
-        """Show a progress bar if tqdm is installed and stderr is a terminal."""
+    def _progress(self, results: Iterable[library.Embedded]) -> Iterator[library.Embedded]:
+        """Show the progress on a terminal, once it takes long enough to matter."""
         if not sys.stderr.isatty():
-            return results
-        try:
-            from tqdm import tqdm  # noqa: PLC0415
-        except ImportError:
-            return results
-        total, done = sum(1 for _ in photos_in(self._paths)), len(self._done)
-        return tqdm(results, total=total, initial=done, unit="photo")
+            yield from results
+            return
+        total, began, shown = sum(1 for _ in photos_in(self._paths)), time.monotonic(), 0.0
+        for count, result in enumerate(results, 1):
+            yield result
+            passed = time.monotonic() - began
+            if passed - shown > PROGRESS_SECONDS:
+                shown, done = passed, count + len(self._done)
+                left = timedelta(seconds=round((total - done) * passed / count))
+                bar = "#" * (30 * done // total)
+                line = f"[{bar:30}] {done} of {total} photos, {count / passed:.0f}/s, {left} left"
+                print(f"{CLEAR}{line}", end="", file=sys.stderr, flush=True)
+        print(end=CLEAR, file=sys.stderr, flush=True)
 
 
 def photos_in(paths: Iterable[Path], passed_over: Counter[str] | None = None) -> Iterator[Path]:
     """Yield the paths, and for a folder the photos in it and below, sorted by name.
 
+    Skips hidden files and folders, ``._`` files among them, and SYSTEM_FOLDERS. Follows symlinks,
+    and visits no folder twice. npair.data.sources.find_photos has the same rule.
+
     passed_over: counts the other files of folders, except hidden ones, by suffix.
     """
     passed_over = Counter() if passed_over is None else passed_over
     for path in paths:
-        if not path.is_dir():
+        if path.is_dir():
+            yield from _photos_below(path, {_identity(path.stat())}, passed_over)
+        else:
             yield path
+
+
+def _photos_below(
+    folder: Path, visited: set[tuple[int, int]], passed_over: Counter[str]
+) -> Iterator[Path]:
+    names: dict[str, bool] = {}
+    with os.scandir(folder) as entries:
+        # Real folders first, so that a symlink to one of them is the one that is skipped.
+        ordered = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
+    for entry in ordered:
+        if entry.name.startswith(".") or entry.name.casefold() in SYSTEM_FOLDERS:
             continue
-        names = []
-        with os.scandir(path) as entries:
-            for entry in entries:
-                suffix = Path(entry.name).suffix.lower()
-                if entry.name.startswith(".") or entry.name.casefold() in SYSTEM_FOLDERS:
-                    continue
-                if entry.is_dir(follow_symlinks=False) or (suffix in SUFFIXES and entry.is_file()):
-                    names.append(entry.name)
-                elif entry.is_file():
-                    passed_over[suffix or "without a suffix"] += 1
-        yield from photos_in((path / name for name in sorted(names)), passed_over)
+        path = Path(entry) if entry.is_symlink() else entry  # a Path bears a symlink to itself
+        suffix = Path(entry.name).suffix.lower()
+        if path.is_dir():
+            if (identity := _identity(path.stat())) not in visited:
+                visited.add(identity)
+                names[entry.name] = True
+        elif not path.is_file() and Path(entry).exists():  # a pipe or a device
+            continue
+        elif suffix in SUFFIXES | OTHER_SUFFIXES:  # even a broken symlink, for its absence to show
+            names[entry.name] = False
+        else:
+            passed_over[suffix or "without a suffix"] += 1
+    for name, is_folder in sorted(names.items()):
+        if is_folder:
+            yield from _photos_below(folder / name, visited, passed_over)
+        else:
+            yield folder / name
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _unanswered(stream: library.EmbeddingStream, first: int, names: Iterator[str]) -> list[str]:
@@ -219,11 +287,10 @@ def load(paths: Sequence[Path], client: library.NpairClient) -> list[Saved]:
     remedy = "embed its photos again"
     for path in paths:
         try:
-            with np.load(path, allow_pickle=False) as saved:
-                model, version, manifest = map(str, _made_by(saved))
-                loaded.append((saved["names"].tolist(), saved["vectors"]))
+            saved, (model, version, manifest) = _load(path)
         except DAMAGED as error:
             raise ValueError(f"{path} holds no vectors: {error}") from error
+        loaded.append(saved)
         if model != client.model:
             raise ValueError(f"{path} holds vectors of model {model}, not {client.model}")
         if client.version not in (None, version):
@@ -237,6 +304,24 @@ def load(paths: Sequence[Path], client: library.NpairClient) -> list[Saved]:
             mismatch = f"another version {version} than is served or saved beside it"
             raise ValueError(f"{path} holds vectors of {mismatch}; {remedy}")
     return loaded
+
+
+def _load(path: Path) -> tuple[Saved, MadeBy]:
+    """Raises: OSError, DAMAGED."""
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as saved:
+            return (saved["names"].tolist(), saved["vectors"]), _made_by(saved)
+    names: list[str] = []
+    vectors: list[library.Vectors] = []
+    origins: set[MadeBy] = set()
+    with path.open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            names.append(str(row["photo"]))
+            vectors.append(np.array(row["embedding"], np.float32))
+            origins.add(_made_by(row))
+    if len(origins) != 1:
+        raise ValueError("rows of several versions" if origins else "no rows")
+    return (names, np.stack(vectors)), origins.pop()
 
 
 def resume(unfinished: Path, client: library.NpairClient) -> set[str]:
@@ -266,14 +351,19 @@ def resume(unfinished: Path, client: library.NpairClient) -> set[str]:
             if made_by != expected:
                 raise ValueError(f"{unfinished} has vectors of {model} version {version}; {remedy}")
             done.add(name)
-    if done and version in client.versions() and manifest != client.manifest_sha256(version):
+    if (
+        done
+        and version in client.versions()
+        and manifest != (client.manifest_sha256(version) or "")
+    ):
         other = f"another version {version} than is served"
         raise ValueError(f"{unfinished} has vectors of {other}; {remedy}")
     return done
 
 
-def _made_by(row: dict[str, Any]) -> tuple[str, str, str | None]:
-    return row["model"], row["version"], row["manifest_sha256"]
+def _made_by(row: Mapping[str, Any]) -> MadeBy:
+    manifest = row["manifest_sha256"]
+    return str(row["model"]), str(row["version"]), "" if manifest is None else str(manifest)
 
 
 def write_npz(lines: Path, out: Path) -> None:
@@ -306,7 +396,7 @@ def write_npz(lines: Path, out: Path) -> None:
                 ("model", "version", "manifest_sha256"), _made_by(row), strict=True
             ):
                 with archive.open(f"{name}.npy", "w") as file:
-                    array = np.array(value or "")
+                    array = np.array(value)
                     np.lib.format.write_array(file, array, allow_pickle=False)  # type: ignore[no-untyped-call]
         unfinished.replace(out)
     finally:

@@ -82,8 +82,7 @@ def stored(folder: Path) -> dict[str, str]:
 def npair(client: NpairClient, *arguments: object) -> int:
     """Run a command of npair index."""
     with pytest.MonkeyPatch.context() as patch:
-        command = ["npair", "index", *map(str, arguments), "--url", client.url]
-        patch.setattr(sys, "argv", command)
+        patch.setattr(sys, "argv", ["npair", "index", *map(str, arguments), "--url", client.url])
         return cli.main()
 
 
@@ -313,11 +312,14 @@ class TestNothingVanishes:
         capsys.readouterr()
         assert npair(client, "build", photos, "--index", index) == 1
         said = capsys.readouterr()
-        assert f"left out: {raw}: " in said.err
+        assert f"left out: {raw}: neither the server nor this command reads it" in said.err
         assert f"left out: {gone}: cannot be read: No such file or directory" in said.err
         assert "0 of them now, 2 left out" in said.out
         assert npair(client, "search", photos / "photo.tiff", "--index", index, "-k", 1) == 0
         assert f"{photos}/photo." in capsys.readouterr().out
+        (bad := tmp_path / "bad.jpg").write_bytes(b"text")
+        assert npair(client, "search", bad, "--index", index) == 1
+        assert capsys.readouterr().err.startswith(f"npair: {bad}: text, not a JPEG")
 
     def test_a_version_that_would_lose_photos_is_not_switched_to(
         self, client: NpairClient, newer: NpairClient, tmp_path: Path
@@ -364,6 +366,23 @@ class TestNothingVanishes:
         assert "cannot be written: " in ended.stderr
         assert "No space left on device" in ended.stderr
         assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["build", "search"])
+def test_a_server_that_does_not_answer_is_named_at_once(
+    command: str, made: Gallery, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = photo(tmp_path / "photos/a.png")
+    source = path.parent if command == "build" else path
+    url = "http://127.0.0.1:9"
+    with NpairClient(url) as nobody:
+        began = time.monotonic()
+        assert npair(nobody, command, source, "--index", made.folder, "--wait", 1) == 1
+        assert time.monotonic() - began < 5
+    *retries, end = capsys.readouterr().err.splitlines()
+    assert len(retries) == 1
+    assert end.startswith(f"npair: {url}: ")
+    assert len(made) == 36
 
 
 class TestCatalogue:
@@ -623,7 +642,7 @@ class TestSearch:
         assert made.photo(hit.id) == path
         vectors, _ = client.embed(path)
         assert made.vector(hit.id) == pytest.approx(vectors[0], abs=1e-3)
-        assert made.nearest(made.vector(hit.id), 1) == [hit._replace(cosine=pytest.approx(1))]
+        assert [found.id for found in made.nearest(made.vector(hit.id), 1)] == [hit.id]
         assert len(made) == 36
         for unknown in ("0" * 64, "", "' OR '' = '"):
             with pytest.raises(PhotoGoneError, match="has no photo"):

@@ -4,13 +4,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from npair.cli.options import Commands, add_command, add_group, say
-from npair.client import DEFAULT_URL, NpairClient
-from npair.client_cli import PATIENT_RETRIES, from_environment
+from npair.client import DEFAULT_URL, PIXEL, InvalidPhotoError, NpairClient, NpairError, log
+from npair.client_cli import (
+    PATIENT_RETRIES,
+    Retries,
+    from_environment,
+    reason_of,
+    retries_within,
+)
 
 NAMED = 5  # missing photos
 
@@ -37,7 +46,7 @@ def add_commands(commands: Commands) -> None:
         help="remove photos of the gallery that PHOTOS does not have; they stay otherwise",
     )
     search = add_command(steps, "search", _search, "print the photos most similar to a photo")
-    search.add_argument("photo", type=Path, metavar="PHOTO")
+    search.add_argument("photo", metavar="PHOTO", help="file; - for standard input")
     search.add_argument(
         "--photos",
         type=Path,
@@ -58,13 +67,41 @@ def add_commands(commands: Commands) -> None:
             default=os.environ.get("NPAIR_URL", DEFAULT_URL),
             help="the server: http(s):// or grpc(s):// (NPAIR_URL; %(default)s)",
         )
+        command.add_argument(
+            "--wait",
+            type=float,
+            default=5.0,
+            metavar="SECONDS",
+            help="how long at most to try again if the server does not answer (%(default)g)",
+        )
         command.add_argument("--json", action="store_true", help="print JSON")
+
+
+@contextlib.contextmanager
+def _connected(arguments: argparse.Namespace) -> Iterator[NpairClient]:
+    """Provide a client that says at once if the server does not answer.
+
+    Raises: RuntimeError that names the server, and the next step.
+    """
+    log.handlers = [Retries()]
+    log.setLevel(logging.INFO)
+    retries = retries_within(arguments.wait)
+    try:
+        with NpairClient(arguments.url, retries=retries, **from_environment()) as client:
+            yield client
+    except InvalidPhotoError:
+        raise
+    except NpairError as error:
+        raise RuntimeError(f"{arguments.url}: {reason_of(error)}") from error
 
 
 def _build(arguments: argparse.Namespace) -> int:
     from npair.gallery.build import build
 
-    with NpairClient(arguments.url, retries=PATIENT_RETRIES, **from_environment()) as client:
+    with _connected(arguments) as client:
+        client.embed(PIXEL)
+        # A server that has answered is waited for if it restarts.
+        client.retries = max(client.retries, PATIENT_RETRIES)
         built = build(arguments.photos, arguments.index, client, prune=arguments.prune)
     for photo, reason in built.left_out.items():
         say(f"left out: {photo}: {reason}")
@@ -90,13 +127,17 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from npair.client_files import encoded_photo
+    from npair.client_files import Unread
     from npair.data.files import shown
     from npair.gallery.gallery import Gallery
 
     gallery = Gallery(arguments.index, arguments.photos)
-    with NpairClient(arguments.url, **from_environment()) as client:
-        found = gallery.search(encoded_photo(arguments.photo), client, arguments.k)
+    try:
+        photo = Unread(arguments.photo).read()
+        with _connected(arguments) as client:
+            found = gallery.search(photo, client, arguments.k)
+    except InvalidPhotoError as error:
+        raise ValueError(f"{arguments.photo}: {error.reasons[0]}") from error
     if arguments.json:
         hits = [hit._asdict() for hit in found]
         print(json.dumps({"version": gallery.version, "found": hits}))

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from npair.client import PIXEL, NpairClient, Vectors
-from npair.client_files import encoded_photo
+from npair.client_files import Unread
 from npair.data.catalogue import Catalogue, read_catalogue
 from npair.data.files import digest_of, parallel_map, shown
 from npair.gallery.gallery import (
@@ -235,26 +235,12 @@ class _Update:
         fresh = [name for name in new if self.wanted[name].sha256 not in known]
         left_out: dict[str, str] = {}
         rows: dict[str, Vectors] = {}
-        sent: list[str] = []
-
-        def photos() -> Iterator[bytes]:
-            for name in fresh:
-                try:
-                    photo = encoded_photo(self.paths[name])
-                except OSError as error:
-                    left_out[self.shown(name)] = f"cannot be read: {error.strerror or error}"
-                except ValueError as error:
-                    left_out[self.shown(name)] = str(error)
-                else:
-                    sent.append(name)
-                    yield photo
-
         try:
-            results = client.stream(photos())
+            results = client.stream(Unread(str(self.paths[name])) for name in fresh)
             done = len(self.wanted) - len(fresh)
             total = len(self.wanted)
             for result in tqdm(results, "embed", total, initial=done, unit="photo", disable=None):
-                name = sent[result.index]
+                name = fresh[result.index]
                 if result.vector is None:
                     left_out[self.shown(name)] = str(result.reason)
                 else:

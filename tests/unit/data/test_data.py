@@ -16,9 +16,9 @@ from support.photos import PREPROCESSING, folders, photo, sizes, table
 
 from npair import client_files
 from npair.data.dataset import SPLIT_NAMES, DataError, Dataset
-from npair.data.files import SUFFIXES, summary
+from npair.data.files import OTHER_SUFFIXES, SUFFIXES, summary
 from npair.data.pixels import decode_dataset
-from npair.data.sources import SYSTEM_FOLDERS, read_dataset
+from npair.data.sources import SYSTEM_FOLDERS, find_photos, read_dataset
 
 NFC, NFD = (unicodedata.normalize(form, "Crème") for form in ("NFC", "NFD"))
 # Split names used by Roboflow, Keras, Hugging Face and fastai, in various spellings.
@@ -445,8 +445,30 @@ def test_every_tuple_of_suffixes_is_the_same() -> None:
     assert all(values == [*SUFFIXES] for values in suffixes), suffixes
 
 
-def test_the_client_passes_over_the_same_folders() -> None:
+def test_the_client_reads_the_same_files(tmp_path: Path) -> None:
+    """The client stands alone, so that it walks by code of its own."""
     assert client_files.SYSTEM_FOLDERS == SYSTEM_FOLDERS
+    assert {*SUFFIXES, *OTHER_SUFFIXES} == client_files.SUFFIXES | client_files.OTHER_SUFFIXES
+    root, elsewhere = tmp_path / "root", folders(tmp_path / "elsewhere", classes=1, photos=2)
+    for name in ("a/1.JPG", "a/2.heic", "a/3.dng", "a/4.txt", "a/._5.jpg", "a/.DS_Store", "a/6"):
+        photo(root / name)
+    for name in ("@eaDir/1.jpg", ".hidden/1.jpg", "b/__MACOSX/1.jpg", "b/1.gif", "a.jpg/1.jpg"):
+        photo(root / name)
+    for name, target in {
+        "linked": elsewhere, "again": elsewhere, "circle": root, "alias": root / "a",
+        "a/7.png": Path("nowhere"), "a/8.png": Path("8.png"), "a/gone": Path("nowhere"),
+        "a/9.png": root / "a/1.JPG",
+    }.items():  # fmt: skip
+        (root / name).symlink_to(target)
+    os.mkfifo(root / "a/pipe.png")
+    found = find_photos(root)
+    assert sorted(client_files.photos_in([root])) == sorted(found.photos + found.others)
+    assert [path.relative_to(root) for path in found.others] == [
+        Path("a/2.heic"), Path("a/3.dng"), Path("b/1.gif")
+    ]  # fmt: skip
+    names = ["a.jpg/1.jpg", "a/1.JPG", "a/7.png", "a/8.png", "a/9.png"]
+    names += [f"again/class 0/{number}.png" for number in range(2)]
+    assert sorted(str(path.relative_to(root)) for path in found.photos) == names
 
 
 class TestSplit:
