@@ -861,7 +861,7 @@ _WORDS = {
         "TLS is not spoken there; http:// and grpc:// do without"
     ),
     "BadStatusLine": "HTTP is not spoken there; a gRPC port needs grpc://",
-    "all addresses.*(Socket closed|http1)": "gRPC is not spoken there; an HTTP port needs http://",
+    "all addresses.*(Socket closed|SETTINGS|http1)": "gRPC is not spoken there; an HTTP port needs http://",
     "Deadline Exceeded|timed out": "no answer in time",
 }
 

@@ -188,7 +188,8 @@ def embed(client: Client, options: Options) -> int:
     """Print a line of JSON for each photo, or write a file."""
     if options.out is not None:
         return _embed_to(options.out, client, options)
-    rows = files.Rows(client, options.photos)
+    # A terminal that shows the rows needs no bar between them.
+    rows = files.Rows(client, options.photos, show_progress=not sys.stdout.isatty())
     for line in rows:
         print(json.dumps(line))
     return EXIT_PHOTOS if rows.left_out else EXIT_OK

@@ -27,15 +27,15 @@ else:  # outside the package
     import client as library
 
 SUFFIXES = {
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"),  # sent as they are
-    *(".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".hif", ".tif", ".tiff"),  # converted
+    *(".apng", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp"),  # sent as they are
+    *(".avif", ".avifs", ".bmp", ".dib", ".gif", ".heic", ".heics", ".heif", ".hif"),  # converted
+    *(".tif", ".tiff"),
 }
-# Photos that are neither sent nor converted, so they are named and counted as left out.
+# Other photos, cameras' raw files among them. They are left out by name, so that it is noticed.
 OTHER_SUFFIXES = {
-    *(".apng", ".avifs", ".heics", ".j2k", ".jp2", ".jpf", ".jpx", ".jxl", ".jxr", ".psd"),
-    *(".svg", ".tga"),
-    *(".3fr", ".arw", ".cr2", ".cr3", ".dng", ".erf", ".mrw", ".nef", ".nrw", ".orf", ".pef"),
-    *(".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srw", ".x3f"),  # cameras' raw files
+    *(".3fr", ".arw", ".cr2", ".cr3", ".dng", ".erf", ".j2k", ".jp2", ".jpf", ".jpx", ".jxl"),
+    *(".jxr", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".psd", ".raf", ".raw", ".rw2", ".rwl"),
+    *(".sr2", ".srw", ".svg", ".tga", ".x3f"),
 }
 SAVED_SUFFIXES = (".npz", ".jsonl")
 STDIN = Path("-")
@@ -62,6 +62,7 @@ CONVERTED = {
     "BMP": rb"BM.{4}\0{4}",
     "TIFF": rb"II\*\0(?!.{4}CR)|MM\0\*|II\+\0|MM\0\+",  # CR: raw files of Canon
 }
+SERVED = re.compile(rb"\xff\xd8\xff|\x89PNG|RIFF.{4}WEBP", re.DOTALL)
 MAX_PIXELS = 64_000_000  # the server's limit for its own formats
 # A larger photo is halved before it is encoded, so that its PNG has at most 16 MB. Networks see
 # less than a megapixel.
@@ -152,21 +153,30 @@ class Unread:
         """Raises: OSError; ValueError with a reason."""
         if self._path == STDIN:
             return encoded_photo(io.BytesIO(sys.stdin.buffer.read()))
-        if self._path.suffix.lower() in OTHER_SUFFIXES:
+        content = encoded_photo(self._path)
+        if self._path.suffix.lower() in OTHER_SUFFIXES and not SERVED.match(content):
             raise ValueError("neither the server nor this command reads it; save it as JPEG")
-        return encoded_photo(self._path)
+        return content
 
 
 class Rows:
     """Embed files and iterate over rows, in order, as embed prints them.
 
-    Files without a vector are named on stderr and counted in ``left_out``. done: photos to skip.
+    Files without a vector are named on stderr and counted in ``left_out``.
+
+    done: photos to skip. show_progress: on stderr, if it is a terminal.
     """
 
     def __init__(
-        self, client: library.NpairClient, paths: Sequence[Path], done: Collection[str] = ()
+        self,
+        client: library.NpairClient,
+        paths: Sequence[Path],
+        done: Collection[str] = (),
+        *,
+        show_progress: bool = True,
     ) -> None:
         self._client, self._paths, self._done = client, paths, done
+        self._show_progress = show_progress and sys.stderr.isatty()
         self.left_out = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -202,8 +212,8 @@ class Rows:
             say(f"{self.left_out} of {total} photos left out")
 
     def _progress(self, results: Iterable[library.Embedded]) -> Iterator[library.Embedded]:
-        """Show the progress on a terminal, once it takes long enough to matter."""
-        if not sys.stderr.isatty():
+        """Show a bar, once it takes long enough to matter."""
+        if not self._show_progress:
             yield from results
             return
         total, began, shown = sum(1 for _ in photos_in(self._paths)), time.monotonic(), 0.0

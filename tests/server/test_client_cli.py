@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import pty
 import shutil
 import signal
 import socket
@@ -16,10 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from support.fake_server import (
     DENIED,
     PHOTOS,
     UNHEALTHY,
+    Answer,
     always,
     changing,
     echo,
@@ -133,22 +138,25 @@ class TestEmbed:
             assert [Path(name).name for name in saved["names"]] == ["a.png", "c.WEBP"]
 
     def test_which_files_of_folders_are_photos(self, tmp_path: Path) -> None:
-        wanted = ["1.jpg", "2.JPE", "3.jfif", "4.webp", "sub/5.jpeg"]
+        wanted = ["1.jpg", "2.JPE", "3.jfif", "4.webp", "a.HEIC", "sub/5.jpeg", "sub/b.avif"]
         litter = [
             *("@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "#recycle/1.jpg", "@Recycle/1.jpg"),
             *("__MACOSX/._1.jpg", "$RECYCLE.BIN/1.jpg", ".hidden/1.jpg", "._1.jpg", ".DS_Store"),
         ]
-        for name in (*wanted, *litter, "a.HEIC", "sub/b.heic", "Thumbs.db", "README"):
+        for name in (*wanted, *litter, "c.dng", "Thumbs.db", "README"):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes(b"x")
         with serving() as (url, _):
             result = run(url, "embed", tmp_path)
             named = run(url, "embed", tmp_path / "@eaDir", tmp_path / "README")
-        assert result.returncode == 0
+        assert result.returncode == 1
         found = [Path(json.loads(line)["photo"]) for line in result.stdout.splitlines()]
         assert [str(path.relative_to(tmp_path)) for path in found] == wanted
-        kinds = "2 .heic, 1 .db, 1 without a suffix"
-        assert result.stderr == f"4 other files in folders passed over: {kinds}\n"
+        assert result.stderr.splitlines() == [
+            f"{tmp_path}/c.dng: neither the server nor this command reads it; save it as JPEG",
+            "2 other files in folders passed over: 1 without a suffix, 1 .db",
+            "1 of 8 photos left out",
+        ]
         assert len(named.stdout.splitlines()) == 2, "a file named explicitly is never skipped"
         assert named.stderr == ""
 
@@ -227,6 +235,131 @@ class TestEmbed:
         _, reply = embeddings([b"photo"] * 32)  # every batch is full
         with serving(always(200, reply)) as (url, _):
             assert peak(8320) - peak(320) < 3000  # kB
+
+    @pytest.mark.parametrize("missing", [(), ("tqdm",)])
+    def test_shows_its_progress_on_a_terminal(
+        self, hundred: Path, missing: tuple[str, ...]
+    ) -> None:
+        def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
+            time.sleep(0.4)
+            return echo(photos, path)
+
+        script = (
+            f"import sys\nsys.path.insert(0, {str(CLIENT.parent)!r})\n"
+            f"sys.modules.update(dict.fromkeys({missing!r}))\nimport client_cli\n"
+            "sys.exit(client_cli.main())"
+        )
+        master, terminal = pty.openpty()
+        with serving(answer) as (url, _):
+            command: list[str | Path] = [sys.executable, "-c", script, "embed", hundred]
+            command += ["--url", url]
+            done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=terminal)
+        os.close(terminal)
+        said = os.read(master, 1 << 16).decode()
+        os.close(master)
+        assert (done.returncode, len(done.stdout.splitlines())) == (0, 100)
+        assert "of 100 photos" in said
+        assert said.endswith("\r\033[K"), "nothing of it stays"
+
+    def test_reads_a_photo_from_standard_input(self, photos: Path) -> None:
+        with serving() as (url, _):
+            client: list[str | Path] = [sys.executable, CLIENT]
+            done = subprocess.run(
+                [*client, "embed", "-", photos / "b.jpg", "--url", url],
+                check=True,
+                capture_output=True,
+                input=b"\xff\xd8\xff" * 9,
+            )
+            bmp = io.BytesIO()
+            Image.new("RGB", (9, 9)).save(bmp, "BMP")
+            subprocess.run(
+                [*client, "rank", "-", photos, "--url", url],
+                check=True,
+                capture_output=True,
+                input=bmp.getvalue(),
+            )
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [(Path(row["photo"]).name, row["embedding"][0]) for row in rows] == [
+            ("-", 27),
+            ("b.jpg", 2),
+        ]
+
+    def test_a_closed_pipe_ends_quietly(self, hundred: Path) -> None:
+        with serving() as (url, _):
+            process = subprocess.Popen(
+                [sys.executable, CLIENT, "embed", *[hundred] * 5, "--url", url],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            assert process.stdout is not None
+            process.stdout.readline()
+            process.stdout.close()
+            _, said = process.communicate(timeout=60)
+        assert (process.returncode, said) == (141, b"")
+
+
+class TestNoServer:
+    @pytest.mark.parametrize("url", [NOBODY, NOBODY.replace("http", "grpc")])
+    @pytest.mark.parametrize("command", ["embed", "ready"])
+    def test_is_said_at_once_and_for_five_seconds(
+        self, photos: Path, url: str, command: str
+    ) -> None:
+        arguments = [command, photos] if command == "embed" else [command]
+        process = subprocess.Popen(
+            [sys.executable, CLIENT, *arguments, "--url", url],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        noticed = time.monotonic()
+        last = process.stdout.readlines()[-1]
+        assert process.wait() == 3
+        assert f"{url} does not answer (nothing listens there" in first
+        assert "trying again" in first
+        assert time.monotonic() - noticed < 5
+        for part in (url, "nothing listens there", "make serve", "NPAIR_URL"):
+            assert part in last
+        assert "Error" not in last
+
+    def test_wait_finds_one_that_starts_late(self, photos: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        with ExitStack() as stack:
+
+            def late() -> None:
+                stack.enter_context(serving(port=port))
+
+            timer = threading.Timer(4, late)
+            timer.start()
+            found = run(f"http://127.0.0.1:{port}", "embed", photos, "--wait", "60")
+            timer.join()
+        assert found.returncode == 0
+        assert "does not answer" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (always(502, "<html><h1>Bad Gateway</h1>"), "502 Bad Gateway: a proxy's page"),
+        (always(503, '{"error": "model \'npair\' is not ready"}'), "model 'npair' is not ready"),
+        (
+            always(404, '{"error": "Request for unknown model: \'npair\' is not found"}'),
+            "model npair: Request for unknown model: 'npair' is not found",
+        ),
+        (DENIED, "a key is needed; NPAIR_API_KEY holds the key"),
+        (UNHEALTHY, "500: stub is not healthy"),
+    ],
+)
+def test_ready_gives_the_reason(answer: Answer, reason: str) -> None:
+    with serving(answer) as (url, _):
+        result = run(url, "ready", "--wait", "0")
+        told = json.loads(run(url, "ready", "--wait", "0", "--json").stdout)
+    assert result.returncode == 3
+    assert f"npair at {url} is not ready: {reason}" in result.stdout
+    assert told["ready"] is False
+    assert told["reason"].startswith(reason)
 
 
 class TestResume:
@@ -330,6 +463,21 @@ class TestSavedVectors:
                 assert refused.returncode == 2
                 assert f".npz holds vectors of {reason}" in refused.stderr
 
+    def test_of_json_lines_are_read(self, photos: Path, tmp_path: Path) -> None:
+        out, mixed = tmp_path / "out.jsonl", tmp_path / "mixed.jsonl"
+        with serving() as (url, server):
+            assert run(url, "embed", photos, "--out", out).returncode == 0
+            row = json.loads(out.read_text().splitlines()[0])
+            mixed.write_text(out.read_text() + json.dumps(row | {"version": "2"}) + "\n")
+            before = len(server.batches)
+            ranked = json.loads(run(url, "rank", photos / "b.jpg", out, "--json").stdout)
+            refused = run(url, "rank", photos / "b.jpg", mixed)
+        assert len(server.batches) == before + 1, "only the query is embedded"
+        found = [(Path(each["photo"]).name, each["cosine"]) for each in ranked["ranked"]]
+        assert found == [("c.WEBP", 8), ("a.png", 6), ("b.jpg", 4)]
+        assert refused.returncode == 2
+        assert "mixed.jsonl holds no vectors: rows of several versions" in refused.stderr
+
     def test_compare_takes_those_of_one_photo(self, photos: Path, tmp_path: Path) -> None:
         a, b, many = (tmp_path / name for name in ("a.npz", "b.npz", "many.npz"))
         with serving() as (url, server):
@@ -375,6 +523,17 @@ class TestCompare:
                 assert strict["same_product"] is False
                 assert (strict["threshold"], strict["far"]) == (1.5, 0.001)
 
+    def test_names_the_photos_that_are_refused(self, photos: Path) -> None:
+        def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
+            bad = [i for i, photo in enumerate(photos) if len(photo) == 2]
+            error = "; ".join(f"IMAGE[{index}]: broken" for index in bad)
+            return (400, json.dumps({"error": error})) if bad else echo(photos, path)
+
+        with serving(answer) as (url, _):
+            result = run(url, "compare", photos / "b.jpg", photos / "missing.jpg")
+        assert result.returncode == 1
+        assert f"{photos}/b.jpg: broken; {photos}/missing.jpg: cannot be read" in result.stderr
+
     def test_gives_no_verdict_without_thresholds(self) -> None:
         photo = SHIPPED / "golden/photo.jpg"
         with serving() as (url, _):
@@ -401,7 +560,7 @@ class TestEnvironment:
         with serving(DENIED) as (url, _):
             denied = run(url, "embed", photos)
         assert denied.returncode == 3
-        assert "AccessDeniedError: a key is needed" in denied.stderr
+        assert f"{url}: a key is needed; NPAIR_API_KEY holds the key" in denied.stderr
 
     def test_has_the_certificate(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         cert, key = certificate(tmp_path)
@@ -429,6 +588,7 @@ def test_server_failures(photos: Path) -> None:
     "arguments",
     [
         ("embed", "{}", "--out", "x.csv"),
+        ("embed", "{}", "--wait", "-1"),
         ("embed", "{}", "--out", "{}/no/x.npz"),
         ("rank", "{}/a.png", "{}", "-k", "0"),
         ("rank", "{}/a.png", "{}/notes.npz"),

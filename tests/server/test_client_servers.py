@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import random
 import shutil
 import socket
@@ -16,11 +17,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
+from PIL import Image
 from support.models import ROOT, SHIPPED
 from support.servers import free_ports, lines_until_ready, running, start
 
 from npair.client import AsyncNpairClient, NpairClient, Vectors
+from npair.client_files import encoded_photo
 from npair.releasing.config import with_release
 
 PHOTO = SHIPPED / "golden/photo.jpg"
@@ -197,6 +201,27 @@ def main():
 if __name__ == "__main__":
     main()
 """
+
+
+def test_a_converted_photo_is_embedded_like_its_png(urls: dict[str, str]) -> None:
+    with Image.open(PHOTO) as opened:
+        image = opened.convert("RGB").resize((240, 240))
+    files = {kind: io.BytesIO() for kind in ("PNG", "TIFF", "BMP", "HEIF", "AVIF", "GIF")}
+    pillow_heif.register_heif_opener()
+    for kind, file in files.items():
+        image.save(file, kind, **{"quality": 95} if kind in ("HEIF", "AVIF") else {})
+        file.seek(0)
+    with NpairClient(urls["http"]) as client:
+        png, *others = client.embed(map(encoded_photo, files.values())).vectors
+    cosines = dict(zip(list(files)[1:], np.array(others) @ png, strict=True))
+    for kind, least in (
+        ("TIFF", 1.0),
+        ("BMP", 1.0),
+        ("HEIF", 0.995),
+        ("AVIF", 0.995),
+        ("GIF", 0.95),
+    ):
+        assert cosines[kind] >= least - 1e-3, cosines
 
 
 @pytest.mark.parametrize("scheme", ["http", "grpc"])

@@ -61,8 +61,8 @@ class FakeServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, answer: Answer, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.answer = answer
         self.batches: list[PHOTOS] = []
         self.paths: list[str] = []
@@ -102,10 +102,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(
-    answer: Answer = echo, tls: ssl.SSLContext | None = None
+    answer: Answer = echo, tls: ssl.SSLContext | None = None, port: int = 0
 ) -> Iterator[tuple[str, FakeServer]]:
     """Run a server; yield its URL and the server itself."""
-    server = FakeServer(answer)
+    server = FakeServer(answer, port)
     if tls:
         server.socket = tls.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -17,7 +17,8 @@ from PIL import Image
 from support import profiles
 from support.models import ROOT, SHIPPED
 
-from npair.client_files import MAX_PIXELS, SENT_PIXELS, encoded_photo
+from npair.client_files import MAX_PIXELS, SENT_PIXELS, encoded_photo, photos_in
+from npair.data.sources import find_photos
 from npair.serving.preprocess import Limits, Preprocessing, decode
 
 pillow_heif.register_heif_opener()
@@ -182,3 +183,27 @@ class TestRefused:
             [sys.executable, "-c", script], check=False, capture_output=True, text=True
         )
         assert "pip install --upgrade 'npair[heic]'" in result.stderr.splitlines()[-1]
+
+
+def test_folders_are_searched_by_the_rule_of_training(tmp_path: Path) -> None:
+    for name in ("a/1.jpg", "b/2.jpg", "b/._3.jpg", ".hidden/4.jpg", "@eaDir/5.jpg", "b/c/6.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/7.jpg").touch()
+    root = tmp_path / "root"
+    for name in ("a", "b", ".hidden", "@eaDir"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).rename(root / name)
+    links = {
+        "0-to-a": root / "a",  # a folder that is visited by its own name
+        "b/c/loop": root,
+        "outside": tmp_path / "elsewhere",
+        "itself": root / "itself",
+        "photo.jpg": tmp_path / "elsewhere/7.jpg",
+    }
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    found = [str(path.relative_to(root)) for path in photos_in([root])]
+    assert found == ["a/1.jpg", "b/2.jpg", "b/c/6.png", "outside/7.jpg", "photo.jpg"]
+    assert sorted(root / name for name in found) == find_photos(root)[0]

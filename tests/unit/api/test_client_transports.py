@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,47 @@ class TestAnswers:
     @pytest.mark.parametrize("scheme", ["http", "https", "grpc", "grpcs"])
     def test_a_name_that_is_not_found(self, scheme: str) -> None:
         fails(f"{scheme}://npair.invalid:1", UnavailableError, retries=0)
+
+    @pytest.mark.parametrize(
+        ("spoken", "asked", "expected"),
+        [
+            ("http", "grpc", "gRPC is not spoken there; an HTTP port needs http://"),
+            ("http", "https", "TLS is not spoken there; http:// and grpc:// do without"),
+            ("http", "grpcs", "TLS is not spoken there"),
+            ("grpc", "http", "HTTP is not spoken there; a gRPC port needs grpc://"),
+            ("grpc", "https", "TLS is not spoken there"),
+            ("grpc", "grpcs", "TLS is not spoken there"),
+        ],
+    )
+    def test_another_protocol_is_named(self, spoken: str, asked: str, expected: str) -> None:
+        with ExitStack() as stack:
+            if spoken == "http":
+                url, _ = stack.enter_context(serving())
+                port = url.rpartition(":")[2]
+            else:
+                server = grpc.server(stack.enter_context(ThreadPoolExecutor(1)))
+                port = server.add_insecure_port("127.0.0.1:0")
+                server.start()
+                stack.callback(lambda: server.stop(None).wait())
+            client = stack.enter_context(NpairClient(f"{asked}://127.0.0.1:{port}", retries=0))
+            with pytest.raises(NpairError, match=expected):
+                client.check()
+
+    @pytest.mark.parametrize("scheme", ["http", "grpc"])
+    def test_a_machine_that_does_not_answer(self, scheme: str) -> None:
+        """Fill the queue of a listener, so that the kernel drops what follows."""
+        with ExitStack() as stack:
+            listener = stack.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(0)
+            for _ in range(4):
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                with suppress(BlockingIOError):
+                    waiting.connect(listener.getsockname())
+            began = time.monotonic()
+            fails(f"{scheme}://{address(listener)}", RequestTimeoutError, timeout=6)
+            assert time.monotonic() - began < 15
 
     @pytest.mark.parametrize("scheme", ["http", "grpc"])
     def test_a_bug_stays_what_it_is(self, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
