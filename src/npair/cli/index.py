@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
-from npair.cli.options import Commands, add_command, add_group
-from npair.client import DEFAULT_URL, NpairClient
+from npair.cli.options import Commands, add_command, add_group, add_server, number
+from npair.client import NpairClient
 from npair.client_cli import PATIENT_RETRIES, from_environment
 
 
@@ -21,6 +20,7 @@ def add_commands(commands: Commands) -> None:
         "build",
         _build,
         "embed photos into a gallery or bring it up to date; run again to continue if interrupted",
+        extra="index",
     )
     build.add_argument(
         "photos",
@@ -28,9 +28,13 @@ def add_commands(commands: Commands) -> None:
         metavar="PHOTOS",
         help="folder of photos, each labelled by its own folder; or a source as for train --data",
     )
-    search = add_command(steps, "search", _search, "print the photos most similar to a photo")
+    search = add_command(
+        steps, "search", _search, "print the photos most similar to a photo", extra="index"
+    )
     search.add_argument("photo", type=Path, metavar="PHOTO")
-    search.add_argument("-k", type=int, default=5, help="number of photos (%(default)s)")
+    search.add_argument(
+        "-k", type=number(int, least=1), default=5, help="number of photos (%(default)s)"
+    )
     for command in (build, search):
         command.add_argument(
             "--index",
@@ -39,11 +43,7 @@ def add_commands(commands: Commands) -> None:
             metavar="DIR",
             help="the gallery's folder (%(default)s)",
         )
-        command.add_argument(
-            "--url",
-            default=os.environ.get("NPAIR_URL", DEFAULT_URL),
-            help="the server: http(s):// or grpc(s):// (NPAIR_URL; %(default)s)",
-        )
+        add_server(command)
         command.add_argument("--json", action="store_true", help="print JSON")
 
 
