@@ -16,6 +16,7 @@ from npair.cli.options import (
     add_servers,
     default_url,
     number,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _rollback(arguments: argparse.Namespace) -> int:
 def _versions(arguments: argparse.Namespace) -> int:
     from npair.releasing.versions import listing, versions
 
-    lines = versions(*_connect(arguments))
+    lines = versions(*_connect(arguments), say)
     print(json.dumps([asdict(line) for line in lines]) if arguments.json else listing(lines))
     return 0
 
