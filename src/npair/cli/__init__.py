@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
 
-from npair import __version__, client_cli
+import npair
+from npair import client_cli
 from npair.cli import data, evaluate, index, publish, release, train, tune
 from npair.client import NpairError
 
@@ -32,7 +34,7 @@ def main() -> int:
         try:
             return _run(parser().parse_args())
         finally:
-            print(end="", flush=True)  # here, where it can be caught that the reader has left
+            print(end="", flush=True)  # fails here, where it is caught, if the reader has left
     except BrokenPipeError as error:
         return EXIT_PIPE if _readers_left() else _fail(error)
 
@@ -43,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         prog="npair",
         description="Embed photos; train, score, publish and release N-pair embedding networks.",
     )
-    whole.add_argument("--version", action="version", version=f"npair {__version__}")
+    whole.add_argument("--version", action="version", version=f"npair {npair.__version__}")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
     client_cli.add_commands(commands)
     for group in (data, train, evaluate, publish, release, index, tune):
@@ -81,16 +83,15 @@ def _run(arguments: argparse.Namespace) -> int:
 def _readers_left() -> bool:
     """Return whether the reader of stdout or stderr is gone.
 
-    If so, what its buffer still holds goes nowhere, since it would fail again when Python exits.
+    If so, what is left in Python's buffer goes nowhere, since it would fail again at exit.
     """
-    left = False
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            left = True
-    return left
+    pipes = select.poll()
+    for descriptor in (1, 2):
+        pipes.register(descriptor, 0)  # POLLERR is reported unasked
+    left = [descriptor for descriptor, event in pipes.poll(0) if event & select.POLLERR]
+    for descriptor in left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return bool(left)
 
 
 def _fail(reason: object) -> int:

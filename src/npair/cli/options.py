@@ -108,12 +108,13 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
 def add_config_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
     shown = "chosen from the data" if field.metadata["from_data"] else field.default
     default = f" ({shown})" if shown != "" else ""
-    kind = type(field.default)
+    kind, choices = type(field.default), field.metadata["choices"]
+    bounded = kind in (int, float) and not choices
     parser.add_argument(
         "--" + field.name.replace("_", "-"),
-        type=number(kind, **field.metadata["bounds"]) if kind in (int, float) else kind,
+        type=number(kind, **field.metadata["bounds"]) if bounded else kind,
         default=field.default,
-        choices=field.metadata["choices"],
+        choices=choices,
         help=field.metadata["help"] + default,
     )
 

@@ -68,6 +68,9 @@ def add_commands(commands: Commands) -> None:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
+    if arguments.picture:
+        import matplotlib  # noqa: F401  # if it is missing, say so before the measurements
+
     from npair.data.sources import read_dataset
     from npair.releasing.repository import open_repository
     from npair.releasing.tune import (

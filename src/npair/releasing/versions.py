@@ -43,8 +43,9 @@ def versions(
     say: is told which servers do not say what they serve. Raises: ConfigError.
     """
     serving: set[int] = set()
-    for reason in try_all(lambda server: serving.update(server.serving()), servers).values():
-        say(reason)
+    silent = try_all(lambda server: serving.update(server.serving()), servers)
+    for line in silent.values():
+        say(line)
     pins = pinned(repository.read("config.pbtxt").decode())
     rows = []
     for number, complete in repository.versions().items():
