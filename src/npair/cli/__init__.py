@@ -35,7 +35,7 @@ def main() -> int:
             return _run(parser().parse_args())
         finally:
             print(end="", flush=True)  # fails here, where it is caught, if the reader has left
-    except BrokenPipeError as error:
+    except OSError as error:
         return EXIT_PIPE if _readers_left() else _fail(error)
 
 
@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
         description="Embed photos; train, score, publish and release N-pair embedding networks.",
     )
     whole.add_argument("--version", action="version", version=f"npair {npair.__version__}")
+    whole.set_defaults(extra="")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
     client_cli.add_commands(commands)
     for group in (data, train, evaluate, publish, release, index, tune):
@@ -67,7 +68,7 @@ def _run(arguments: argparse.Namespace) -> int:
         install = f"pip install 'npair[{arguments.extra}]'"
         print(f"{arguments.prog} needs {library}: {install}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
+    except BrokenPipeError:  # for main(), which tells whether a reader has left
         raise
     except NpairError as error:
         url = getattr(arguments, "url", None)
