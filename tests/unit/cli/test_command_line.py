@@ -14,14 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 from support.commands import commands
-from support.models import ROOT
+from support.models import SHIPPED
 
 from npair import cli
-from npair.cli.options import MODEL_FOLDER
 
 PARSERS = dict(commands())
 OF_CLIENT = {f"npair {name}" for name in ("embed", "compare", "rank", "ready")}
-REPOSITORY = str(ROOT / MODEL_FOLDER)
+REPOSITORY = str(SHIPPED.parent)
 
 
 @pytest.fixture
@@ -128,7 +127,7 @@ def test_versions_names_servers_that_do_not_answer(
 ) -> None:
     assert npair("versions", "--repository", REPOSITORY, "--url", "http://127.0.0.1:9") == 0
     printed = capsys.readouterr()
-    assert "12 *     ready" in printed.out
+    assert f"{SHIPPED.name} *     ready" in printed.out
     assert "http://127.0.0.1:9 does not answer" in printed.err
 
 
