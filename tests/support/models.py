@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,12 @@ SHIPPED = next((ROOT / "model_repository/npair").glob("[0-9]*"))
 TINY = TrainConfig(
     network="compact", epochs=2, classes_per_batch=4, size=64, crop_size=48, evaluations=2
 )
+
+TINY_OPTIONS = [  # of npair train
+    f"--{field.name.replace('_', '-')}={getattr(TINY, field.name)}"
+    for field in fields(TINY)
+    if getattr(TINY, field.name) != field.default
+]
 
 
 @contextmanager

@@ -13,13 +13,16 @@ from npair.cli.options import (
     add_group,
     add_splits,
     load_dataset,
+    number,
     say,
 )
+
+EXTRA = "evaluate"
 
 
 def add_commands(commands: Commands) -> None:
     steps = add_group(commands, "data", "fetch, check or divide a data set")
-    grocery = add_command(steps, "grocery", _grocery, "fetch the Grocery Store Dataset")
+    grocery = add_command(steps, "grocery", _grocery, "fetch the Grocery Store Dataset", EXTRA)
     grocery.add_argument(
         "folder",
         type=Path,
@@ -28,15 +31,21 @@ def add_commands(commands: Commands) -> None:
         help="where to put it (%(default)s)",
     )
 
-    check = add_command(steps, "check", _check, "list what training would leave out")
+    check = add_command(steps, "check", _check, "list what training would leave out", EXTRA)
     add_data(check)
     add_splits(check)
 
-    folds = add_command(steps, "folds", _folds, "write a table for each fold of a cross-validation")
+    folds = add_command(
+        steps, "folds", _folds, "write a table for each fold of a cross-validation", EXTRA
+    )
     add_data(folds)
     add_splits(folds)
     folds.add_argument(
-        "--folds", type=int, default=3, metavar="K", help="number of folds (%(default)s)"
+        "--folds",
+        type=number(int, least=2),
+        default=3,
+        metavar="K",
+        help="number of folds (%(default)s)",
     )
     folds.add_argument(
         "--of", nargs="+", default=["train"], metavar="SPLIT", help="splits to divide (train)"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npair.cli.options import Commands, add_command, add_data, add_splits, load_dataset
-from npair.client import DEFAULT_URL, NpairClient
+from npair.cli.options import Commands, add_command, add_data, add_server, add_splits, load_dataset
+from npair.client import PIXEL, NpairClient
 from npair.client_cli import PATIENT_RETRIES, from_environment
 from npair.training.run import TrainConfig, read_run
 
@@ -40,6 +40,7 @@ def add_commands(commands: Commands) -> None:
         "evaluate",
         _evaluate,
         "score a run or a running server: compare a split with the train photos",
+        extra="evaluate",
     )
     add_data(evaluate)
     add_splits(evaluate)
@@ -50,11 +51,7 @@ def add_commands(commands: Commands) -> None:
         metavar="DIR",
         help="score this run's network, with the splits that it was trained on",
     )
-    network.add_argument(
-        "--url",
-        default=DEFAULT_URL,
-        help="score this server: http(s):// or grpc(s):// (%(default)s)",
-    )
+    add_server(network)
     evaluate.add_argument("--split", default="val", help="split to score (%(default)s)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.add_argument(
@@ -66,6 +63,8 @@ def add_commands(commands: Commands) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.run:
+        arguments.extra = "train"  # for the network
     score = score_run if arguments.run else _score_server
     present(
         score(arguments, arguments.split),
@@ -87,6 +86,8 @@ def score_run(arguments: argparse.Namespace, split: str) -> Scored:
 def _score_server(arguments: argparse.Namespace, split: str) -> Scored:
     from npair.data.pixels import PREVIEW
 
+    with NpairClient(arguments.url, **from_environment()) as client:
+        client.embed(PIXEL)  # a server that does not answer is said before the data are decoded
     dataset, _, findings = load_dataset(arguments, PREVIEW)
     comparison = embed_served(dataset, split, arguments.url)
     return Scored(comparison, split, [dataset.made, *findings.lines()])

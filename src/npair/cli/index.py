@@ -7,12 +7,11 @@ import argparse
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from npair.cli.options import Commands, add_command, add_group, say
-from npair.client import DEFAULT_URL, PIXEL, InvalidPhotoError, NpairClient, NpairError, log
+from npair.cli.options import Commands, add_command, add_group, add_server, number, say
+from npair.client import PIXEL, InvalidPhotoError, NpairClient, NpairError, log
 from npair.client_cli import (
     PATIENT_RETRIES,
     Retries,
@@ -32,6 +31,7 @@ def add_commands(commands: Commands) -> None:
         _build,
         "embed photos into a gallery or bring it up to date; run again to continue if interrupted;"
         " exit code 1 if photos were left out or are missing",
+        extra="index",
     )
     build.add_argument(
         "photos",
@@ -45,7 +45,9 @@ def add_commands(commands: Commands) -> None:
         action="store_true",
         help="remove photos of the gallery that PHOTOS does not have; they stay otherwise",
     )
-    search = add_command(steps, "search", _search, "print the photos most similar to a photo")
+    search = add_command(
+        steps, "search", _search, "print the photos most similar to a photo", extra="index"
+    )
     search.add_argument("photo", metavar="PHOTO", help="file; - for standard input")
     search.add_argument(
         "--photos",
@@ -53,7 +55,9 @@ def add_commands(commands: Commands) -> None:
         metavar="DIR",
         help="where the photos are, if they were moved without the gallery",
     )
-    search.add_argument("-k", type=int, default=5, help="number of photos (%(default)s)")
+    search.add_argument(
+        "-k", type=number(int, least=1), default=5, help="number of photos (%(default)s)"
+    )
     for command in (build, search):
         command.add_argument(
             "--index",
@@ -62,14 +66,10 @@ def add_commands(commands: Commands) -> None:
             metavar="DIR",
             help="the gallery's folder (%(default)s)",
         )
-        command.add_argument(
-            "--url",
-            default=os.environ.get("NPAIR_URL", DEFAULT_URL),
-            help="the server: http(s):// or grpc(s):// (NPAIR_URL; %(default)s)",
-        )
+        add_server(command)
         command.add_argument(
             "--wait",
-            type=float,
+            type=number(float, least=0),
             default=5.0,
             metavar="SECONDS",
             help="how long at most to try again if the server does not answer (%(default)g)",

@@ -5,20 +5,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from npair.client import DEFAULT_URL
-from npair.serving.preprocess import Preprocessing
 from npair.training.run import TrainConfig
 
 if TYPE_CHECKING:
     from npair.data.checks import Findings
     from npair.data.dataset import Dataset
     from npair.data.pixels import Pixels
+    from npair.serving.manifest import Preprocessing
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 MODEL_FOLDER = "model_repository/npair"
@@ -26,11 +28,19 @@ SPLIT_OPTIONS = ("seed", "split_by", "val_share")
 
 
 def add_command(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], summary: str
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    extra: str = "",
 ) -> argparse.ArgumentParser:
-    """Add a command; summary: what it does, imperative, without a full stop."""
+    """Add a command.
+
+    summary: what it does, imperative, without a full stop.
+    extra: the one of pyproject.toml that installs what it imports; by default, npair needs none.
+    """
     command = add_parser(commands, name, summary)
-    command.set_defaults(command=run)
+    command.set_defaults(command=run, extra=extra, prog=command.prog)
     return command
 
 
@@ -44,12 +54,31 @@ def add_parser(commands: Commands, name: str, summary: str) -> argparse.Argument
     return commands.add_parser(name, help=summary, description=description)
 
 
-def positive(text: str) -> float:
-    """Parse a positive number of at most 1e9. Raises: ValueError."""
-    number = float(text)
-    if not 0 < number <= 1e9:
-        raise ValueError
-    return number
+def number(
+    kind: type,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+) -> Callable[[str], Any]:
+    """Return a type for an option: it parses an int or a float, and refuses one out of bounds."""
+    bounds = {"of at least": least, "above": above, "below": below, "of at most": most}
+    described = " and ".join(
+        f"{word} {bound:g}" for word, bound in bounds.items() if abs(bound) < math.inf
+    )
+    what = "a whole number" if kind is int else "a number"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value <= most and above < value < below):
+            raise argparse.ArgumentTypeError(f"expected {what} {described}, got {text!r}")
+        return value
+
+    return parse
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -79,11 +108,13 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
 def add_config_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
     shown = "chosen from the data" if field.metadata["from_data"] else field.default
     default = f" ({shown})" if shown != "" else ""
+    kind, choices = type(field.default), field.metadata["choices"]
+    bounded = kind in (int, float) and not choices
     parser.add_argument(
         "--" + field.name.replace("_", "-"),
-        type=type(field.default),
+        type=number(kind, **field.metadata["bounds"]) if bounded else kind,
         default=field.default,
-        choices=field.metadata["choices"],
+        choices=choices,
         help=field.metadata["help"] + default,
     )
 
@@ -97,22 +128,34 @@ def add_repository(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_server(parser: argparse.ArgumentParser | argparse._MutuallyExclusiveGroup) -> None:
+    parser.add_argument(
+        "--url",
+        default=default_url(),
+        help="the server: http(s):// or grpc(s):// (NPAIR_URL; %(default)s)",
+    )
+
+
+def default_url() -> str:
+    return os.environ.get("NPAIR_URL") or DEFAULT_URL
+
+
 def add_servers(parser: argparse.ArgumentParser) -> None:
     servers = parser.add_mutually_exclusive_group()
     servers.add_argument(
         "--url",
-        nargs="+",
-        default=[os.environ.get("NPAIR_URL", DEFAULT_URL)],
-        help="all running servers; a host name stands for all its addresses. Set"
-        " NPAIR_CONTROL_SECRET or NPAIR_CONTROL_SECRET_FILE as on the servers"
+        dest="urls",
+        action="append",
+        help="a running server, http(s)://; repeat it to name all. A host name stands for all its"
+        " addresses. Set NPAIR_CONTROL_SECRET or NPAIR_CONTROL_SECRET_FILE as on the servers"
         f" (NPAIR_URL; {DEFAULT_URL})",
     )
     servers.add_argument(
-        "--offline", dest="url", action="store_const", const=[], help="no server is running"
+        "--offline", dest="urls", action="store_const", const=[], help="no server is running"
     )
     parser.add_argument(
         "--timeout",
-        type=positive,
+        type=number(float, above=0, most=1e9),
         default=120.0,
         help="seconds to wait for each call to a server (%(default)g)",
     )
@@ -133,6 +176,12 @@ def load_dataset(
     options = {name: getattr(splits or arguments, name) for name in SPLIT_OPTIONS}
     dataset = read_dataset(arguments.data, **options)
     return decode_dataset(dataset, preprocessing, arguments.cache or default_cache())
+
+
+def command_line(*words: object, repository: str = MODEL_FOLDER) -> str:
+    """Return an npair command to paste into a shell. It names no repository that is the default."""
+    where = () if repository == MODEL_FOLDER else ("--repository", repository)
+    return shlex.join(map(str, ("npair", *words, *where)))
 
 
 def say(line: str) -> None:

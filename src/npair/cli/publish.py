@@ -7,12 +7,16 @@ import argparse
 import json
 from pathlib import Path
 
-from npair.cli.options import Commands, add_command, add_data, add_repository, say
+from npair.cli.options import Commands, add_command, add_data, add_repository, command_line, say
 
 
 def add_commands(commands: Commands) -> None:
     publish = add_command(
-        commands, "publish", _publish, "write a run's network as the model's next version"
+        commands,
+        "publish",
+        _publish,
+        "write a run's network as the model's next version",
+        extra="train",
     )
     publish.add_argument(
         "--run",
@@ -41,6 +45,7 @@ def add_commands(commands: Commands) -> None:
         "verify",
         _verify,
         "check the hashes and golden sets of versions and, with --url, of what servers answer",
+        extra="release",
     )
     verify.add_argument(
         "versions",
@@ -51,7 +56,13 @@ def add_commands(commands: Commands) -> None:
     verify.add_argument("--engine", default="", help="check only this one (all that run here)")
     verify.add_argument("--json", action="store_true", help="print JSON")
     add_repository(verify)
-    verify.add_argument("--url", nargs="+", default=[], help="running servers: http://")
+    verify.add_argument(
+        "--url",
+        dest="urls",
+        action="append",
+        default=[],
+        help="a running server, http(s)://; repeat it for others",
+    )
 
 
 def _publish(arguments: argparse.Namespace) -> int:
@@ -75,10 +86,8 @@ def _publish(arguments: argparse.Namespace) -> int:
     if compared := manifest.compared_with:
         for kind, (old, new) in compared.recall_at_1.items():
             print(f"Recall@1 {kind}: {new:.3f}; version {compared.version} has {old:.3f}")
-    number = manifest.version
-    print(
-        f"published version {number} in {repository.location}; to serve it: npair promote {number}"
-    )
+    promote = command_line("promote", manifest.version, repository=arguments.repository)
+    print(f"published version {manifest.version} in {repository.location}; to serve it: {promote}")
     return 0
 
 
@@ -92,7 +101,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     folders = [version for version in arguments.versions if not version.isdecimal()]
     checked = {folder: verify(Path(folder), arguments.engine) for folder in folders}
     served: dict[str, dict[int, float]] = {}
-    if numbers or arguments.url or not folders:
+    if numbers or arguments.urls or not folders:
         repository = open_repository(arguments.repository)
         if not arguments.versions:
             check_pins(repository)
@@ -101,7 +110,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             with repository.version(number) as folder:
                 checked[str(number)] = verify(folder, arguments.engine)
         servers = [
-            server for url in arguments.url for server in Server.all_of(url, repository.name)
+            server for url in arguments.urls for server in Server.all_of(url, repository.name)
         ]
         served = {server.url: check_server(repository, server) for server in servers}
     if arguments.json:

@@ -9,11 +9,21 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from npair.cli.options import Commands, add_command, add_repository, add_servers
+from npair.cli.options import (
+    Commands,
+    add_command,
+    add_repository,
+    add_servers,
+    default_url,
+    number,
+    say,
+)
 
 if TYPE_CHECKING:
     from npair.releasing.control import Server
     from npair.releasing.repository import Repository
+
+VERSION = number(int, least=1)
 
 
 def add_commands(commands: Commands) -> None:
@@ -22,21 +32,26 @@ def add_commands(commands: Commands) -> None:
         "promote",
         _promote,
         "verify version N and switch to it; on any failure the previous version keeps serving",
+        extra="release",
     )
-    promote.add_argument("version", type=int, metavar="N")
+    promote.add_argument("version", type=VERSION, metavar="N")
     promote.add_argument(
         "--keep",
-        type=int,
+        type=VERSION,
         metavar="M",
         help="keep serving this lower version to requests that name it",
     )
     rollback = add_command(
-        commands, "rollback", _rollback, "switch back to the version that was served before"
+        commands,
+        "rollback",
+        _rollback,
+        "switch back to the version that was served before",
+        extra="release",
     )
     versions = add_command(commands, "versions", _versions, "list versions and their state")
     versions.add_argument("--json", action="store_true", help="print JSON")
     retire = add_command(commands, "retire", _retire, "remove a version that is not served")
-    retire.add_argument("version", type=int, metavar="N")
+    retire.add_argument("version", type=VERSION, metavar="N")
     for command in (promote, rollback, versions, retire):
         add_repository(command)
         add_servers(command)
@@ -62,7 +77,7 @@ def _rollback(arguments: argparse.Namespace) -> int:
 def _versions(arguments: argparse.Namespace) -> int:
     from npair.releasing.versions import listing, versions
 
-    lines = versions(*_connect(arguments))
+    lines = versions(*_connect(arguments), say)
     print(json.dumps([asdict(line) for line in lines]) if arguments.json else listing(lines))
     return 0
 
@@ -84,7 +99,7 @@ def _connect(arguments: argparse.Namespace) -> tuple[Repository, list[Server]]:
     repository, secret = open_repository(arguments.repository), control_secret()
     found = [
         Server.all_of(url, repository.name, secret=secret, timeout=arguments.timeout)
-        for url in arguments.url
+        for url in ([default_url()] if arguments.urls is None else arguments.urls)
     ]
     return repository, [server for servers in found for server in servers]
 

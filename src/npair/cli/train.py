@@ -10,13 +10,17 @@ import os
 from pathlib import Path
 
 from npair.cli.evaluate import present, score_run
-from npair.cli.options import Commands, add_command, add_config_option, add_data, say
-from npair.training.run import TrainConfig
+from npair.cli.options import Commands, add_command, add_config_option, add_data, command_line, say
+from npair.training.run import TrainConfig, read_run
 
 
 def add_commands(commands: Commands) -> None:
     train = add_command(
-        commands, "train", _train, "train a network on the train split and report on val"
+        commands,
+        "train",
+        _train,
+        "train a network on the train split and report on val",
+        extra="train",
     )
     add_data(train)
     train.add_argument(
@@ -47,7 +51,12 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     last_epoch = (run / "log.jsonl").read_text().splitlines()[-1]
     if "val" not in json.loads(last_epoch):
-        say("val was not scored, so there is no report; npair evaluate makes one")
+        remedy = "the data have no val split"
+        if not read_run(run)["train"]["evaluations"]:
+            report = ("--report", run / "report.html")
+            evaluate = command_line("evaluate", "--data", arguments.data, "--run", run, *report)
+            remedy = f"to make one: {evaluate}"
+        say(f"val was not scored, so there is no report; {remedy}")
         return 0
     present(score_run(arguments, "val"), report=run / "report.html")
     return 0

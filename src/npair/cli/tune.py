@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from npair.cli.options import MODEL_FOLDER, Commands, add_command, add_source, positive, say
+from npair.cli.options import MODEL_FOLDER, Commands, add_command, add_source, number, say
 
 PHOTOS = 200  # at most, sent in turn
 
@@ -17,6 +17,7 @@ def add_commands(commands: Commands) -> None:
         "tune",
         _tune,
         "find the serving settings that are best on this machine and write them to config.pbtxt",
+        extra="tune",
     )
     add_source(tune)
     tune.add_argument(
@@ -28,23 +29,26 @@ def add_commands(commands: Commands) -> None:
     )
     tune.add_argument(
         "--p99-ms",
-        type=positive,
+        type=number(float, above=0, most=1e9),
         default=100.0,
         help="limit of the 99th percentile of latency, in ms (%(default)g)",
     )
     tune.add_argument(
-        "--seconds", type=positive, default=2.0, help="duration of each load (%(default)g)"
+        "--seconds",
+        type=number(float, above=0, most=1e9),
+        default=2.0,
+        help="duration of each load (%(default)g)",
     )
     tune.add_argument(
         "--instances",
-        type=int,
+        type=number(int, least=1),
         nargs="+",
         metavar="N",
         help="numbers of instances to try (divisors of the number of cores, and one above it)",
     )
     tune.add_argument(
         "--batch",
-        type=int,
+        type=number(int, least=0),
         nargs="+",
         default=[0, 4, 8, 16, 32],
         metavar="N",
@@ -52,7 +56,7 @@ def add_commands(commands: Commands) -> None:
     )
     tune.add_argument(
         "--delay",
-        type=int,
+        type=number(int, least=0),
         nargs="+",
         default=[0, 500, 2000],
         metavar="US",
@@ -64,6 +68,9 @@ def add_commands(commands: Commands) -> None:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
+    if arguments.picture:
+        import matplotlib  # noqa: F401  # if it is missing, say so before the measurements
+
     from npair.data.sources import read_dataset
     from npair.releasing.repository import open_repository
     from npair.releasing.tune import (
@@ -79,8 +86,6 @@ def _tune(arguments: argparse.Namespace) -> int:
 
     divisors = [n for n in range(1, cores() + 1) if cores() % n == 0]
     instances = arguments.instances or [*divisors, cores() + 1]
-    if min(instances) < 1 or min(arguments.batch + arguments.delay) < 0:
-        raise ValueError("--instances must be positive, --batch and --delay must not be negative")
     photos = [
         path for split in read_dataset(arguments.data).splits.values() for path in split.paths
     ]

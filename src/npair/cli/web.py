@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-from npair.cli.options import Commands, add_command
-from npair.client import DEFAULT_URL, NpairClient
+from npair.cli.options import Commands, add_command, add_server, number
+from npair.client import NpairClient
 from npair.client_cli import from_environment
 
 
 def add_commands(commands: Commands) -> None:
     web = add_command(
-        commands, "web", _web, "serve a page and an HTTP API to search a gallery by photos"
+        commands,
+        "web",
+        _web,
+        "serve a page and an HTTP API to search a gallery by photos",
+        extra="web",
     )
     web.add_argument(
         "--index",
@@ -29,18 +32,19 @@ def add_commands(commands: Commands) -> None:
         metavar="DIR",
         help="where the photos are, if they were moved without the gallery",
     )
-    web.add_argument(
-        "--url",
-        default=os.environ.get("NPAIR_URL", DEFAULT_URL),
-        help="the server: http(s):// or grpc(s):// (NPAIR_URL; %(default)s)",
-    )
+    add_server(web)
     web.add_argument(
         "--host",
         default="127.0.0.1",
         help="address to listen on (%(default)s); any other than loopback needs a key of at least"
         " 32 characters in NPAIR_WEB_KEY, or in the file NPAIR_WEB_KEY_FILE",
     )
-    web.add_argument("--port", type=port, default=8080, help="0 chooses one (%(default)s)")
+    web.add_argument(
+        "--port",
+        type=number(int, least=0, most=65_535),
+        default=8080,
+        help="0 chooses one (%(default)s)",
+    )
     web.add_argument(
         "--allow-host",
         action="append",
@@ -48,14 +52,6 @@ def add_commands(commands: Commands) -> None:
         metavar="NAME",
         help="a name by which the service is reached, as in https://NAME/; may be repeated",
     )
-
-
-def port(text: str) -> int:
-    """Parse the number of a port. Raises: ValueError."""
-    number = int(text)
-    if not 0 <= number <= 65_535:
-        raise ValueError
-    return number
 
 
 def _web(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import shlex
 import shutil
 import sys
 import tarfile
@@ -69,9 +70,10 @@ def fetch_grocery(folder: Path, release: Release = GROCERY) -> Path:
             _check(staged, release)
             staged.replace(folder)
     except FETCH_ERRORS as error:
+        quoted = shlex.quote(str(folder))
         raise DataError(
             f"the Grocery Store Dataset could not be fetched from {release.url} ({error}); try"
-            f" again, or fetch it by hand: git clone {REPOSITORY} {folder} && git -C {folder}"
+            f" again, or fetch it by hand: git clone {REPOSITORY} {quoted} && git -C {quoted}"
             f" checkout {COMMIT}"
         ) from error
     print(f"{folder} holds the Grocery Store Dataset", file=sys.stderr)

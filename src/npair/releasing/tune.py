@@ -113,9 +113,14 @@ def tune(
     seconds: length of each measurement. axes: values to try, by name of Setting's fields.
     Returns: all points (medians if measured repeatedly), and the best setting, which is the
     present one unless another is clearly better.
-    Raises: TuneError if no setting keeps p99 or the server does not start; ConfigError,
-    TrafficError, OSError.
+    Raises: TuneError if no setting keeps p99, the server does not start or npair is not of a
+    checkout; ConfigError, TrafficError, OSError.
     """
+    if not SERVE.exists():
+        raise TuneError(
+            f"npair tune starts servers by {SERVE.name} of a checkout, and this npair is not"
+            " installed from one: pip install --editable '.[tune]' there"
+        )
     config = (repository / "config.pbtxt").read_text(encoding="utf-8")
     present = best = read_setting(config)
     runs: dict[Setting, list[list[Point]]] = {}

@@ -44,6 +44,9 @@ def verify(folder: Path, engine: str = "") -> Checked:
                 tolerance = manifest.engines[name].tolerance
                 distance = embedder.golden_distance
                 checked[name] = {"golden_distance": distance, "tolerance": tolerance}
+    except ModuleNotFoundError as error:
+        reason = f"its code needs {error.name}: pip install 'npair[release]'"
+        raise ReleaseError(f"{folder}: {reason}") from error
     except Exception as error:  # published code has exception classes of its own
         raise ReleaseError(f"{folder}: {error}") from error
     if all("cannot_run" in outcome for outcome in checked.values()):

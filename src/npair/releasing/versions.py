@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from npair.releasing import ReleaseError
@@ -31,13 +31,21 @@ class Version:
     reason: str | None = None
 
 
-def versions(repository: Repository, servers: Sequence[Server]) -> list[Version]:
+def versions(
+    repository: Repository,
+    servers: Sequence[Server],
+    say: Callable[[str], object] = lambda _: None,
+) -> list[Version]:
     """List all versions, ascending, and what publishers left unfinished.
 
-    Hashes are checked; golden sets are not, see ``verify``. Raises: ConfigError.
+    Hashes are checked; golden sets are not, see ``verify``.
+
+    say: is told which servers do not say what they serve. Raises: ConfigError.
     """
     serving: set[int] = set()
-    try_all(lambda server: serving.update(server.serving()), servers)
+    silent = try_all(lambda server: serving.update(server.serving()), servers)
+    for line in silent.values():
+        say(line)
     pins = pinned(repository.read("config.pbtxt").decode())
     rows = []
     for number, complete in repository.versions().items():

@@ -100,7 +100,11 @@ def write_report(
         map=embedding_map(sides[:1] if exclude_self else sides),
         run=run,
         findings=findings,
-        libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
+        libraries={
+            found.name: found.version
+            for name in LIBRARIES  # without torch, where a server was scored
+            for found in importlib.metadata.distributions(name=name)
+        },
     )
     path.write_text(page, encoding="utf-8")
 

