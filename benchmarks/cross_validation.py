@@ -48,6 +48,7 @@ def run_one(variant: str, config: TrainConfig, table: Path, runs: Path, cache: P
     """Train on a fold's table and score its held-back photos."""
     found, epochs = train_and_embed(variant, config, table, runs, cache)
     scores = found.evaluate()
+    assert scores.coarse is not None
     assert scores.fine.map_at_r is not None
     assert scores.verification is not None
     return {

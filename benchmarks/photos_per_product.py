@@ -116,6 +116,7 @@ def run_one(
             embedder = code.Embedder(version, cores=cores())
             scores = compare(variant, read_dataset(table), "val", embedding(embedder)).evaluate()
             embedder.close()
+    assert scores.coarse is not None
     recall = scores.fine.recall_at_1
     return {
         "epochs": epochs,

@@ -117,7 +117,7 @@ def across_groups(found: Comparison, previews: Pixels) -> Row:
     return {
         "queries": sum(weights),
         "fine": mean([part.fine.recall_at_1.value for part in scores]),
-        "coarse": mean([part.coarse.recall_at_1.value for part in scores]),
+        "coarse": mean([part.coarse.recall_at_1.value if part.coarse else 0.0 for part in scores]),
         "map_at_r": mean(
             [part.fine.map_at_r.value if part.fine.map_at_r else 0.0 for part in scores]
         ),

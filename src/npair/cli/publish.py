@@ -9,14 +9,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npair.cli.options import (
-    MODEL_FOLDER,
-    Commands,
-    add_command,
-    add_data,
-    add_repository,
-    say,
-)
+from npair.cli.options import Commands, add_command, add_data, add_repository, say
 
 if TYPE_CHECKING:
     from npair.releasing.repository import Repository
@@ -39,7 +32,7 @@ def add_commands(commands: Commands) -> None:
         "--accept-recall-drop",
         default="",
         metavar="REASON",
-        help="publish even if it finds less than the pinned version",
+        help="publish even if it finds less than the pinned version, beyond chance",
     )
     publish.add_argument(
         "--accept-cost",
@@ -86,7 +79,7 @@ def _publish(arguments: argparse.Namespace) -> int:
     )
     if manifest.metrics:
         print("val", *Evaluation.from_dict(manifest.metrics["val"]).lines(), sep="\n")
-    to_serve = _start(repository) if new else _promotion(repository, manifest.version)
+    to_serve = _start(repository) if new else f"npair promote {manifest.version}"
     print(f"published version {manifest.version} in {repository.location}; to serve it: {to_serve}")
     return 0
 
@@ -96,13 +89,6 @@ def _start(repository: Repository) -> str:
     models, _, _ = repository.location.rpartition("/")
     models = models if "://" in models else str(Path(repository.location).absolute().parent)
     return shlex.join(["make", "serve", f"MODEL_REPOSITORY={models}"])
-
-
-def _promotion(repository: Repository, number: int) -> str:
-    """Return the command that has servers of this repository switch to a version."""
-    other = repository.location != MODEL_FOLDER
-    named = ["--repository", repository.location] if other else []
-    return shlex.join(["npair", "promote", *named, str(number)])
 
 
 def _verify(arguments: argparse.Namespace) -> int:
