@@ -152,6 +152,16 @@ def test_an_interrupted_publication_goes_on(
         assert publisher(accept_cost="torch alone").version == 2
 
 
+def test_what_failed_is_not_kept(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifact, "write_graphs", full)
+    with pytest.raises(OSError, match="No space left"):
+        publisher()
+    assert not publisher.kept
+
+
 def test_a_worse_network_is_refused_before_it_is_quantised(
     publisher: Publisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,22 +213,13 @@ def test_what_costs_more_needs_a_reason() -> None:
         check(2.9, 16)
 
 
-def test_a_model_starts_in_an_empty_or_missing_folder(
-    trained: Path, dataset: Path, tmp_path: Path
-) -> None:
-    publisher = Publisher(tmp_path / "models/npair", trained, dataset, tmp_path / "cache")
-    assert publisher().version == 1
-    repository = open_repository(publisher.repository)
-    assert left(publisher.repository) == {"config.pbtxt", "1"}
-    assert check_pins(repository) == [1]
-    assert publisher(accept_cost="busy test machines").compared_with, "the pinned version"
-    assert check_pins(repository) == [1], "from now on, promote"
-
-
 def test_a_first_version_is_pinned_after_a_kill(
     trained: Path, dataset: Path, published: Path, tmp_path: Path
 ) -> None:
-    """A process that is killed before it writes config.pbtxt leaves a whole version."""
+    """A process that is killed before it writes config.pbtxt leaves a whole version.
+
+    tests/server/test_release.py starts in a missing folder.
+    """
     folder = tmp_path / "models/npair"
     shutil.copytree(published / "1", folder / "1")
     Publisher(folder, trained, dataset, tmp_path / "cache")()

@@ -10,15 +10,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from npair.publishing import PublishError
+
 RESULTS = "results.json"
 
 
 class Steps:
     """Runs each step once, even if the publication takes several tries.
 
-    If the block ends with an exception, the staged folder and the results go into the folder
-    ``kept``; the next publication with the same key begins with them. If it ends without one, they
-    are deleted. Only the newest try is kept.
+    If the version is refused or Ctrl-C ends the block, the staged folder and the results go into
+    the folder ``kept``; the next publication with the same key begins with them. Otherwise they are
+    deleted: after any other error, they may be what was wrong. Only the newest try is kept.
     """
 
     def __init__(self, folder: Path, kept: Path, key: str, say: Callable[[str], None]) -> None:
@@ -37,10 +39,10 @@ class Steps:
     def __exit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
-        if kind is None:
-            shutil.rmtree(self.kept, ignore_errors=True)
-        elif self.results:
+        if self.results and kind and issubclass(kind, (PublishError, KeyboardInterrupt)):
             self._keep()
+        else:
+            shutil.rmtree(self.kept, ignore_errors=True)
 
     def once(self, name: str, sentence: str, compute: Callable[[], Any]) -> Any:
         """Return the result of a step as JSON gives it back; compute it if it is not there.
