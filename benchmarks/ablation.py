@@ -10,12 +10,13 @@ table of docs/training.md; with --table it does nothing else.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-from cross_validation import Row, lookalike_folds, parser_of, run_all
+from cross_validation import lookalike_folds, run_one
+from training_runs import Row, parser_of, rows_of
 
 from npair.scoring.intervals import over_seeds
 from npair.training.run import TrainConfig
@@ -37,22 +38,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = parser_of(__doc__ or "", runs="runs/ablation", results="docs/ablation.jsonl")
-    parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help="(all)"
-    )
-    parser.add_argument("--table", action="store_true", help="only print the table of the results")
-    arguments = parser.parse_args()
-    if arguments.table:
-        rows = [json.loads(line) for line in arguments.results.open()]
-    else:
-        configs = {
-            (name, seed): replace(PROTOCOL, **VARIANTS[name])
-            for seed in range(SEEDS)
-            for name in arguments.variants
-        }
-        rows = run_all(configs, lookalike_folds(["train"], arguments), arguments)
-    print(table(rows))
+    arguments = parser_of(__doc__ or "", "ablation", VARIANTS).parse_args()
+    configs = {
+        (name, seed): replace(PROTOCOL, **VARIANTS[name])
+        for seed in range(SEEDS)
+        for name in arguments.variants
+    }
+    folds = partial(lookalike_folds, ["train"], arguments)
+    print(table(rows_of(arguments, configs, folds, run_one)))
 
 
 def table(rows: list[Row]) -> str:

@@ -21,92 +21,68 @@ again. At the end, it prints the table of the model card; with --table it does n
 
 from __future__ import annotations
 
-import json
+import argparse
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from cross_validation import FOLDS, Row, parser_of, run_all, train_and_embed
-from torch import nn
+from cross_validation import FOLDS
+from training_runs import IMAGENET, LITE0, Row, embed_untrained, parser_of, rows_of, train_and_embed
 
-from npair.data.dataset import Dataset
 from npair.data.folds import colour_histograms, folds, write_tables
-from npair.data.pixels import PREVIEW, Pixels, decode_dataset, default_cache
+from npair.data.pixels import PREVIEW, Pixels, decode_dataset
 from npair.data.sources import read_dataset
-from npair.networks.network import embed, new_network
 from npair.scoring.evaluate import Comparison, compare
 from npair.scoring.intervals import over_seeds
 from npair.training.run import TrainConfig
 
 SEED = 0  # of the folds and of training
-COLOURS, IMAGENET = "colours alone", "ImageNet alone"
-LITE0 = TrainConfig(network="efficientnet-lite0", size=192, seed=SEED, evaluations=0)
+COLOURS = "colours alone"
 VARIANTS = {
     COLOURS: replace(LITE0, size=PREVIEW.size),
     IMAGENET: LITE0,
-    "from scratch": TrainConfig(network="compact", seed=SEED, evaluations=0),
+    "from scratch": TrainConfig(network="compact", evaluations=0),
     "from ImageNet": LITE0,
 }
 
 
 def main() -> None:
-    parser = parser_of(__doc__ or "", runs="runs/unseen", results="docs/unseen.jsonl")
-    parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help="(all)"
-    )
+    parser = parser_of(__doc__ or "", "unseen", VARIANTS)
     parser.add_argument(
         "--epochs", type=int, default=0, help="of the trained variants (chosen by npair train)"
     )
-    parser.add_argument("--table", action="store_true", help="only print the table of the results")
     arguments = parser.parse_args()
-    if arguments.table:
-        rows = [json.loads(line) for line in arguments.results.open()]
-    else:
-        configs = {
-            (name, SEED): replace(VARIANTS[name], epochs=arguments.epochs)
-            for name in arguments.variants
-        }
-        rows = run_all(
-            configs,
-            product_folds(read_dataset(arguments.data), arguments.runs / "folds"),
-            arguments,
-            run_one,
-        )
-    print(table(rows))
+    configs = {
+        (name, SEED): replace(VARIANTS[name], epochs=arguments.epochs)
+        for name in arguments.variants
+    }
+    print(table(rows_of(arguments, configs, partial(product_folds, arguments), run_one)))
 
 
-def product_folds(dataset: Dataset, folder: Path) -> list[Path]:
+def product_folds(arguments: argparse.Namespace) -> Mapping[int, Path]:
     """Write the table of each fold: photos of its own products are val, those of others train."""
-    fold_of = np.random.default_rng(SEED).permutation(len(dataset.train.fine_names)) % FOLDS
-    return write_tables([dataset.train], fold_of[dataset.train.fine], FOLDS, folder)
+    train = read_dataset(arguments.data).train
+    fold_of = np.random.default_rng(SEED).permutation(len(train.fine_names)) % FOLDS
+    return dict(
+        enumerate(write_tables([train], fold_of[train.fine], FOLDS, arguments.runs / "folds"))
+    )
 
 
-def run_one(variant: str, config: TrainConfig, table: Path, runs: Path) -> Row:
+def run_one(variant: str, config: TrainConfig, table: Path, runs: Path, cache: Path) -> Row:
     """Embed the photos of a fold's products and score them.
 
     The network is trained on the photos of the other products, if the variant is a trained one.
     """
-    dataset, previews, _ = decode_dataset(read_dataset(table), PREVIEW, default_cache())
+    dataset, previews, _ = decode_dataset(read_dataset(table), PREVIEW, cache)
+    epochs = 0
     if variant == COLOURS:
-        found, epochs = (
-            compare(variant, dataset, "val", lambda photos: colour_histograms(photos, previews)),
-            0,
-        )
+        found = compare(variant, dataset, "val", lambda photos: colour_histograms(photos, previews))
     elif variant == IMAGENET:
-        network, _ = new_network(config.network, config.width, views=1)
-        network.embedding = nn.Identity()  # type: ignore[assignment]
-        _, pixels, _ = decode_dataset(dataset, config.preprocessing(), default_cache())
-        found, epochs = (
-            compare(
-                variant,
-                dataset,
-                "val",
-                lambda photos: embed(network, pixels.array, pixels.of(photos)),
-            ),
-            0,
-        )
+        found = embed_untrained(variant, config, table, cache)
     else:
-        found, epochs = train_and_embed(variant, config, table, runs)
+        found, epochs = train_and_embed(variant, config, table, runs, cache)
     return {"epochs": epochs, **across_groups(found, previews)}
 
 
@@ -141,7 +117,7 @@ def across_groups(found: Comparison, previews: Pixels) -> Row:
     return {
         "queries": sum(weights),
         "fine": mean([part.fine.recall_at_1.value for part in scores]),
-        "coarse": mean([part.coarse.recall_at_1.value for part in scores]),
+        "coarse": mean([part.coarse.recall_at_1.value if part.coarse else 0.0 for part in scores]),
         "map_at_r": mean(
             [part.fine.map_at_r.value if part.fine.map_at_r else 0.0 for part in scores]
         ),

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.characters import write_characters
 from support.models import TINY, TINY_OPTIONS
 
 from npair.cli.evaluate import embed_run
 from npair.data.pixels import decode_dataset, default_cache
 from npair.data.sources import read_dataset
-from npair.publishing.drawings import write_characters, write_dataset
+from npair.publishing.drawings import write_dataset
 from npair.training.checkpoint import load_network, moving_average
 from npair.training.defaults import choose_defaults
 from npair.training.run import RunError, TrainConfig

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.characters import write_characters
 from support.models import SHIPPED, TINY_OPTIONS
 from support.servers import running
 
 from npair.data.pixels import decode_dataset
 from npair.data.sources import read_dataset
-from npair.publishing.drawings import write_characters
 from npair.scoring.evaluate import evaluate
 from npair.scoring.retrieval import LabelledVectors
 from npair.serving.embedder import Embedder

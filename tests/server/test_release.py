@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 import shutil
+import sys
 import threading
 import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.models import without_int8
 from support.releases import SECRET, Standing, digest, flip, golden, pins, truncate
 from support.servers import controlled, free_ports, lines_until_ready, running, start
 from tritonclient.utils import InferenceServerException
 
+from npair import cli
 from npair.client import HttpTransport, NpairClient, VersionGoneError
 from npair.releasing import ReleaseError
 from npair.releasing.config import parameters, pinned
@@ -22,6 +26,31 @@ from npair.releasing.control import Server
 from npair.releasing.release import check_server, promote, retire, rollback
 from npair.releasing.repository import RepositoryError, open_repository
 from npair.releasing.versions import listing, versions
+
+
+def test_a_model_starts_from_nothing(
+    trained: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "my models" / "npair"
+    words = ["publish", "--run", trained, "--data", dataset, "--repository", folder]
+    monkeypatch.setattr(sys, "argv", ["npair", *map(str, words)])
+    with without_int8():
+        assert cli.main() == 0
+    printed = capsys.readouterr()
+    assert "holds no model yet" in printed.err
+    command = shlex.split(printed.out.strip().partition("to serve it: ")[2])
+    assert command[:2] == ["make", "serve"]
+    variable, _, models = command[2].partition("=")
+    with running(**{variable: models}) as (_, urls), NpairClient(urls["grpc"]) as client:
+        photos, expected = golden(folder, 1)
+        vectors, version = client.embed(photos)
+        assert version == "1"
+        np.testing.assert_allclose(vectors @ expected.T, expected @ expected.T, atol=0.1)
+        assert client.manifest_sha256("1") == digest(folder / "1")
 
 
 class TestPromote:

@@ -47,7 +47,7 @@ def publish_into(
 ) -> Path:
     """Publish the next version; return its folder."""
     manifest = publish_next(
-        open_repository(repository),
+        open_repository(repository, start=True),
         run,
         data,
         cache=default_cache(),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import photos_per_product
 import pytest
 import robustness
 import unseen
@@ -20,6 +22,7 @@ from model_card import card
 from PIL import Image
 from robustness import CHANGES, exposed, measure
 from support.models import ROOT, SHIPPED, TINY
+from training_runs import IMAGENET
 from unseen import across_groups, product_folds
 from wrk import Load
 
@@ -28,6 +31,7 @@ from npair.data.pixels import Pixels
 from npair.data.sources import read_dataset
 from npair.publishing.drawings import draw
 from npair.scoring.evaluate import Comparison
+from npair.serving.manifest import Manifest
 
 
 def test_ablation_compares_runs_of_the_same_fold_and_seed() -> None:
@@ -181,7 +185,8 @@ def test_versions_stand_side_by_side() -> None:
 
 
 def test_unseen_products_are_in_no_train_split(dataset: Path, tmp_path: Path) -> None:
-    tables = [read_dataset(table) for table in product_folds(read_dataset(dataset), tmp_path)]
+    written = product_folds(Namespace(data=dataset, runs=tmp_path))
+    tables = [read_dataset(table) for table in written.values()]
     found = []
     for folded in tables:
         assert folded.val is not None
@@ -217,11 +222,12 @@ def test_unseen_products_are_not_found_by_lookalikes() -> None:
 
 
 def test_unseen_trains_and_scores_or_only_scores(dataset: Path, tmp_path: Path) -> None:
-    table = product_folds(read_dataset(dataset), tmp_path / "folds")[0]
-    scratch = unseen.run_one("from scratch", TINY, table, tmp_path)
+    table = product_folds(Namespace(data=dataset, runs=tmp_path))[0]
+    places = table, tmp_path, tmp_path / "cache"
+    scratch = unseen.run_one("from scratch", TINY, *places)
     assert scratch["epochs"] == TINY.epochs
     assert (tmp_path / "from-scratch-seed-0-fold-0" / "checkpoint.pt").exists()
-    imagenet = unseen.run_one(unseen.IMAGENET, unseen.VARIANTS[unseen.IMAGENET], table, tmp_path)
+    imagenet = unseen.run_one(IMAGENET, unseen.VARIANTS[IMAGENET], *places)
     assert imagenet["epochs"] == 0
     assert scratch["queries"] == imagenet["queries"] == 8
     assert 0 <= imagenet["fine"] <= imagenet["coarse"] <= 1
@@ -250,3 +256,52 @@ def test_unseen_differences_are_from_imagenet_alone_on_the_same_fold() -> None:
         trained
         == "| from ImageNet | - | 0.400 ± 0.000 | +0.100 ± 0.000 | 0.500 ± 0.000 | 0.250 ± 0.000 |"
     )
+
+
+def test_draws_of_photos_are_nested(dataset: Path, tmp_path: Path) -> None:
+    arguments = Namespace(data=dataset, runs=tmp_path, cache=tmp_path / "cache", photos=[2, 1])
+    drawn = {
+        photos: read_dataset(table)
+        for photos, table in photos_per_product.draws(arguments, 0).items()
+    }
+    assert [*drawn] == [1, 2, "all"]
+    products = len(drawn["all"].train.fine_names)
+    assert [len(draw.train) for draw in drawn.values()] == [products, 2 * products, 24]
+    sets = [set(draw.train.paths) for draw in drawn.values()]
+    assert sets[0] < sets[1] < sets[2]
+    assert len({draw.splits["val"].paths for draw in drawn.values()}) == 1
+
+
+def test_each_variant_searches_the_drawn_photos(dataset: Path, tmp_path: Path) -> None:
+    arguments = Namespace(data=dataset, runs=tmp_path, cache=tmp_path / "cache", photos=[2])
+    draws = photos_per_product.draws(arguments, 0)
+    configs = {**photos_per_product.VARIANTS, photos_per_product.TRAINED: TINY}
+    rows = {
+        (variant, photos): photos_per_product.run_one(
+            variant, config, table, tmp_path, tmp_path / "cache", version=SHIPPED
+        )
+        for variant, config in configs.items()
+        for photos, table in draws.items()
+    }
+    published = photos_per_product.PUBLISHED
+    assert rows[published, 2]["gallery"] < rows[published, "all"]["gallery"] == 24
+    assert rows[photos_per_product.TRAINED, 2]["epochs"] == TINY.epochs
+    recall = Manifest.read(SHIPPED).recall_at_1()
+    assert rows[photos_per_product.TRAINED, "all"]["fine"] == round(recall["fine"], 4)
+
+
+def test_photos_of_a_product_stand_below_each_other() -> None:
+    def row(variant: str, photos: int | str, seed: int, fine: float) -> dict[str, Any]:
+        scores = {"gallery": 81, "fine": fine, "fine_95": [fine - 0.05, fine + 0.05], "coarse": 0.5}
+        return {"variant": variant, "photos": photos, "seed": seed, **scores}
+
+    rows = [
+        row("trained on them", "all", 0, 0.8),
+        row("trained on them", 2, 0, 0.2),
+        row("trained on them", 2, 1, 0.4),
+        row("ImageNet alone", 2, 0, 0.1),
+    ]
+    _, _, two, whole, _, note = photos_per_product.table(rows).splitlines()
+    assert two == "| 2 | 81 | 0.100 / 0.500 |  | 0.300 / 0.500 |"
+    assert whole == "| all | 81 |  |  | 0.800 / 0.500 |"
+    assert note.endswith("± 0.050")

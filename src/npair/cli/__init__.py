@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     whole.set_defaults(extra="")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
     client_cli.add_commands(commands)
-    for group in (data, train, evaluate, publish, release, index, tune):
+    for group in (data, train, evaluate, publish, release, index, tune, web):
         group.add_commands(commands)
     return whole
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from npair.publishing.publish import publish
-from npair.releasing.config import pinned
+from npair.releasing.config import new_config, pinned, with_release
+from npair.releasing.release import client_parameters
 from npair.releasing.repository import Repository
 from npair.serving.manifest import Manifest
 
@@ -16,6 +17,8 @@ from npair.serving.manifest import Manifest
 def publish_next(repository: Repository, run: Path, data: Path, **options: Any) -> Manifest:
     """Publish a run as the repository's next version, compared with the newest pinned one.
 
+    If the repository has no config.pbtxt, writes one that pins the version: a server that starts on
+    it serves the version.
     options: passed on to ``publishing.publish``.
     Raises: whatever ``publish`` raises; RepositoryError, ConfigError.
     """
@@ -23,7 +26,7 @@ def publish_next(repository: Repository, run: Path, data: Path, **options: Any) 
         repository.new_version() as (number, folder),
         _newest_pinned(repository) as pinned_folder,
     ):
-        return publish(
+        manifest = publish(
             run,
             data,
             folder,
@@ -32,12 +35,26 @@ def publish_next(repository: Repository, run: Path, data: Path, **options: Any) 
             pinned=pinned_folder,
             **options,
         )
+    if is_new(repository):
+        with repository.exclusive():
+            described = client_parameters(repository.read(f"{number}/manifest.json"))
+            config = with_release(new_config(), [number], described)
+            repository.write("config.pbtxt", config.encode())
+    return manifest
+
+
+def is_new(repository: Repository) -> bool:
+    """Return whether the repository has no config.pbtxt yet, and so serves nothing."""
+    return "config.pbtxt" not in repository.names()
 
 
 @contextlib.contextmanager
 def _newest_pinned(repository: Repository) -> Iterator[Path | None]:
     """Yield the folder of the newest complete version that is pinned, None if there is none."""
-    complete = repository.versions()
-    pins = [pin for pin in pinned(repository.read("config.pbtxt").decode()) if complete.get(pin)]
+    pins = []
+    if not is_new(repository):
+        complete = repository.versions()
+        config = repository.read("config.pbtxt").decode()
+        pins = [pin for pin in pinned(config) if complete.get(pin)]
     with repository.version(pins[-1]) if pins else contextlib.nullcontext() as folder:
         yield folder

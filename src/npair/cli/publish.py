@@ -5,9 +5,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from npair.cli.options import Commands, add_command, add_data, add_repository, command_line, say
+
+if TYPE_CHECKING:
+    from npair.releasing.repository import Repository
 
 
 def add_commands(commands: Commands) -> None:
@@ -31,7 +36,7 @@ def add_commands(commands: Commands) -> None:
         "--accept-recall-drop",
         default="",
         metavar="REASON",
-        help="publish even if it finds less than the pinned version",
+        help="publish even if it finds less than the pinned version, beyond chance",
     )
     publish.add_argument(
         "--accept-cost",
@@ -66,12 +71,14 @@ def add_commands(commands: Commands) -> None:
 
 
 def _publish(arguments: argparse.Namespace) -> int:
-    from npair.cli.next_version import publish_next
+    from npair.cli.next_version import is_new, publish_next
     from npair.data.pixels import default_cache
     from npair.releasing.repository import open_repository
     from npair.scoring.evaluate import Evaluation
 
-    repository = open_repository(arguments.repository)
+    repository = open_repository(arguments.repository, start=True)
+    if new := is_new(repository):
+        say(f"{repository.location} holds no model yet: starting one, without comparison")
     manifest = publish_next(
         repository,
         arguments.run,
@@ -83,12 +90,17 @@ def _publish(arguments: argparse.Namespace) -> int:
     )
     if manifest.metrics:
         print("val", *Evaluation.from_dict(manifest.metrics["val"]).lines(), sep="\n")
-    if compared := manifest.compared_with:
-        for kind, (old, new) in compared.recall_at_1.items():
-            print(f"Recall@1 {kind}: {new:.3f}; version {compared.version} has {old:.3f}")
     promote = command_line("promote", manifest.version, repository=arguments.repository)
-    print(f"published version {manifest.version} in {repository.location}; to serve it: {promote}")
+    to_serve = _start(repository) if new else promote
+    print(f"published version {manifest.version} in {repository.location}; to serve it: {to_serve}")
     return 0
+
+
+def _start(repository: Repository) -> str:
+    """Return the command that starts a server of this repository."""
+    models, _, _ = repository.location.rpartition("/")
+    models = models if "://" in models else str(Path(repository.location).absolute().parent)
+    return shlex.join(["make", "serve", f"MODEL_REPOSITORY={models}"])
 
 
 def _verify(arguments: argparse.Namespace) -> int:

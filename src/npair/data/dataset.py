@@ -46,6 +46,12 @@ class Photos:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def has_coarse(self) -> bool:
+        """Whether the coarse labels are any others than the fine ones."""
+        same_names = self.coarse_names == self.fine_names
+        return not (same_names and np.array_equal(self.coarse, self.fine))
+
     def select(self, indices: Iterable[int] | npt.NDArray[np.int64]) -> Photos:
         """Return the photos at these indices, in this order."""
         rows = np.fromiter(indices, dtype=np.int64)

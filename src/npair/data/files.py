@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,6 +56,11 @@ def read_photo(path: Path) -> bytes:
 def digest_of(path: Path) -> str:
     """Return the SHA-256 of a photo's bytes, in hexadecimal. Raises: OSError."""
     return hashlib.sha256(read_photo(path)).hexdigest()
+
+
+def digest_of_json(value: object) -> str:
+    """Return the SHA-256 of a value as JSON, in hexadecimal: a key for what it determines."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def parallel_map(

@@ -8,7 +8,7 @@ other visits. Folds are therefore made of groups of lookalikes.
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,22 +97,29 @@ def write_tables(
     Returns: the tables, which hold absolute paths. Raises: DataError for a name that no table can
     hold.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = [folder / f"fold-{number}.csv" for number in range(k)]
+    for number, table in enumerate(tables):
+        write_table(table, parts, np.where(fold == number, "val", "train"))
+    return tables
+
+
+def write_table(table: Path, parts: Sequence[Photos], splits: Iterable[str]) -> None:
+    """Write photos with their labels and absolute paths, part after part.
+
+    splits: of each photo. Raises: DataError for a name that no table can hold.
+    """
     rows = [
         (path.absolute(), photos.fine_names[fine], photos.coarse_names[coarse])
         for photos in parts
         for path, fine, coarse in zip(photos.paths, photos.fine, photos.coarse, strict=True)
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    tables = [folder / f"fold-{number}.csv" for number in range(k)]
-    for number, table in enumerate(tables):
-        splits = np.where(fold == number, "val", "train")
-        try:
-            with table.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(("path", "label", "coarse", "split"))
-                writer.writerows((*row, split) for row, split in zip(rows, splits, strict=True))
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{table}: a name is not UTF-8 ({error.object!a}); rename that file or folder"
-            ) from error
-    return tables
+    try:
+        with table.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("path", "label", "coarse", "split"))
+            writer.writerows((*row, split) for row, split in zip(rows, splits, strict=True))
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{table}: a name is not UTF-8 ({error.object!a}); rename that file or folder"
+        ) from error

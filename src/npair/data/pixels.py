@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from npair.data.checks import Findings, clean
 from npair.data.dataset import DataError, Dataset, Photos
-from npair.data.files import LIMITS, parallel_map, read_photo
+from npair.data.files import LIMITS, digest_of_json, parallel_map, read_photo
 from npair.serving import code_of
 from npair.serving.preprocess import Preprocessing, decode
 from npair.serving.refusal import PhotoError
@@ -117,7 +117,7 @@ def _cached(
         asdict(preprocessing),
         asdict(LIMITS),
     ]
-    key = hashlib.sha256(json.dumps([list(sources), decoder]).encode()).hexdigest()
+    key = digest_of_json([list(sources), decoder])
     shape = (len(sources), preprocessing.size, preprocessing.size, 3)
     found = _read_cache(cache / f"{key}.npy", shape)
     if found is None:

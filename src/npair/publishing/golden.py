@@ -39,7 +39,7 @@ def write_golden(folder: Path, network: EmbeddingNetwork, preprocessing: Preproc
         "golden/cut-out.webp": encode(cut_out, "WEBP", lossless=True),
     }
     golden = Golden([*photos], "golden/embeddings.npy", UNMEASURED)
-    (folder / "golden").mkdir()
+    (folder / "golden").mkdir(exist_ok=True)
     for name, photo in photos.items():
         (folder / name).write_bytes(photo)
     pixels = decode_photos([folder / name for name in photos], preprocessing)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from npair.data.dataset import Dataset, Photos
 from npair.data.pixels import Pixels
 from npair.networks.network import EmbeddingNetwork
 from npair.publishing import PublishError
+from npair.publishing.gates import Hits, losses
 from npair.publishing.golden import UNMEASURED, distance_with
 from npair.scoring.evaluate import Comparison, compare
 from npair.scoring.retrieval import Vectors
@@ -65,12 +66,27 @@ SMALLEST_TOLERANCE = 1e-4
 class Choice:
     """The engines of a version, the fastest first, and those it must not use, by name.
 
-    compared: val and its gallery, embedded by the fastest; None without val.
+    hits, metrics, thresholds: of val, found by the fastest; empty and None without val.
+    doubts: losses of engines in use that val cannot tell from chance, in sentences.
     """
 
     engines: dict[str, Engine]
     refused: dict[str, RefusedEngine]
-    compared: Comparison | None
+    hits: Hits
+    metrics: dict[str, Any] | None
+    thresholds: dict[str, float | None] | None
+    doubts: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Choice:
+        """Restore what as_dict returned, also after JSON."""
+        engines = {name: Engine(**engine) for name, engine in stored["engines"].items()}
+        refused = {name: RefusedEngine(**engine) for name, engine in stored["refused"].items()}
+        return cls(**(stored | {"engines": engines, "refused": refused}))
 
 
 def export(network: EmbeddingNetwork, size: int, path: Path) -> None:
@@ -91,7 +107,8 @@ def export(network: EmbeddingNetwork, size: int, path: Path) -> None:
 def write_graphs(folder: Path, photos: npt.NDArray[np.uint8]) -> dict[str, str]:
     """Convert the reference graph for the other engines, and quantise it to int8.
 
-    photos: uint8 [N, size, size, 3], from the train split, for calibration.
+    photos: uint8 [N, size, size, 3], from the train split, for calibration: CALIBRATION_PHOTOS
+    are enough.
     Returns: why an engine has no graph, by its name.
     """
     nncf.set_log_level(logging.ERROR)
@@ -103,10 +120,8 @@ def write_graphs(folder: Path, photos: npt.NDArray[np.uint8]) -> dict[str, str]:
     except Exception as error:  # of any kind, if OpenVINO does not know an operation
         reason = f"OpenVINO cannot take the graph: {error}"
         return {name: reason for name in ENGINES if name != REFERENCE}
-    count = min(len(photos), CALIBRATION_PHOTOS)
-    calibration = photos[np.linspace(0, len(photos) - 1, count).astype(int)]
     try:
-        quantised = _quantised(model, calibration)
+        quantised = _quantised(model, photos)
         path = folder / ENGINES["openvino-int8"]["graph"]
         openvino.save_model(quantised, path, compress_to_fp16=False)
     except Exception as error:
@@ -142,11 +157,32 @@ def staged_engines(failed: Mapping[str, str]) -> tuple[dict[str, Engine], dict[s
     return engines, refused
 
 
-def choose(folder: Path, engines: Mapping[str, Engine], dataset: Dataset, pixels: Pixels) -> Choice:
+def calibration_rows(count: int) -> npt.NDArray[np.int64]:
+    """Spread the photos for ``write_graphs`` evenly over a train split of ``count`` photos."""
+    return np.linspace(0, count - 1, min(count, CALIBRATION_PHOTOS)).astype(np.int64)
+
+
+def reference_hits(folder: Path, dataset: Dataset, pixels: Pixels) -> Hits:
+    """Check the reference graph of a staged version, and embed val with it.
+
+    Returns: its hits, empty without val. Raises: PublishError, VersionError.
+    """
+    embedders, _ = _start(folder, [REFERENCE])
+    embedder = embedders[REFERENCE]
+    hits = _hits(_compare(embedder, dataset, pixels)) if dataset.val else {}
+    embedder.close()
+    return hits
+
+
+def choose(
+    folder: Path, engines: Iterable[str], dataset: Dataset, pixels: Pixels, reference: Hits
+) -> Choice:
     """Measure the engines of a staged version and choose those that it may use.
 
-    bf16 and int8 may be used if their Recall@1 on val is at most ALLOWED_DROP below the
-    reference's, for fine and for coarse labels; without val, they cannot be judged.
+    bf16 and int8 must not be used if their Recall@1 on val, of fine or of coarse labels, is more
+    than ALLOWED_DROP below the reference's and chance does not explain it; without val, they cannot
+    be judged.
+    reference: what ``reference_hits`` returned.
     Raises: PublishError, VersionError.
     """
     embedders, refused = _start(folder, engines)
@@ -154,15 +190,18 @@ def choose(folder: Path, engines: Mapping[str, Engine], dataset: Dataset, pixels
         name: distance_with(folder, REFERENCE, environment)
         for name, environment in INSTRUCTION_SETS.items()
     }
-    photos = pixels.array[pixels.of(dataset.train)][: 8 * BATCH * cores()]
+    photos = pixels.array[pixels.of(dataset.train)[: 8 * BATCH * cores()]]
     costs = milliseconds({name: each.embed for name, each in embedders.items()}, photos)
-    compared = (
-        {name: _compare(each, dataset, pixels) for name, each in embedders.items()}
-        if dataset.val
-        else {}
-    )
-    recalls = {name: comparison.recall_at_1() for name, comparison in compared.items()}
+    compared = {
+        name: _compare(embedder, dataset, pixels)
+        for name, embedder in embedders.items()
+        if dataset.val and name != REFERENCE
+    }
+    hits: dict[str, Hits] = {name: {} for name in embedders}
+    hits |= {name: _hits(comparison) for name, comparison in compared.items()}
+    hits[REFERENCE] = reference
     kept: dict[str, Engine] = {}
+    doubts: list[str] = []
     for name in sorted(embedders, key=costs.__getitem__):
         distances = (older if name == REFERENCE else {}) | {
             "native": embedders[name].golden_distance
@@ -172,21 +211,32 @@ def choose(folder: Path, engines: Mapping[str, Engine], dataset: Dataset, pixels
         measured: dict[str, Any] = {
             **ENGINES[name],
             "milliseconds": costs[name],
-            "recall_at_1": recalls.get(name),
+            "recall_at_1": {kind: float(np.mean(of)) for kind, of in hits[name].items()}
+            if dataset.val
+            else None,
             "golden_distances": distances,
         }
-        reason = _refusal(recalls, name) if precision != "fp32" else ""
-        if reason:
+        found = losses(reference, hits[name], f"the reference, {REFERENCE},", ALLOWED_DROP)
+        reason = "; ".join(loss.text for loss in found if loss.proven)
+        if precision != "fp32" and not dataset.val:
+            reason = "without val photos, its recall is unknown"
+        if precision != "fp32" and reason:
             refused[name] = RefusedEngine(**measured, reason=reason)
         else:
             kept[name] = Engine(**measured, tolerance=tolerance)
+            doubts += [f"{name}: {loss.text}" for loss in found]
+    fastest, metrics, thresholds = next(iter(kept)), None, None
+    if dataset.val:
+        comparison = compared.get(fastest) or _compare(embedders[fastest], dataset, pixels)
+        evaluation = comparison.evaluate()
+        metrics, thresholds = {"val": evaluation.as_dict()}, evaluation.thresholds()
     for embedder in embedders.values():
         embedder.close()
-    return Choice(kept, refused, compared.get(next(iter(kept))))
+    return Choice(kept, refused, hits[fastest], metrics, thresholds, doubts)
 
 
 def _start(
-    folder: Path, engines: Mapping[str, Engine]
+    folder: Path, engines: Iterable[str]
 ) -> tuple[dict[str, Embedder], dict[str, RefusedEngine]]:
     """Load the engines that run here, and tell why others do not.
 
@@ -207,14 +257,6 @@ def _start(
             f" {distance:.2g}"
         )
     return embedders, refused
-
-
-def _refusal(recalls: Mapping[str, Mapping[str, float]], name: str) -> str:
-    """Return why the Recall@1 of an engine does not suffice, empty if it does."""
-    if not recalls:
-        return "without val photos, its recall is unknown"
-    drop = max(recalls[REFERENCE][kind] - recall for kind, recall in recalls[name].items())
-    return f"Recall@1 on val is {drop:.4f} below the reference's" if drop > ALLOWED_DROP else ""
 
 
 def milliseconds(calls: Mapping[str, Callable[[Any], object]], photos: Sized) -> dict[str, float]:
@@ -238,3 +280,7 @@ def _compare(embedder: Embedder, dataset: Dataset, pixels: Pixels) -> Comparison
         return embedder.embed(pixels.array[pixels.of(photos)])
 
     return compare("the published code", dataset, "val", embed)
+
+
+def _hits(compared: Comparison) -> Hits:
+    return {kind: hits.tolist() for kind, hits in compared.hits().items()}

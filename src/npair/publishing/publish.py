@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -16,19 +12,19 @@ from typing import Any
 import numpy as np
 
 from npair.data.dataset import Dataset, Photos
-from npair.data.files import digest_of, read_photo
+from npair.data.files import digest_of, digest_of_json, read_photo
 from npair.publishing import PublishError
-from npair.publishing.graphs import milliseconds
-from npair.publishing.version_folder import LIBRARIES, write_version
+from npair.publishing.gates import UNPROVEN, Gate, Hits
+from npair.publishing.graphs import Choice, milliseconds
+from npair.publishing.steps import Steps
+from npair.publishing.version_folder import LIBRARIES, Staging, read_source
 from npair.releasing.verify import published_code, verify
 from npair.scoring.evaluate import compare
 from npair.scoring.retrieval import Vectors
 from npair.serving.embedder import UNLIMITED, Embedder
 from npair.serving.engine import cores
-from npair.serving.manifest import NAME, Accepted, Comparison, Manifest
+from npair.serving.manifest import NAME, Comparison, Golden, Manifest
 
-RECALL_DROP = 0.01  # of Recall@1 on val, below the pinned version's, for fine or coarse labels
-COST_RISE = 1.5  # times the pinned version's milliseconds per photo, or bytes
 TIMED_PHOTOS = 64
 PINS = Path(__file__).parents[3] / "model/api"
 
@@ -46,68 +42,79 @@ def publish(
     accept_cost: str = "",
     say: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
-    """Write a version from a run's averaged weights or an earlier version's, and verify it.
+    """Write a version, scored on val by the code that will serve it, and verify it.
 
+    run: the folder of the run whose averaged weights are published, or of an earlier version, to
+    publish its network with the present serving code.
+    data: the data set of the run; without val, the version has no metrics and no thresholds.
     folder: an empty folder; discard what is in it if this raises.
     pinned: the folder of the version that is pinned, if any.
-    cache: keeps the measurements of a refused version, so that accepting it takes seconds.
+    cache: keeps what was computed if this raises, so that the next try goes on from there.
     accept_recall_drop, accept_cost: why a version may be published although it finds less than the
-    pinned one, or is slower or larger, beyond the tolerance; the manifest keeps the reason.
-    say: called with a sentence for each stage.
+    pinned one beyond chance, or is slower or larger; the manifest keeps the reason.
+    say: called with a sentence for each stage and each warning.
     Raises: PublishError, ReleaseError, RunError, DataError, VersionError.
     """
     check_libraries()
-    key = _fingerprint(run, data, pinned, model, version)
-    refused = cache / "refused" / key
-    if refused.is_dir():
-        say(f"version {version} was measured before and refused; taking it from {refused}")
-        shutil.copytree(refused, folder, dirs_exist_ok=True)
-        manifest = Manifest.read(folder)
-    else:
-        dataset, manifest = write_version(
-            folder, run, data, cache, model=model, version=version, say=say
-        )
-        if pinned:
-            say(f"comparing with version {Manifest.read(pinned).version}")
-            manifest.compared_with = compare_with(pinned, folder, manifest, dataset)
-            manifest.write(folder)
-    if compared := manifest.compared_with:
-        problems = refusals(compared)
-        reasons = {"recall": accept_recall_drop, "cost": accept_cost}
-        flags = {"recall": "--accept-recall-drop", "cost": "--accept-cost"}
-        if unexplained := [what for what in problems if not reasons[what]]:
-            _keep(folder, refused)
-            why = "; ".join(problems[what] for what in unexplained)
-            options = " ".join(f"{flags[what]} REASON" for what in unexplained)
-            raise PublishError(
-                f"{why}; nothing was published ({options} publishes it all the same)"
+    say(f"reading {run} and its photos")
+    source = read_source(run, data, cache)
+    gate = Gate(Manifest.read(pinned).version, accept_recall_drop, accept_cost) if pinned else None
+    with Steps(folder, cache / "unpublished", _key(run, data, pinned), say) as steps:
+        before: Hits = {}
+        if pinned and gate and source.dataset.val:
+            before = steps.once(
+                "pinned",
+                f"embedding val with version {gate.pinned}, which is pinned",
+                partial(_hits, pinned, source.dataset),
             )
-        for what, problem in problems.items():
-            setattr(compared, f"accepted_{what}", Accepted(problem, reasons[what]))
-        manifest.write(folder)
-    verify(folder)
-    shutil.rmtree(refused, ignore_errors=True)
+        staging = Staging(folder, source, model, version)
+        exported = steps.once(
+            "reference", "exporting the network, and embedding val with it", staging.reference
+        )
+        if gate:  # before the minutes of quantising: other engines find about the same
+            gate.check_recall(before, exported["hits"])
+        golden, reference = Golden(**exported["golden"]), exported["hits"]
+        failed = steps.once(
+            "graphs", "converting the network for OpenVINO, and quantising it", staging.graphs
+        )
+        manifest = staging.describe(golden, failed)
+        choice = Choice.from_dict(
+            steps.once(
+                "engines",
+                f"measuring the cost and recall of {', '.join(manifest.engines)}",
+                lambda: staging.choose(manifest, reference).as_dict(),
+            )
+        )
+        for doubt in choice.doubts:
+            say(UNPROVEN.format(doubt))
+        staging.complete(manifest, choice)
+        if pinned and gate:
+            costs = steps.once(
+                "costs",
+                f"comparing its cost with that of version {gate.pinned}",
+                partial(_costs, pinned, folder, source.dataset),
+            )
+            recalls = {kind: [_mean(of), _mean(choice.hits[kind])] for kind, of in before.items()}
+            compared = Comparison(version=gate.pinned, recall_at_1=recalls, **costs)
+            for line in gate.tell_recall(before, choice.hits):
+                say(line)
+            compared.accepted_recall = gate.check_recall(before, choice.hits)
+            compared.accepted_cost = gate.check_cost(compared)
+            manifest.compared_with = compared
+            manifest.write(folder)
+        say("verifying it")
+        verify(folder)
     return manifest
 
 
-def _fingerprint(run: Path, data: Path, pinned: Path | None, model: str, version: int) -> str:
-    """Hash everything that a version is made of and compared with."""
+def _key(run: Path, data: Path, pinned: Path | None) -> str:
+    """Hash everything that a version is made of and compared with, except its number."""
     network = run / NAME if (run / NAME).exists() else run / "checkpoint.pt"
     sources = sorted(Path(__file__).parents[1].rglob("*.py"))
     files = [network, *([pinned / NAME] if pinned else []), *sources]
     digests = [digest_of(file) if file.is_file() else "" for file in files]
     libraries = [installed(name) for name in LIBRARIES]
-    parts = [digests, str(data.absolute()), model, version, cores(), libraries]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _keep(folder: Path, refused: Path) -> None:
-    """Keep the version that was refused last, in place of an earlier one."""
-    shutil.rmtree(refused.parent, ignore_errors=True)
-    with contextlib.suppress(OSError):  # a full disk must not hide why the version was refused
-        unfinished = refused.with_suffix(".unfinished")
-        shutil.copytree(folder, unfinished)
-        unfinished.rename(refused)
+    return digest_of_json([digests, str(data.absolute()), cores(), libraries])
 
 
 def check_libraries() -> None:
@@ -128,15 +135,20 @@ def check_libraries() -> None:
                 )
 
 
-def compare_with(pinned: Path, folder: Path, manifest: Manifest, dataset: Dataset) -> Comparison:
-    """Compare the recall on val, the cost of a photo and the size of two versions on this machine.
+def _hits(pinned: Path, dataset: Dataset) -> Hits:
+    """Embed val and its gallery by a version's own code."""
+    with published_code(pinned) as code:
+        embedder = code.Embedder(pinned, cores=cores())
+    hits = compare("", dataset, "val", embedding(embedder)).hits()
+    embedder.close()
+    return {kind: found.tolist() for kind, found in hits.items()}
 
-    manifest: the new version's, which has its recall.
-    """
+
+def _costs(pinned: Path, folder: Path, dataset: Dataset) -> dict[str, Any]:
+    """Measure both versions on this machine: milliseconds per photo, from its bytes on; bytes."""
     with published_code(pinned) as code:
         old, new = code.Embedder(pinned, cores=cores()), Embedder(folder, cores=cores())
     photos = [read_photo(path) for path in dataset.train.paths[:TIMED_PHOTOS]]
-    recalls = compare("", dataset, "val", embedding(old)).recall_at_1() if dataset.val else {}
     costs = milliseconds(
         {
             "old": partial(old.embed_photos, limits=UNLIMITED),
@@ -146,16 +158,15 @@ def compare_with(pinned: Path, folder: Path, manifest: Manifest, dataset: Datase
     )
     old.close()
     new.close()
-    found = manifest.recall_at_1()
-    return Comparison(
-        version=Manifest.read(pinned).version,
-        recall_at_1={kind: [recall, found[kind]] for kind, recall in recalls.items()},
-        milliseconds=[costs["old"], costs["new"]],
-        bytes=[
-            sum(path.stat().st_size for path in each.rglob("*") if path.is_file())
-            for each in (pinned, folder)
-        ],
-    )
+    sizes = [
+        sum(path.stat().st_size for path in each.rglob("*") if path.is_file())
+        for each in (pinned, folder)
+    ]
+    return {"milliseconds": [costs["old"], costs["new"]], "bytes": sizes}
+
+
+def _mean(hits: Sequence[bool]) -> float:
+    return float(np.mean(hits))
 
 
 def embedding(embedder: Any) -> Callable[[Photos], Vectors]:
@@ -169,19 +180,3 @@ def embedding(embedder: Any) -> Callable[[Photos], Vectors]:
         return np.stack(vectors)
 
     return embed
-
-
-def refusals(compared: Comparison) -> dict[str, str]:
-    """Return why the new version needs to be accepted, by "recall" and "cost"."""
-    problems = {}
-    pinned = f"version {compared.version}"
-    for kind, (old, new) in compared.recall_at_1.items():
-        if old - new > RECALL_DROP:
-            problems["recall"] = (
-                f"Recall@1 on val, of {kind} labels, is {new:.3f}; {pinned} has {old:.3f}"
-            )
-    costs = ("ms a photo", compared.milliseconds), ("bytes", compared.bytes)
-    for unit, (before, after) in costs:
-        if after > COST_RISE * before:
-            problems["cost"] = f"it takes {after:,} {unit}; {pinned} takes {before:,}"
-    return problems

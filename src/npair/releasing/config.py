@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from google.protobuf import json_format, text_format
 from google.protobuf.message import Message
@@ -21,6 +22,11 @@ def parse(config: str) -> model_config_pb2.ModelConfig:
         return text_format.Parse(config, model_config_pb2.ModelConfig())
     except text_format.ParseError as error:
         raise ConfigError(f"config.pbtxt cannot be read: {error}") from error
+
+
+def new_config() -> str:
+    """Return the config.pbtxt that a model starts with; it describes no version yet."""
+    return Path(__file__).with_name("config.pbtxt").read_text()
 
 
 def pinned(config: str) -> list[int]:

@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
+MODEL = "npair"  # the only name that serve.py, clients and dashboards know
 STORES = ("s3", "gs")  # the extras of pyproject.toml with their fsspec implementations
 
 
@@ -38,6 +39,9 @@ class Repository(Protocol):
 
     def delete(self, path: str) -> None:
         """Delete a file of the model's folder if it exists."""
+
+    def names(self) -> set[str]:
+        """Return the names of files and folders in the model's folder; empty if it is missing."""
 
     def versions(self) -> dict[int, bool]:
         """Return whether each version is complete, by number, ascending."""
@@ -96,11 +100,12 @@ class Folder(Repository):
         (self.folder / path).unlink(missing_ok=True)
         _sync(self.folder)
 
+    def names(self) -> set[str]:
+        return {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+
     def versions(self) -> dict[int, bool]:
         numbers = sorted(
-            int(path.name)
-            for path in self.folder.iterdir()
-            if path.name.isdecimal() and path.is_dir()
+            int(name) for name in self.names() if name.isdecimal() and (self.folder / name).is_dir()
         )
         return {number: (self.folder / f"{number}/manifest.json").is_file() for number in numbers}
 
@@ -117,6 +122,7 @@ class Folder(Repository):
 
     @contextlib.contextmanager
     def new_version(self) -> Iterator[tuple[int, Path]]:
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._clean()
         number = max(self.versions(), default=0) + 1
         while (handle := self._claim(number)) is None:
@@ -216,6 +222,9 @@ class Store(Repository):
     def delete(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._ask("rm_file", f"{self.root}/{path}")
+
+    def names(self) -> set[str]:
+        return {path.partition("/")[0] for path in self._files()}
 
     def versions(self) -> dict[int, bool]:
         files = self._files()
@@ -331,9 +340,10 @@ class Store(Repository):
             raise RepositoryError(f"{self.location} cannot be reached: {error}") from error
 
 
-def open_repository(location: str | Path) -> Repository:
+def open_repository(location: str | Path, *, start: bool = False) -> Repository:
     """Open a model's folder: a path, s3:// or gs://.
 
+    start: take an empty or missing folder as well, to publish a model's first version.
     Raises: RepositoryError if there is none, or support for the store is not installed.
     """
     scheme, remote, _ = str(location).partition("://")
@@ -349,8 +359,22 @@ def open_repository(location: str | Path) -> Repository:
         ) from error
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = f"{location} is not a model's folder: it has no config.pbtxt"
-        raise RepositoryError(reason) from error
+        if not start:
+            raise RepositoryError(reason) from error
+        a_file = isinstance(error, NotADirectoryError)
+        if repository.name != MODEL or a_file or _foreign(repository):
+            raise RepositoryError(
+                f"{reason}; to start a model, name an empty or missing folder called {MODEL}"
+            ) from error
     return repository
+
+
+def _foreign(repository: Repository) -> list[str]:
+    """Return the names of what neither a publisher nor a version control system has left."""
+    left = ("staging-", "unfinished-", ".")
+    return [
+        name for name in repository.names() if not name.isdecimal() and not name.startswith(left)
+    ]
 
 
 def _sync(path: Path) -> None:

@@ -12,6 +12,7 @@ from npair.scoring.verification import OperatingPoint, Verification
 
 SIZE = (400, 230)
 ROC_SIZE = (520, 330)
+RECALL = "share right"
 
 Points = list[tuple[float, float]]
 
@@ -27,17 +28,20 @@ def training_charts(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     batch = [row["batch_recall"] for row in log]
     recalls = {"": list(zip(epochs, batch, strict=True))}
     charts = [
-        _chart("Loss", "epoch", {"": loss}, log_y=True),
-        _chart("Recall in training batches", "epoch", recalls, y_range=(0, 1)),
+        _chart("Loss", ("epoch", "loss, log scale"), {"": loss}, log_y=True),
+        _chart("Recall in training batches", ("epoch", RECALL), recalls, y_range=(0, 1)),
     ]
     progress = {"batches": list(zip(hours, batch, strict=True))}
     if scored:
+        kinds = log[scored[0]]["val"]
         recalls = {
-            kind: [(epochs[i], log[i]["val"][kind]) for i in scored] for kind in ("fine", "coarse")
+            kind if len(kinds) > 1 else "": [(epochs[i], log[i]["val"][kind]) for i in scored]
+            for kind in kinds
         }
-        charts.append(_chart("Recall@1 on val photos", "epoch", recalls, y_range=(0, 1)))
-        progress["val, fine"] = [(hours[i], log[i]["val"]["fine"]) for i in scored]
-    return [*charts, _chart("Progress over time", "hours", progress, y_range=(0, 1))]
+        charts.append(_chart("Recall@1 on val photos", ("epoch", RECALL), recalls, y_range=(0, 1)))
+        name = "val, fine" if len(kinds) > 1 else "val"
+        progress[name] = [(hours[i], log[i]["val"]["fine"]) for i in scored]
+    return [*charts, _chart("Progress over time", ("hours", RECALL), progress, y_range=(0, 1))]
 
 
 def roc_chart(found: Verification | None) -> dict[str, Any] | None:
@@ -53,7 +57,7 @@ def roc_chart(found: Verification | None) -> dict[str, Any] | None:
     drawn = [(name, at.far, at.tar) for name, at in marks.items() if at and at.far > 0]
     return _chart(
         "ROC",
-        "share of different pairs accepted (FAR)",
+        ("share of different pairs accepted (FAR), log scale", "same pairs accepted (TAR)"),
         {"": points},
         x_range=(min([*(far for far, _ in points), 0.1]), 1),
         y_range=(0, 1),
@@ -65,7 +69,7 @@ def roc_chart(found: Verification | None) -> dict[str, Any] | None:
 
 def _chart(
     title: str,
-    x_label: str,
+    labels: tuple[str, str],
     series: dict[str, Points],
     *,
     x_range: tuple[float, float] | None = None,
@@ -77,6 +81,7 @@ def _chart(
 ) -> dict[str, Any]:
     """Place lines, ticks and marks for the template.
 
+    labels: of the axes, x and y.
     x_range, y_range: given for axes of shares, which are labelled in percent. Otherwise an axis
     spans its values, x from 0.
     """
@@ -85,10 +90,11 @@ def _chart(
     width, height = size
     x_limits, y_limits = x_range or (0, xs.max()), y_range or (ys.min(), ys.max())
     x_at, x_ticks = _axis(x_limits, (46, width - 22), log_x, percent=x_range is not None)
-    y_at, y_ticks = _axis(y_limits, (height - 40, 12), log_y, percent=y_range is not None)
+    y_at, y_ticks = _axis(y_limits, (height - 40, 26), log_y, percent=y_range is not None)
     return {
         "title": title,
-        "x_label": x_label,
+        "x_label": labels[0],
+        "y_label": labels[1],
         "width": width,
         "height": height,
         "x_ticks": x_ticks,

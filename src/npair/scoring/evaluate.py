@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
 from npair.data.dataset import DataError, Dataset, Photos
-from npair.scoring.intervals import Estimate, bootstrap
+from npair.scoring.intervals import Estimate, Floats, bootstrap
 from npair.scoring.retrieval import (
     MEASURES,
     RECALLS,
@@ -40,9 +40,10 @@ class Evaluation:
     """Every number of one evaluation.
 
     queries, gallery: number of photos. fine_classes, coarse_classes: of the queries.
+    coarse, coarse_classes: None if the data has no coarse labels.
     nmi, ami: normalised and adjusted mutual information (Vinh, Epps & Bailey, JMLR 2010) of the
-    queries' fine labels and as many k-means clusters. AMI subtracts the agreement that chance
-    gives, which is large for small classes.
+    queries' fine labels and as many k-means clusters; None for one class. AMI subtracts the
+    agreement that chance gives, which is large for small classes.
     verification: None if no two photos compared share a label, or all do.
     """
 
@@ -50,11 +51,11 @@ class Evaluation:
     queries: int
     gallery: int
     fine_classes: int
-    coarse_classes: int
+    coarse_classes: int | None
     fine: Retrieval
-    coarse: Retrieval
-    nmi: float
-    ami: float
+    coarse: Retrieval | None
+    nmi: float | None
+    ami: float | None
     verification: Verification | None
 
     def thresholds(self) -> dict[str, float | None]:
@@ -69,15 +70,19 @@ class Evaluation:
         against = gallery if self.protocol == "gallery" else "each other"
         lines = [
             f"{self.queries:,} photos of {self.fine_classes} classes against {against}",
-            f"{'':14}{'fine':24}coarse",
         ]
+        columns = [self.fine]
+        if self.coarse:
+            columns.append(self.coarse)
+            lines.append(f"{'':14}{'fine':24}coarse")
         for measure in MEASURES:
-            fine, coarse = (
-                f"{of.value:.3f} ({of.low:.3f} to {of.high:.3f})" if of else "-"
-                for of in (getattr(self.fine, measure), getattr(self.coarse, measure))
-            )
-            lines.append(f"{measure.replace('_', ' '):14}{fine:24}{coarse}")
-        lines.append(f"NMI {self.nmi:.3f}, AMI {self.ami:.3f}")
+            cells = (self._cell(getattr(column, measure)) for column in columns)
+            row = f"{measure.replace('_', ' '):14}" + "".join(f"{cell:24}" for cell in cells)
+            lines.append(row.rstrip())
+        if self.nmi is None or self.ami is None:
+            lines.append("one class alone: no intervals, NMI or AMI")
+        else:
+            lines.append(f"NMI {self.nmi:.3f}, AMI {self.ami:.3f}")
         if found := self.verification:
             lines.append(f"same product or not, by cosine: equal error rate {found.eer:.3f}")
             for rate, point in (("1 %", found.far_1_percent), ("0.1 %", found.far_01_percent)):
@@ -88,9 +93,23 @@ class Evaluation:
                     )
         return lines
 
+    @property
+    def has_intervals(self) -> bool:
+        """Whether there are classes to resample: the intervals of one class have no width."""
+        return self.fine_classes > 1
+
+    def _cell(self, of: Estimate | None) -> str:
+        if of is None:
+            return "-"
+        interval = f" ({of.low:.3f} to {of.high:.3f})" if self.has_intervals else ""
+        return f"{of.value:.3f}{interval}"
+
     def as_dict(self) -> dict[str, Any]:
-        """Return the numbers as JSON can hold them."""
-        return asdict(self)
+        """Return the numbers as JSON can hold them, without coarse ones if there are none."""
+        numbers = asdict(self)
+        if self.coarse is None:
+            del numbers["coarse"], numbers["coarse_classes"]
+        return numbers
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Evaluation:
@@ -108,8 +127,11 @@ class Evaluation:
             points = {name: point(verified[name]) for name in ("far_1_percent", "far_01_percent")}
             curve = tuple(OperatingPoint(**of) for of in verified["curve"])
             verified = Verification(**(verified | points | {"curve": curve}))
-        fine, coarse = retrieval(stored["fine"]), retrieval(stored["coarse"])
-        return cls(**(stored | {"fine": fine, "coarse": coarse, "verification": verified}))
+        coarse: dict[str, Any] = {"coarse": None, "coarse_classes": None}
+        if "coarse" in stored:
+            coarse = {"coarse": retrieval(stored["coarse"])}
+        changed = coarse | {"fine": retrieval(stored["fine"]), "verification": verified}
+        return cls(**(stored | changed))
 
 
 def evaluate(queries: LabelledVectors, gallery: LabelledVectors | None = None) -> Evaluation:
@@ -119,46 +141,56 @@ def evaluate(queries: LabelledVectors, gallery: LabelledVectors | None = None) -
     """
     exclude_self = gallery is None
     gallery = gallery or queries
-    for kind in ("fine", "coarse"):
-        if any(len(getattr(side, kind)) != len(side.vectors) for side in (queries, gallery)):
+    labels = {"fine": (queries.fine, gallery.fine)}
+    if queries.coarse is not None and gallery.coarse is not None:
+        labels["coarse"] = queries.coarse, gallery.coarse
+    for kind, sides in labels.items():
+        if [len(side) for side in sides] != [len(queries.vectors), len(gallery.vectors)]:
             raise ValueError(f"every vector needs one {kind} label")
-    fine_relevant = count_relevant(queries.fine, gallery.fine, exclude_self)
-    coarse_relevant = count_relevant(queries.coarse, gallery.coarse, exclude_self)
+    relevant = {kind: count_relevant(*sides, exclude_self) for kind, sides in labels.items()}
     # As deep as the largest R; a coarse label that most photos share makes this a full sort.
-    deepest = max(*RECALLS, int(fine_relevant.max()), int(coarse_relevant.max()))
+    deepest = max(*RECALLS, *(int(counts.max()) for counts in relevant.values()))
     depth = min(deepest, len(gallery.vectors) - exclude_self)
 
-    fine_scores, coarse_scores = [], []
+    scores: dict[str, list[Floats]] = {kind: [] for kind in labels}
     histogram = np.zeros((2, BINS), dtype=np.int64)
     for rows, block in cosine_blocks(queries.vectors, gallery.vectors, exclude_self):
         found, cosines = largest(block, depth)
-        fine, coarse = queries.fine[rows], queries.coarse[rows]
-        fine_scores.append(score_queries(fine, gallery.fine[found], cosines, fine_relevant[rows]))
-        coarse_scores.append(
-            score_queries(coarse, gallery.coarse[found], cosines, coarse_relevant[rows])
-        )
-        count_pairs(histogram, block, fine, gallery.fine, rows.start if exclude_self else None)
+        for kind, (own, others) in labels.items():
+            scores[kind].append(
+                score_queries(own[rows], others[found], cosines, relevant[kind][rows])
+            )
+        first = rows.start if exclude_self else None
+        count_pairs(histogram, block, queries.fine[rows], gallery.fine, first)
 
     _, classes = np.unique(queries.fine, return_inverse=True)
 
-    def retrieval(relevant: Labels, scores: list[npt.NDArray[np.float64]]) -> Retrieval:
-        estimates = bootstrap(np.concatenate(scores), classes)
-        return Retrieval(int(np.sum(relevant == 0)), *estimates)  # type: ignore[arg-type]
+    def retrieval(kind: str) -> Retrieval:
+        estimates = bootstrap(np.concatenate(scores[kind]), classes)
+        return Retrieval(int(np.sum(relevant[kind] == 0)), *estimates)  # type: ignore[arg-type]
 
     count = len(np.unique(classes))
-    clustered = clusters(queries.vectors, count)
+    clustered = clusters(queries.vectors, count) if count > 1 else None
     return Evaluation(
         protocol="self" if exclude_self else "gallery",
         queries=len(queries.vectors),
         gallery=len(gallery.vectors),
         fine_classes=count,
-        coarse_classes=len(np.unique(queries.coarse)),
-        fine=retrieval(fine_relevant, fine_scores),
-        coarse=retrieval(coarse_relevant, coarse_scores),
-        nmi=float(normalized_mutual_info_score(classes, clustered)),
-        ami=float(adjusted_mutual_info_score(classes, clustered)),
+        coarse_classes=len(np.unique(labels["coarse"][0])) if "coarse" in labels else None,
+        fine=retrieval("fine"),
+        coarse=retrieval("coarse") if "coarse" in labels else None,
+        nmi=_agreement(normalized_mutual_info_score, classes, clustered),
+        ami=_agreement(adjusted_mutual_info_score, classes, clustered),
         verification=verification(*histogram) if histogram.any(axis=1).all() else None,
     )
+
+
+def _agreement(
+    measure: Callable[[Labels, npt.NDArray[np.int32]], float],
+    classes: Labels,
+    clustered: npt.NDArray[np.int32] | None,
+) -> float | None:
+    return None if clustered is None else float(measure(classes, clustered))
 
 
 def clusters(vectors: Vectors, k: int) -> npt.NDArray[np.int32]:
@@ -206,19 +238,34 @@ class Comparison:
         """Find each query's k nearest gallery photos and their cosines, [q, k] each."""
         return nearest(self.queries, self.gallery, k, exclude_self=self.exclude_self)
 
-    def recall_at_1(self) -> dict[str, float]:
-        """Return the share of queries whose nearest neighbour has their fine or coarse label."""
+    def hits(self) -> dict[str, npt.NDArray[np.bool_]]:
+        """Return whether each query's nearest neighbour has its label, bool [q], by kind of label.
+
+        The kinds are "fine" and, if the data has coarse labels, "coarse".
+        """
         found = self.nearest(1)[0][:, 0]
-        return {
-            "fine": float(np.mean(self.gallery_photos.fine[found] == self.query_photos.fine)),
-            "coarse": float(np.mean(self.gallery_photos.coarse[found] == self.query_photos.coarse)),
-        }
+        photos, queries = self.gallery_photos, self.query_photos
+        hits = {"fine": photos.fine[found] == queries.fine}
+        if self.has_coarse:
+            hits["coarse"] = photos.coarse[found] == queries.coarse
+        return hits
+
+    @property
+    def has_coarse(self) -> bool:
+        return self.query_photos.has_coarse or self.gallery_photos.has_coarse
+
+    def recall_at_1(self) -> dict[str, float]:
+        """Return the share of ``hits`` by kind of label."""
+        return {kind: float(np.mean(hits)) for kind, hits in self.hits().items()}
 
     def evaluate(self) -> Evaluation:
         """Compute every number. Raises: ValueError as ``evaluate`` does."""
-        queries = LabelledVectors(self.queries, self.query_photos.fine, self.query_photos.coarse)
-        photos = self.gallery_photos
-        gallery = LabelledVectors(self.gallery, photos.fine, photos.coarse)
+
+        def labelled(vectors: Vectors, photos: Photos) -> LabelledVectors:
+            return LabelledVectors(vectors, photos.fine, photos.coarse if self.has_coarse else None)
+
+        queries = labelled(self.queries, self.query_photos)
+        gallery = labelled(self.gallery, self.gallery_photos)
         return evaluate(queries, None if self.exclude_self else gallery)
 
 
@@ -228,7 +275,10 @@ def sides(dataset: Dataset, split: str) -> tuple[Photos, Photos]:
     Raises: DataError if the data set has no such split.
     """
     if split not in dataset.splits:
-        raise DataError(f"the data set has no split {split}; it has {', '.join(dataset.splits)}")
+        raise DataError(
+            f"the data set has no split {split}; it has {', '.join(dataset.splits)}: name one of"
+            " these (--split)"
+        )
     queries, train = dataset.splits[split], dataset.train
     return queries, train if protocol_of(queries.fine, train.fine) == "gallery" else queries
 

@@ -16,7 +16,7 @@ from npair.scoring.embedding_map import embedding_map
 from npair.scoring.evaluate import Comparison, Evaluation
 from npair.scoring.intervals import Estimate
 from npair.scoring.pictures import thumbnail
-from npair.scoring.retrieval import MEASURES, Labels
+from npair.scoring.retrieval import Labels
 
 NEIGHBOURS = 5
 EXAMPLES = 8  # rows of evenly spread queries
@@ -85,10 +85,7 @@ def write_report(
     page = _template().render(
         title=compared.embedded_by,
         evaluation=evaluation,
-        rows=[
-            (*DEFINITIONS[name], getattr(evaluation.fine, name), getattr(evaluation.coarse, name))
-            for name in MEASURES
-        ],
+        definitions=DEFINITIONS,
         training=training_charts(log),
         roc=roc_chart(evaluation.verification),
         examples=[row(int(query)) for query in spread],

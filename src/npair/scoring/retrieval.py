@@ -24,11 +24,14 @@ VOTERS = 5  # of the k-NN classifier
 
 
 class LabelledVectors(NamedTuple):
-    """Unit vectors, float32 [n, d], with their photos' fine and coarse labels, int64 [n] each."""
+    """Unit vectors, float32 [n, d], with their photos' fine and coarse labels, int64 [n] each.
+
+    coarse: None if the data has no coarse labels.
+    """
 
     vectors: Vectors
     fine: Labels
-    coarse: Labels
+    coarse: Labels | None
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,8 @@ def _report(row: dict[str, Any], run: Path) -> None:
             log.write(json.dumps(row) + "\n")
     line = "epoch {epoch:3}  loss {loss:.3f}  batch recall {batch_recall:.3f}"
     if "val" in row:
-        line += "  val recall@1 {val[fine]:.3f} fine {val[coarse]:.3f} coarse"
+        line += "  val recall@1"
+        line += "".join(f" {recall:.3f} {kind}" for kind, recall in row["val"].items())
     say(line.format(**row))
 
 

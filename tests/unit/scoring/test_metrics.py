@@ -12,12 +12,12 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
-from scipy.stats import ttest_1samp
+from scipy.stats import binomtest, ttest_1samp
 from sklearn.metrics import roc_curve
 
 import npair.scoring.retrieval
 from npair.scoring.evaluate import Evaluation, clusters, evaluate, protocol_of
-from npair.scoring.intervals import over_seeds
+from npair.scoring.intervals import Difference, difference, over_seeds
 from npair.scoring.retrieval import LabelledVectors, Retrieval, Vectors, nearest
 from npair.scoring.verification import RESOLUTION, verification
 
@@ -30,6 +30,12 @@ def photos(n: int, classes: int, seed: int, *, d: int = 16, spread: float = 1.0)
     vectors = centres[fine] + spread * rng.normal(size=(n, d))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return LabelledVectors(vectors.astype(np.float32), fine, fine // 3)
+
+
+def of_kinds(photos: LabelledVectors) -> LabelledVectors:
+    """Return the photos with their coarse labels as fine ones, and no coarse ones."""
+    assert photos.coarse is not None
+    return LabelledVectors(photos.vectors, photos.coarse, None)
 
 
 @pytest.fixture
@@ -104,15 +110,10 @@ def test_retrieval_equals_its_definition(exclude_self: bool) -> None:
     assert values(scores.fine) == pytest.approx(
         naive(queries, queries if exclude_self else gallery, exclude_self)
     )
-    kinds = LabelledVectors(queries.vectors, queries.coarse, queries.coarse)
+    kinds, others = (of_kinds(side) for side in (queries, gallery))
+    assert scores.coarse is not None
     assert values(scores.coarse) == pytest.approx(
-        naive(
-            kinds,
-            kinds
-            if exclude_self
-            else LabelledVectors(gallery.vectors, gallery.coarse, gallery.coarse),
-            exclude_self,
-        )
+        naive(kinds, kinds if exclude_self else others, exclude_self)
     )
 
 
@@ -230,9 +231,7 @@ def test_collapsed_embeddings_are_no_better_than_chance() -> None:
 def test_intervals_resample_classes_not_photos() -> None:
     """Twenty copies of each query add no information."""
     x = photos(60, 12, 7, spread=2.0)
-    copies = LabelledVectors(
-        np.repeat(x.vectors, 20, axis=0), np.repeat(x.fine, 20), np.repeat(x.coarse, 20)
-    )
+    copies = LabelledVectors(np.repeat(x.vectors, 20, axis=0), np.repeat(x.fine, 20), None)
     gallery = photos(60, 12, 8, spread=2.0)
     once, often = (evaluate(queries, gallery).fine.recall_at_1 for queries in (x, copies))
     assert once == often
@@ -243,6 +242,7 @@ def test_intervals_resample_classes_not_photos() -> None:
 def test_what_is_undefined_is_none() -> None:
     x = LabelledVectors(np.eye(4, dtype=np.float32), np.arange(4), np.zeros(4, dtype=np.int64))
     scores = evaluate(x)
+    assert scores.coarse is not None
     assert (scores.fine.unanswerable, scores.coarse.unanswerable) == (4, 0)
     assert scores.fine.recall_at_1.value == 0
     assert (scores.fine.r_precision, scores.fine.map_at_r, scores.verification) == (
@@ -259,6 +259,44 @@ def test_survives_json() -> None:
     assert scores.verification is not None
     assert scores.verification.far_1_percent is not None
     assert Evaluation.from_dict(json.loads(json.dumps(scores.as_dict()))) == scores
+
+
+def test_without_coarse_labels_there_are_no_coarse_numbers() -> None:
+    queries, gallery = photos(90, 20, 1), photos(120, 15, 2)
+    with_kinds, scores = (
+        evaluate(queries, gallery),
+        evaluate(queries._replace(coarse=None), gallery),
+    )
+    assert scores.fine == with_kinds.fine
+    assert "coarse" in with_kinds.lines()[1]
+    assert "coarse" not in "".join(scores.lines())
+    assert not {"coarse", "coarse_classes"} & scores.as_dict().keys()
+    assert Evaluation.from_dict(json.loads(json.dumps(scores.as_dict()))) == scores
+
+
+def test_one_class_has_no_intervals_and_no_clusters() -> None:
+    queries, gallery = photos(12, 1, 1), photos(30, 3, 2)
+    scores = evaluate(queries, gallery)
+    assert (scores.nmi, scores.ami) == (None, None)
+    assert not any(" to " in line for line in scores.lines())
+    assert f"recall at 1   {scores.fine.recall_at_1.value:.3f}" in "\n".join(scores.lines())
+    assert any("one class alone" in line for line in scores.lines())
+    assert Evaluation.from_dict(json.loads(json.dumps(scores.as_dict()))) == scores
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0, 1), (1, 0), (2, 7), (0, 6), (30, 12)])
+def test_differences_are_those_of_mcnemars_exact_test(won: int, lost: int) -> None:
+    before = np.repeat([False, True, True], [won, lost, 50])
+    after = np.repeat([True, False, True], [won, lost, 50])
+    found = difference(before, after)
+    assert found.value == pytest.approx(after.mean() - before.mean())
+    assert found.low <= found.value <= found.high
+    chance = binomtest(won, won + lost).pvalue
+    assert (found.low > 0 or found.high < 0) == (chance < 0.05)
+
+
+def test_equal_hits_do_not_differ() -> None:
+    assert difference([True, False], [True, False]) == Difference(0.0, 0.0, 0.0)
 
 
 def test_protocol() -> None:
@@ -292,7 +330,7 @@ def test_refuses_what_it_cannot_score() -> None:
     with pytest.raises(ValueError, match="must be the gallery"):
         nearest(x.vectors[:5], x.vectors, 1, exclude_self=True)
     with pytest.raises(ValueError, match="coarse label"):
-        evaluate(x._replace(coarse=x.coarse[:5]))
+        evaluate(x._replace(coarse=x.fine[:5]))
 
 
 def test_memory_is_bounded() -> None:

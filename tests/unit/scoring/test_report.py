@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,35 @@ def test_what_is_undefined_is_said_to_be(tmp_path: Path) -> None:
     assert parsed.texts.count("not defined") == 2, "R-precision and MAP@R of products"
     assert "too few pairs to tell" not in parsed.texts
     assert "nan" not in " ".join(parsed.texts).split()
+
+
+def test_without_coarse_labels_there_are_no_kinds(tmp_path: Path) -> None:
+    def flat(folder: str) -> Photos:
+        drawn = photos(tmp_path / folder, 4, 2)
+        return replace(drawn, coarse=drawn.fine, coarse_names=drawn.fine_names)
+
+    log = [row | {"val": {"fine": 0.5}} for row in LOG]
+    _, parsed, evaluation = page(tmp_path, flat("q"), flat("g"), log=log)
+    assert evaluation.coarse is None
+    assert not re.search(r"\b[Kk]inds?\b|coarse", " ".join(parsed.texts))
+    rows = [attributes for attributes in parsed.all("td") if "data-label" in attributes]
+    assert {row["data-label"] for row in rows} == {"Product"}
+
+
+def test_one_product_has_no_intervals(tmp_path: Path) -> None:
+    _, parsed, _ = page(tmp_path, photos(tmp_path / "q", 1, 4), photos(tmp_path / "g", 2, 4))
+    text = " ".join(parsed.texts)
+    assert "4 photos of 1 product in 1 kind," in text
+    assert not re.search(r"\d to \d", text)
+    assert "NMI" not in text
+
+
+def test_every_axis_is_labelled(tmp_path: Path) -> None:
+    _, parsed, _ = page(tmp_path, photos(tmp_path / "q", 4, 2), photos(tmp_path / "g", 4, 4))
+    charts = [drawing for drawing in parsed.all("svg") if drawing.get("class") == "chart"]
+    axes = [text for text in parsed.all("text") if text.get("class") == "axis"]
+    assert len(axes) == 2 * len(charts)
+    assert "loss, log scale" in parsed.texts
 
 
 def test_nothing_wrong(tmp_path: Path) -> None:
