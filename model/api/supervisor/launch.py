@@ -46,6 +46,8 @@ ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(16 << 20),
 }
+# Percentiles of latency, over the last minute: each as quantile:error.
+SUMMARIES = ("summary_latencies=true", "summary_quantiles=0.5:0.05,0.95:0.01,0.99:0.001")
 SHELL_SAFE = re.compile("[A-Za-z0-9/._+@%-]+")  # needs no quotes in a shell, no escape in PATH
 SCRATCH_PARENTS = ("/tmp", "/var/tmp", "/dev/shm")
 
@@ -261,6 +263,7 @@ def command(options: Options, triton: Triton, secret: str) -> list[str]:
         *(f"{flag}={value}" for flag, value in flags.items() if flag in known),
         # Completing config.pbtxt, which is complete, would import the model and torch once more.
         *({"--disable-auto-complete-config"} & known),
+        *(f"--metrics-config={s}" for s in SUMMARIES if "--metrics-config" in known),
         *(f"--trace-config={setting}" for setting in trace_settings(options)),
     ]
 
