@@ -133,7 +133,7 @@ def killed(world: World) -> None:
 def slow(world: World) -> None:
     """Send, to the server that has just started, few photos that take long and wait for none."""
     large = encode(Image.new("RGB", (7000, 7000), "white"), "PNG")
-    with world.sending([large] * 8):
+    with world.sending([large] * 3):
         world.fires("NpairSlow", 60)
         assert "NpairQueueGrows" not in world.firing()
 
