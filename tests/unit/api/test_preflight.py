@@ -65,7 +65,7 @@ class TestRefusals:
         assert f"must be a folder, or in a bucket at s3:// or gs:// or as://, got {given}" in output
 
     def test_port_that_only_root_may_use(self) -> None:
-        command = ["setpriv", "--bounding-set=-net_bind_service", sys.executable, SERVE]
+        command = ["setpriv", "--bounding-set=-net_bind_service", sys.executable, str(SERVE)]
         result = subprocess.run(
             command,
             env=os.environ | free_ports() | {"HTTP_PORT": "1"},
