@@ -13,6 +13,7 @@ import contextlib
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,14 +51,13 @@ class World(Service):
         pause: seconds between two requests of a client.
         """
 
-        def client() -> None:
+        def client(stopping: threading.Event) -> None:
             with NpairClient(self.urls["http"], retries=0, batch_size=64) as connection:
-                while not sending.stopping.wait(pause):
+                while not stopping.wait(pause):
                     with contextlib.suppress(NpairError):
                         connection._infer(photos, None, 0)
 
-        sending = Clients(*[client] * clients)
-        return sending
+        return Clients(*[client] * clients)
 
 
 @pytest.fixture(scope="module")

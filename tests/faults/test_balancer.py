@@ -19,6 +19,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -203,9 +204,9 @@ class Traffic(Clients):
             )
         )
 
-    def _call(self, kind: str, url: str, photos: list[bytes]) -> None:
+    def _call(self, kind: str, url: str, photos: list[bytes], stopping: threading.Event) -> None:
         with NpairClient(url, batch_size=BATCH) as client:
-            while not self.stopping.is_set():
+            while not stopping.is_set():
                 time.sleep(0.05)
                 sent = time.monotonic() - self.began
                 try:

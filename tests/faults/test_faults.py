@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -69,10 +70,10 @@ class Traffic(Clients):
         loads = [(url, size) for url in urls.values() for size in (1, 1, 8)]
         super().__init__(*(partial(self._ask, *load, seed) for seed, load in enumerate(loads)))
 
-    def _ask(self, url: str, size: int, seed: int) -> None:
+    def _ask(self, url: str, size: int, seed: int, stopping: threading.Event) -> None:
         draws = np.random.default_rng(seed)
         with NpairClient(url, retries=0, timeout=TIMEOUT) as client:
-            while not self.stopping.is_set():
+            while not stopping.is_set():
                 chosen, sent, error = draws.integers(len(PHOTOS), size=size), time.monotonic(), ""
                 try:
                     vectors = client.embed([PHOTOS[index] for index in chosen]).vectors
@@ -158,11 +159,11 @@ def cause(service: Service, fault: Callable[[], object], *, code: int | None = N
         time.sleep(SECONDS)
         at, ended = time.monotonic(), len(service.codes)
 
-        def watch() -> None:
-            while not probes.stopping.wait(0.5):
+        def watch(stopping: threading.Event) -> None:
+            while not stopping.wait(0.5):
                 told.append((time.monotonic() - at, service.healthy()))
 
-        with Clients(watch) as probes:
+        with Clients(watch):
             fault()
             if code is not None:
                 until(
@@ -446,9 +447,9 @@ def test_flood(service: Service, table: list[str]) -> None:
     """Send three times as many requests as the queue holds: the excess is refused at once."""
     answers: list[Answer] = []
 
-    def ask() -> None:
+    def ask(stopping: threading.Event) -> None:
         with NpairClient(service.urls["http"], retries=0, timeout=TIMEOUT) as client:
-            while not clients.stopping.is_set():
+            while not stopping.is_set():
                 sent, error = time.monotonic(), ""
                 try:
                     client.embed(PHOTOS[0])
@@ -458,7 +459,7 @@ def test_flood(service: Service, table: list[str]) -> None:
                 answers.append(Answer(sent, time.monotonic(), error))
 
     process = service.process.pid
-    with Clients(*[ask] * 400) as clients:
+    with Clients(*[ask] * 400):
         time.sleep(max(SECONDS, 3))
         healthy = service.healthy()
     refused = [answer for answer in answers if answer.error]

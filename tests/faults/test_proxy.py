@@ -15,6 +15,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -443,12 +444,12 @@ def test_rate_of_one_caller_is_limited_and_others_are_served(proxy: Proxy) -> No
 @both
 @pytest.mark.usefixtures("exhausted")
 def test_a_client_that_may_not_wait_is_told(proxy: Proxy, protocol: str) -> None:
-    def keep_flooding() -> None:
-        while not callers.stopping.is_set():
+    def keep_flooding(stopping: threading.Event) -> None:
+        while not stopping.is_set():
             flood(proxy, 300)
 
     with (
-        Clients(keep_flooding) as callers,
+        Clients(keep_flooding),
         proxy.client(protocol, retries=0) as client,
         pytest.raises(UnavailableError, match=r"429|too many requests"),
     ):

@@ -10,14 +10,14 @@ C = TypeVar("C", bound="Clients")
 
 
 class Clients:
-    """Calls each function in a thread while the block runs.
+    """Calls each function in a thread, with an event that is set when the block ends.
 
-    The functions must return soon after ``stopping`` is set, which the end of the block does.
+    The functions must return soon after.
     """
 
-    def __init__(self, *work: Callable[[], object]) -> None:
+    def __init__(self, *work: Callable[[threading.Event], object]) -> None:
         self.stopping = threading.Event()
-        self.threads = [threading.Thread(target=each) for each in work]
+        self.threads = [threading.Thread(target=each, args=(self.stopping,)) for each in work]
 
     def __enter__(self: C) -> C:
         for thread in self.threads:
