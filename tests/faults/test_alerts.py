@@ -10,122 +10,67 @@ Needs Prometheus: apt-get install --no-install-recommends prometheus
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-from urllib.request import urlopen
 
 import pytest
 from PIL import Image
-from support.models import BREAKS, ROOT, SHIPPED
-from support.servers import free_ports
+from support.clients import Clients
+from support.models import BREAKS, SHIPPED
+from support.monitors import RULES, Prometheus
 from support.service import Service, broken_models, until
 
 from npair.client import NpairClient, NpairError
 from npair.publishing.drawings import encode
 
-SHORTENED = {"15s": "1s", "1m": "3s", "5m": "10s", "30m": "90s", "1h": "10s", "1d": "20s"}
-RULES = (ROOT / "monitoring/alerts.yml").read_text()
 ALERTS = re.findall(r"alert: (\w+)", RULES)
 PHOTOS = [
     path.read_bytes() for path in sorted((SHIPPED / "golden").iterdir()) if path.suffix != ".npy"
 ]
 
 
-def shortened(text: str) -> str:
-    return re.sub(r"(?<=[\[ ])(\d+[smhd])(?=[\]\n)])", lambda found: SHORTENED[found[1]], text)
-
-
 class World(Service):
     """A server that is restarted when it ends, like a container, and its Prometheus."""
 
-    def __enter__(self) -> World:
-        self.start()
-        self.prometheus = f"http://127.0.0.1:{free_ports()['HTTP_PORT']}"
-        (self.folder / "alerts.yml").write_text(shortened(RULES))
-        settings = shortened((ROOT / "monitoring/prometheus.yml").read_text())
-        (self.folder / "prometheus.yml").write_text(
-            settings.replace("model_api:8002", f"127.0.0.1:{self.ports['METRICS_PORT']}")
-        )
-        self.monitor = subprocess.Popen(
-            [
-                "prometheus",
-                f"--config.file={self.folder}/prometheus.yml",
-                f"--storage.tsdb.path={self.folder}/data",
-                f"--web.listen-address={self.prometheus.removeprefix('http://')}",
-            ],
-            stderr=subprocess.DEVNULL,
-        )
-        until(self.scraped, "Prometheus does not read the server's metrics")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-        self.monitor.terminate()
-        self.monitor.wait(timeout=30)
-
-    def asked(self, what: str) -> Any:
-        return json.load(urlopen(f"{self.prometheus}/api/v1/{what}", timeout=10))["data"]
-
-    def scraped(self) -> bool:
-        with contextlib.suppress(OSError):
-            return any(
-                series["value"][1] == "1" for series in self.asked("query?query=up")["result"]
-            )
-        return False
+    monitor: Prometheus
 
     def firing(self) -> set[str]:
-        return {
-            alert["labels"]["alertname"]
-            for alert in self.asked("alerts")["alerts"]
-            if alert["state"] == "firing"
-        }
+        return self.monitor.firing()
 
     def fires(self, name: str, within: float) -> None:
-        deadline = time.monotonic() + within
-        while name not in self.firing():
-            assert time.monotonic() < deadline, f"{name} does not fire, but {self.firing()}"
-            time.sleep(0.2)
+        self.monitor.fires(name, within)
 
-    @contextlib.contextmanager
-    def sending(self, photos: list[bytes], clients: int = 1, pause: float = 0.0) -> Iterator[None]:
-        """Request these photos from this many clients until the block ends; ignore errors.
+    def sending(self, photos: list[bytes], clients: int = 1, pause: float = 0.0) -> Clients:
+        """Request these photos from this many clients during a block; ignore errors.
 
         pause: seconds between two requests of a client.
         """
-        done = threading.Event()
 
-        def client() -> None:
+        def client(stopping: threading.Event) -> None:
             with NpairClient(self.urls["http"], retries=0, batch_size=64) as connection:
-                while not done.wait(pause):
+                while not stopping.wait(pause):
                     with contextlib.suppress(NpairError):
                         connection._infer(photos, None, 0)
 
-        threads = [threading.Thread(target=client) for _ in range(clients)]
-        for thread in threads:
-            thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            for thread in threads:
-                thread.join()
+        return Clients(*[client] * clients)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """Serve the shipped network with the current code, made to fail on one photo."""
-    if not shutil.which("prometheus"):
-        pytest.fail("Prometheus is missing: apt-get install --no-install-recommends prometheus")
     folder = tmp_path_factory.mktemp("alerts")
-    with World(folder, environment={"MODEL_REPOSITORY": str(broken_models(folder))}) as world:
+    world = World(folder, environment={"MODEL_REPOSITORY": str(broken_models(folder))})
+    prometheus = Prometheus(folder, [f"127.0.0.1:{world.ports['METRICS_PORT']}"])
+    with world, prometheus.running() as world.monitor:
+        until(
+            lambda: [sample["value"][1] for sample in world.monitor.query("up")] == ["1"],
+            "Prometheus does not read the server's metrics",
+        )
         yield world
 
 
@@ -176,6 +121,13 @@ def killed(world: World) -> None:
     world.fires("NpairRestarts", 20)
 
 
+def slow(world: World) -> None:
+    """Have the server, which has just started, decode photos that take long, in all instances."""
+    large = encode(Image.new("RGB", (7000, 7000), "white"), "PNG")
+    with world.sending([large] * 3, clients=2):
+        world.fires("NpairSlow", 60)
+
+
 def unserved(world: World) -> None:
     """Delete the version, then kill the server, which would keep serving it from memory."""
     shutil.rmtree(Path(world.environment["MODEL_REPOSITORY"]) / "npair" / SHIPPED.name)
@@ -190,6 +142,7 @@ CAUSES: dict[str, Callable[[World], None]] = {
     "NpairQueueGrows": queued,
     "NpairQueueFull": turned_away,
     "NpairRestarts": killed,
+    "NpairSlow": slow,
     "NpairDown": unserved,
 }
 

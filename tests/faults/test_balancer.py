@@ -25,11 +25,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from observing import prepared
+from support.clients import Clients
 from support.models import SHIPPED
 from support.servers import eventually, free_ports, lines_until_ready, start
 
@@ -179,8 +181,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         yield fleet
 
 
-@dataclass
-class Traffic:
+class Traffic(Clients):
     """Calls of one photo and of all photos over both protocols, by clients with default retries.
 
     The clients pause between calls, so that the servers get CPU time to start.
@@ -189,31 +190,23 @@ class Traffic:
     their times.
     """
 
-    urls: dict[str, str]
-    expected: dict[str, Vectors]
-    answered: Counter[str] = field(default_factory=Counter)
-    failed: Counter[str] = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
+    def __init__(self, urls: dict[str, str], expected: dict[str, Vectors]) -> None:
+        self.expected = expected
+        self.answered: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
+        self.problems: list[str] = []
+        self.began = time.monotonic()
+        super().__init__(
+            *(
+                partial(self._call, f"{name}, {protocol}", url, photos)
+                for protocol, url in urls.items()
+                for name, photos in (("one photo", PHOTOS[:1]), ("six batches", PHOTOS))
+            )
+        )
 
-    def __enter__(self) -> Traffic:
-        self.stopping, self.began = threading.Event(), time.monotonic()
-        self.threads = [
-            threading.Thread(target=self._call, args=(f"{name}, {protocol}", url, photos))
-            for protocol, url in self.urls.items()
-            for name, photos in (("one photo", PHOTOS[:1]), ("six batches", PHOTOS))
-        ]
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stopping.set()
-        for thread in self.threads:
-            thread.join()
-
-    def _call(self, kind: str, url: str, photos: list[bytes]) -> None:
+    def _call(self, kind: str, url: str, photos: list[bytes], stopping: threading.Event) -> None:
         with NpairClient(url, batch_size=BATCH) as client:
-            while not self.stopping.is_set():
+            while not stopping.is_set():
                 time.sleep(0.05)
                 sent = time.monotonic() - self.began
                 try:

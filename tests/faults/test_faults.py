@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -27,6 +28,7 @@ import numpy as np
 import pytest
 from machine import descendants
 from supervisor import procfs
+from support.clients import Clients
 from support.models import HANGS, ROOT
 from support.service import Service, broken_models, until
 
@@ -55,7 +57,7 @@ class Answer:
     error: str = ""
 
 
-class Traffic:
+class Traffic(Clients):
     """Clients that request one or eight photos over both protocols, without pause or retries.
 
     Every vector is compared with the server's earlier answer for the same photo.
@@ -63,30 +65,15 @@ class Traffic:
 
     def __init__(self, urls: dict[str, str]) -> None:
         self.answers: list[Answer] = []
-        self.stopping = threading.Event()
         with NpairClient(urls["http"]) as client:
             self.expected = np.stack([client.embed(photo).vectors[0] for photo in PHOTOS])
-        self.threads = [
-            threading.Thread(target=self._ask, args=(url, size, seed))
-            for seed, (url, size) in enumerate(
-                (url, size) for url in urls.values() for size in (1, 1, 8)
-            )
-        ]
+        loads = [(url, size) for url in urls.values() for size in (1, 1, 8)]
+        super().__init__(*(partial(self._ask, *load, seed) for seed, load in enumerate(loads)))
 
-    def __enter__(self) -> Traffic:
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stopping.set()
-        for thread in self.threads:
-            thread.join(TIMEOUT + 5)
-
-    def _ask(self, url: str, size: int, seed: int) -> None:
+    def _ask(self, url: str, size: int, seed: int, stopping: threading.Event) -> None:
         draws = np.random.default_rng(seed)
         with NpairClient(url, retries=0, timeout=TIMEOUT) as client:
-            while not self.stopping.is_set():
+            while not stopping.is_set():
                 chosen, sent, error = draws.integers(len(PHOTOS), size=size), time.monotonic(), ""
                 try:
                     vectors = client.embed([PHOTOS[index] for index in chosen]).vectors
@@ -170,15 +157,13 @@ def cause(service: Service, fault: Callable[[], object], *, code: int | None = N
     with Traffic(service.urls) as traffic:
         until(traffic.well, "clients get no answers", service.log.read_text)
         time.sleep(SECONDS)
-        at, ended, watching = time.monotonic(), len(service.codes), threading.Event()
+        at, ended = time.monotonic(), len(service.codes)
 
-        def watch() -> None:
-            while not watching.wait(0.5):
+        def watch(stopping: threading.Event) -> None:
+            while not stopping.wait(0.5):
                 told.append((time.monotonic() - at, service.healthy()))
 
-        probes = threading.Thread(target=watch)
-        probes.start()
-        try:
+        with Clients(watch):
             fault()
             if code is not None:
                 until(
@@ -193,9 +178,6 @@ def cause(service: Service, fault: Callable[[], object], *, code: int | None = N
                 lambda: bool(told) and told[-1][0] > settled and told[-1][1],
                 "the probe does not report the recovery",
             )
-        finally:
-            watching.set()
-            probes.join()
     result = outcome(traffic.answers, at)
     if code is None:
         assert all(well for _, well in told)
@@ -464,9 +446,8 @@ def sockets(pid: int) -> int:
 def test_flood(service: Service, table: list[str]) -> None:
     """Send three times as many requests as the queue holds: the excess is refused at once."""
     answers: list[Answer] = []
-    stopping = threading.Event()
 
-    def ask() -> None:
+    def ask(stopping: threading.Event) -> None:
         with NpairClient(service.urls["http"], retries=0, timeout=TIMEOUT) as client:
             while not stopping.is_set():
                 sent, error = time.monotonic(), ""
@@ -477,15 +458,10 @@ def test_flood(service: Service, table: list[str]) -> None:
                     time.sleep(0.05)
                 answers.append(Answer(sent, time.monotonic(), error))
 
-    threads = [threading.Thread(target=ask) for _ in range(400)]
     process = service.process.pid
-    for thread in threads:
-        thread.start()
-    time.sleep(max(SECONDS, 3))
-    healthy = service.healthy()
-    stopping.set()
-    for thread in threads:
-        thread.join()
+    with Clients(*[ask] * 400):
+        time.sleep(max(SECONDS, 3))
+        healthy = service.healthy()
     refused = [answer for answer in answers if answer.error]
     waited = [
         median(answer.ended - answer.sent for answer in some)

@@ -28,6 +28,7 @@ import tritonclient.grpc
 from supervisor.api import CONTROL_HEADER
 from supervisor.launch import MAX_REQUEST_BYTES
 from supervisor.procfs import children, server_at
+from support.clients import Clients
 from support.models import ROOT, SHIPPED
 from support.servers import free_ports, running
 from support.tls import certificate
@@ -443,23 +444,16 @@ def test_rate_of_one_caller_is_limited_and_others_are_served(proxy: Proxy) -> No
 @both
 @pytest.mark.usefixtures("exhausted")
 def test_a_client_that_may_not_wait_is_told(proxy: Proxy, protocol: str) -> None:
-    done = threading.Event()
-
-    def keep_flooding() -> None:
-        while not done.is_set():
+    def keep_flooding(stopping: threading.Event) -> None:
+        while not stopping.is_set():
             flood(proxy, 300)
 
-    thread = threading.Thread(target=keep_flooding)
-    thread.start()
-    try:
-        with (
-            proxy.client(protocol, retries=0) as client,
-            pytest.raises(UnavailableError, match=r"429|too many requests"),
-        ):
-            list(map(client.embed, 100 * [PHOTOS[0]]))
-    finally:
-        done.set()
-        thread.join()
+    with (
+        Clients(keep_flooding),
+        proxy.client(protocol, retries=0) as client,
+        pytest.raises(UnavailableError, match=r"429|too many requests"),
+    ):
+        list(map(client.embed, 100 * [PHOTOS[0]]))
 
 
 def test_slow_callers_are_cut_off_and_others_are_served(proxy: Proxy) -> None:

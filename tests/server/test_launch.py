@@ -114,6 +114,19 @@ class TestStack:
         assert "docker run --ulimit stack=268435456" in caplog.text
 
 
+def test_too_few_open_files_are_said() -> None:
+    limited = ["prlimit", "--nofile=256:256", sys.executable, str(SERVE)]
+    environment = os.environ | free_ports()
+    with subprocess.Popen(limited, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            first, *_ = lines_until_ready(process)
+        finally:
+            process.terminate()
+    assert "WARNING: the hard limit of open files is 256" in first
+    assert "connections beyond about 192 go unanswered" in first
+    assert "docker run --ulimit nofile=65536" in first
+
+
 class TestPaths:
     """Triton starts its stubs by an unquoted bash command line."""
 

@@ -375,8 +375,10 @@ def served(location: str, endpoint: str, tmp_path: Path) -> Iterator[Server]:
         process.wait(timeout=30)
 
 
-def release(repository: Repository, *, spoil: str = "") -> int:
-    """Add the shipped version as the next one, pin it, and return its number."""
+def publish_shipped(
+    repository: Repository, *, spoil: str = ""
+) -> tuple[int, dict[str, str | None]]:
+    """Add the shipped version as the next one; return its number and what clients must know."""
     with repository.new_version() as (number, folder):
         shutil.copytree(
             SHIPPED, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
@@ -384,11 +386,14 @@ def release(repository: Repository, *, spoil: str = "") -> int:
         rewrite_manifest(folder, version=number)
         if spoil:
             (folder / spoil).write_text("spoilt")
-        values = client_parameters((folder / "manifest.json").read_bytes())
-    repository.write(
-        "config.pbtxt",
-        with_release(repository.read("config.pbtxt").decode(), [number], values).encode(),
-    )
+        return number, client_parameters((folder / "manifest.json").read_bytes())
+
+
+def release(repository: Repository, *, spoil: str = "") -> int:
+    """Publish the shipped version and pin it; return its number."""
+    number, values = publish_shipped(repository, spoil=spoil)
+    config = repository.read("config.pbtxt").decode()
+    repository.write("config.pbtxt", with_release(config, [number], values).encode())
     return number
 
 
@@ -425,11 +430,7 @@ def test_served_from_the_store(location: str) -> None:
         )
         health: list[str | Path] = [sys.executable, ROOT / "model/api/serve.py", "--health"]
         assert subprocess.run(health, env=os.environ | environment, check=False).returncode == 0
-        with repository.new_version() as (number, folder):
-            shutil.copytree(
-                SHIPPED, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
-            )
-            rewrite_manifest(folder, version=number)
+        number, _ = publish_shipped(repository)
         promote(repository, number, [server])
         assert check_server(repository, server).keys() == {2}
         assert rollback(repository, [server]) == 1

@@ -77,6 +77,19 @@ def test_dashboard_and_alerts_read_metrics_that_the_server_has(
     assert {name for name in wanted if f"\n{name}" not in metrics} == set()
 
 
+def test_the_docs_explain_each_variable_of_compose() -> None:
+    variables = set(re.findall(r"\$\{(\w+)", (ROOT / "docker-compose.prod.yml").read_text()))
+    assert "ALERT_WEBHOOK_FILE" in variables
+    pages = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    assert {name for name in variables if f"`{name}`" not in pages} == set()
+
+
+def test_the_docs_tell_what_to_do_about_each_alert() -> None:
+    page = (ROOT / "docs/monitoring.md").read_text()
+    alerts = re.findall(r"alert: (\w+)", (ROOT / "monitoring/alerts.yml").read_text())
+    assert re.findall(r"^\| (Npair\w+) \|", page, re.MULTILINE) == alerts
+
+
 def test_the_alert_knows_how_long_the_queue_may_be() -> None:
     limit = parse(
         (ROOT / "model_repository/npair/config.pbtxt").read_text()

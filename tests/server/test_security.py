@@ -280,15 +280,15 @@ class TestTls:
         [
             (
                 {"GRPC_TLS_CERT"},
-                "needs a certificate and its key: set --grpc-key (GRPC_TLS_KEY), too",
+                "needs a certificate and its key: set --grpc-key (GRPC_TLS_KEY) as well",
             ),
             (
                 {"GRPC_TLS_KEY"},
-                "needs a certificate and its key: set --grpc-cert (GRPC_TLS_CERT), too",
+                "needs a certificate and its key: set --grpc-cert (GRPC_TLS_CERT) as well",
             ),
             (
                 {"GRPC_TLS_CLIENT_CA"},
-                "needs a certificate and its key: set --grpc-cert (GRPC_TLS_CERT), too",
+                "needs a certificate and its key: set --grpc-cert (GRPC_TLS_CERT) as well",
             ),
             (
                 {"GRPC_TLS_CERT", "GRPC_TLS_KEY", "missing"},

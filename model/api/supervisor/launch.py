@@ -22,6 +22,7 @@ from supervisor.logs import log
 from supervisor.options import MODEL
 from supervisor.preflight import IMAGE_SERVER, ServeError, in_url
 from supervisor.procfs import region_prefix, stat
+from supervisor.tls import grpc_tls
 
 if TYPE_CHECKING:
     from supervisor.options import Options
@@ -38,6 +39,8 @@ MAX_REQUEST_BYTES = 64 << 20
 STACK_BYTES = 4 * MAX_REQUEST_BYTES
 # Beyond the usual soft limit of 1,024, connections go unanswered, the golden photo's included.
 OPEN_FILES = 65_536
+FEWEST_FILES = 1_024  # below which there is a warning
+OWN_FILES = 64  # of a server without connections
 # By default glibc retains the memory of the largest requests, hundreds of MB. With these
 # (mallopt(3)), blocks of 8 MiB or more return to the system when they are freed, and each arena
 # keeps at most 16 MiB at its end.
@@ -46,6 +49,8 @@ ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(16 << 20),
 }
+# Percentiles of latency, over the last minute: each as quantile:error.
+SUMMARIES = ("summary_latencies=true", "summary_quantiles=0.5:0.05,0.95:0.01,0.99:0.001")
 SHELL_SAFE = re.compile("[A-Za-z0-9/._+@%-]+")  # needs no quotes in a shell, no escape in PATH
 SCRATCH_PARENTS = ("/tmp", "/var/tmp", "/dev/shm")
 
@@ -186,34 +191,6 @@ def hide_secret(server: int) -> None:
             memory.write(secrets.token_hex(len(secret[0])).encode()[: len(secret[0])])
 
 
-def grpc_tls(options: Options) -> dict[str, str]:
-    """Triton's flags for TLS, none without a certificate.
-
-    Raises: ServeError if a file is missing or cannot be read.
-    """
-    files = {
-        "--grpc-server-cert": ("--grpc-cert (GRPC_TLS_CERT)", options.grpc_cert),
-        "--grpc-server-key": ("--grpc-key (GRPC_TLS_KEY)", options.grpc_key),
-        "--grpc-root-cert": ("--grpc-client-ca (GRPC_TLS_CLIENT_CA)", options.grpc_client_ca),
-    }
-    given = {flag: path for flag, (_, path) in files.items() if path}
-    if not given:
-        return {}
-    for flag in ("--grpc-server-cert", "--grpc-server-key"):
-        if flag not in given:
-            raise ServeError(
-                f"TLS for gRPC needs a certificate and its key: set {files[flag][0]}, too"
-            )
-    for flag, path in given.items():
-        try:
-            content = Path(path).read_bytes()
-        except OSError as error:
-            raise ServeError(f"{files[flag][0]} cannot be read: {error}") from error
-        if b"-----BEGIN " not in content:
-            raise ServeError(f"{files[flag][0]}: {path} is not PEM; convert it with openssl")
-    return {**given, f"--grpc-use-ssl{'-mutual' if options.grpc_client_ca else ''}": "true"}
-
-
 def repository_for(repository: str, scratch: Path) -> str:
     """The model repository as Triton takes it.
 
@@ -261,6 +238,7 @@ def command(options: Options, triton: Triton, secret: str) -> list[str]:
         *(f"{flag}={value}" for flag, value in flags.items() if flag in known),
         # Completing config.pbtxt, which is complete, would import the model and torch once more.
         *({"--disable-auto-complete-config"} & known),
+        *(f"--metrics-config={s}" for s in SUMMARIES if "--metrics-config" in known),
         *(f"--trace-config={setting}" for setting in trace_settings(options)),
     ]
 
@@ -329,18 +307,32 @@ def stack_bytes() -> int:
     return hard
 
 
+def open_files() -> int:
+    """The limit of open files for the server: OPEN_FILES unless the hard limit is lower."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < FEWEST_FILES:
+        log.warning(
+            f"WARNING: the hard limit of open files is {hard}: the server may not start, and "
+            f"connections beyond about {max(0, hard - OWN_FILES)} go unanswered; "
+            f"allow {OPEN_FILES}: ulimit -n {OPEN_FILES}, "
+            f"docker run --ulimit nofile={OPEN_FILES}, or LimitNOFILE={OPEN_FILES}"
+        )
+    return max(soft, min(hard, OPEN_FILES))
+
+
 def start(arguments: list[str], triton: Triton) -> subprocess.Popen[bytes]:
     """Start the server. Call this from the main thread before there are others: the server dies
     with the thread that starts it.
     """
-    stack = stack_bytes()
+    stack, files = stack_bytes(), open_files()
 
     def prepare() -> None:
         resource.setrlimit(
             resource.RLIMIT_STACK, (stack, resource.getrlimit(resource.RLIMIT_STACK)[1])
         )
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (files, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        )
         # prctl(PR_SET_PDEATHSIG): however this process ends, no orphan holds the ports.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 

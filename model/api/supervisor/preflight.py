@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import platform
 import socket
 import sys
@@ -20,6 +21,7 @@ IMAGE_SERVER = Path("/opt/tritonserver")
 # The wheel's Python backend is built for numpy 1, which Python 3.13 has no build of.
 WHEEL_PYTHONS = ((3, 10), (3, 12))
 WHEEL_GLIBC = (2, 35)
+STORES = ("s3://", "gs://", "as://")
 
 
 class ServeError(RuntimeError):
@@ -52,12 +54,27 @@ def check_platform() -> None:
 
 def check_repository(options: Options) -> None:
     """Raises: ServeError if a folder holds no model; Triton itself checks an object store."""
-    folder = options.model_folder
-    if folder and not (folder / "config.pbtxt").is_file():
+    given, folder = options.model_repository, options.model_folder
+    if folder is None:
+        if not given.startswith(STORES):
+            raise ServeError(
+                f"MODEL_REPOSITORY must be a folder, or in a bucket at {' or '.join(STORES)}, "
+                f"got {given}"
+            )
+        return
+    config = folder / "config.pbtxt"
+    try:
+        config.open("rb").close()
+    except (FileNotFoundError, NotADirectoryError):
         raise ServeError(
-            f"no model repository at {options.model_repository}: "
-            f"it has no {folder.name}/config.pbtxt"
-        )
+            f"no model repository at {given}: it has no {folder.name}/{config.name}; "
+            f"set MODEL_REPOSITORY to the folder that holds {folder.name}/"
+        ) from None
+    except OSError as error:
+        raise ServeError(
+            f"{config} cannot be read: {error.strerror}; let user {os.getuid()} read "
+            "MODEL_REPOSITORY and all that is in it"
+        ) from error
 
 
 def address_of(host: str) -> str:
@@ -98,10 +115,11 @@ def check_ports(options: Options) -> None:
             try:
                 listener.bind((host, port))
                 listener.listen()  # otherwise two of the three could share a port
-            except (OSError, OverflowError) as error:
-                remedy = f"set {name} to a free port"
-                if getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
-                    remedy = "set BIND_ADDRESS to an address of this machine"
+            except OSError as error:
+                remedy = {
+                    errno.EADDRNOTAVAIL: "set BIND_ADDRESS to an address of this machine",
+                    errno.EACCES: f"set {name} to a port above 1023",
+                }.get(error.errno or 0, f"set {name} to a free port")
                 raise ServeError(
-                    f"cannot listen on {in_url(host)}:{port}: {error}; {remedy}"
+                    f"cannot listen on {in_url(host)}:{port}: {error.strerror or error}; {remedy}"
                 ) from error

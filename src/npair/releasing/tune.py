@@ -238,8 +238,8 @@ def _medians(runs: Iterable[Iterable[Point]]) -> Iterator[Point]:
 
 
 @contextlib.contextmanager
-def serving(models: Path) -> Iterator[LocalServer]:
-    """Start a server for a model repository and wait until it is ready.
+def serving(models: Path, serve: Path = SERVE) -> Iterator[LocalServer]:
+    """Start a server for a model repository by its serve.py and wait until it is ready.
 
     Raises: TuneError with the server's output if it ends instead.
     """
@@ -252,7 +252,7 @@ def serving(models: Path) -> Iterator[LocalServer]:
     with tempfile.TemporaryFile("w+") as log:
         environment = os.environ | ports
         environment |= {"MODEL_REPOSITORY": str(models), "BIND_ADDRESS": "127.0.0.1"}
-        process = subprocess.Popen([sys.executable, str(SERVE)], env=environment, stderr=log)
+        process = subprocess.Popen([sys.executable, str(serve)], env=environment, stderr=log)
         try:
             with NpairClient(url) as client:
                 while not client.ready():

@@ -23,8 +23,15 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "value", "reason"),
     [
         ("LOG_FORMAT", "xml", "must be text or json, got xml"),
-        ("TRACE_RATE", "0", "must be at least 1, got 0"),
-        ("START_SECONDS", "0", "must be more than 0, got 0.0"),
+        ("HTTP_PORT", "http", "must be a whole number from 1 to 65535, got http"),
+        ("GRPC_PORT", "0", "must be a whole number from 1 to 65535, got 0"),
+        ("METRICS_PORT", "65536", "must be a whole number from 1 to 65535, got 65536"),
+        ("TRACE_RATE", "0", "must be a whole number from 1 to 1000000, got 0"),
+        ("TRACE_URL", "host:4318", "must be a collector's address, such as http://host:4318/"),
+        ("START_SECONDS", "0", "must be a number from 0.1 to 86400, got 0"),
+        ("START_SECONDS", "nan", "must be a number from 0.1 to 86400, got nan"),
+        ("DRAIN_SECONDS", "-1", "must be a whole number from 0 to 86400, got -1"),
+        ("VERBOSE", "very", "must be 1 or 0, got very"),
     ],
 )
 def test_senseless_settings(name: str, value: str, reason: str) -> None:
@@ -45,6 +52,12 @@ def test_a_flag_overrides_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse([]).http_port == 9000
     assert parse(["--http-port", "9001"]).http_port == 9001
     assert parse([]).verbose
+
+
+@pytest.mark.parametrize(("value", "verbose"), [("1", True), ("True", True), ("0", False)])
+def test_a_switch(monkeypatch: pytest.MonkeyPatch, value: str, verbose: bool) -> None:
+    monkeypatch.setenv("VERBOSE", value)
+    assert parse([]).verbose is verbose
 
 
 def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import platform
 import re
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,11 +40,41 @@ class TestRefusals:
         assert code == 1
         assert output.endswith("; set BIND_ADDRESS to an address of this machine\n")
 
-    def test_missing_repository(self, tmp_path: Path) -> None:
-        code, output = ended(MODEL_REPOSITORY=str(tmp_path / "nowhere"))
+    @pytest.mark.parametrize("given", ["nowhere", "models/npair", "models/npair/config.pbtxt"])
+    def test_missing_repository(self, tmp_path: Path, given: str) -> None:
+        (tmp_path / "models/npair").mkdir(parents=True)
+        (tmp_path / "models/npair/config.pbtxt").touch()
+        code, output = ended(MODEL_REPOSITORY=str(tmp_path / given))
         assert code == 1
-        reason = f"no model repository at {tmp_path}/nowhere: it has no npair/config.pbtxt"
-        assert output == f"npair: {reason}\n"
+        assert output == (
+            f"npair: no model repository at {tmp_path}/{given}: it has no npair/config.pbtxt; "
+            "set MODEL_REPOSITORY to the folder that holds npair/\n"
+        )
+
+    def test_repository_that_cannot_be_read(self) -> None:
+        """Root may read every file, but no name is longer than 255 bytes."""
+        code, output = ended(MODEL_REPOSITORY=256 * "a")
+        assert code == 1
+        assert re.search(r"config\.pbtxt cannot be read: .*; let user \d+ read", output)
+        assert output.count("\n") == 1
+
+    @pytest.mark.parametrize("given", ["http://models/npair", "file:///models"])
+    def test_repository_at_an_unknown_place(self, given: str) -> None:
+        code, output = ended(MODEL_REPOSITORY=given)
+        assert code == 1
+        assert f"must be a folder, or in a bucket at s3:// or gs:// or as://, got {given}" in output
+
+    def test_port_that_only_root_may_use(self) -> None:
+        command = ["setpriv", "--bounding-set=-net_bind_service", sys.executable, str(SERVE)]
+        result = subprocess.run(
+            command,
+            env=os.environ | free_ports() | {"HTTP_PORT": "1"},
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 1
+        assert result.stderr.endswith(":1: Permission denied; set HTTP_PORT to a port above 1023\n")
 
 
 class TestPlatform:
