@@ -4,14 +4,14 @@
 // gallery, with its label if a click brought it; null is the start.
 
 import { ask, picture, Refused } from "./service.js";
-import { limits, prepare, PhotoError } from "./photo.js";
+import { prepare, PhotoError } from "./photo.js";
 
 const FIRST = 12; // neighbours at first
 const SOON = 200; // ms until the page says that it searches: most answers come before
 const SLOW = 4000; // ms until it says that the server takes its time
 const $ = (id) => document.getElementById(id);
 
-const uploads = []; // {file, photo, note} in the order of this visit
+const uploads = []; // {file, name, photo, note} in the order of this visit
 let info = {};
 let running = new AbortController(); // the search that the page waits for
 
@@ -28,7 +28,7 @@ async function show(query, k = FIRST) {
   const waits = [[SOON, ""], [SLOW, "The server takes its time."]];
   const timers = waits.map(([ms, reason]) => setTimeout(wait, ms, reason, k === FIRST));
   try {
-    if (upload && !upload.photo) Object.assign(upload, await prepare(upload.file));
+    if (upload && !upload.photo) Object.assign(upload, await prepare(upload.file, upload.name));
     signal.throwIfAborted();
     $("note").textContent = upload?.note ?? "";
     const path = `search?k=${k}${upload ? "" : `&photo=${encodeURIComponent(query.photo)}`}`;
@@ -60,7 +60,7 @@ function showQuery(query, upload) {
   } else {
     picture(image, query.photo);
   }
-  $("caption").textContent = upload ? upload.file.name || "Pasted picture" : query.label || "";
+  $("caption").textContent = upload ? upload.name : query.label || "";
   $("note").textContent = upload ? "" : "From the gallery";
   $("start").hidden = true;
   $("search").hidden = false;
@@ -222,11 +222,9 @@ function go(query) {
   show(query);
 }
 
-function take(files, otherwise) {
-  const [file] = files;
-  $("trouble").textContent = file ? "" : otherwise;
-  if (file) go({ upload: uploads.push({ file }) - 1 });
-  else if ($("start").hidden) $("status").textContent = otherwise;
+function take([file], name = file?.name) {
+  $("trouble").textContent = file ? "" : "That is no picture file.";
+  if (file) go({ upload: uploads.push({ file, name }) - 1 });
 }
 
 for (const button of document.querySelectorAll("[data-input]")) {
@@ -241,7 +239,7 @@ for (const input of [$("file"), $("camera")]) {
 
 addEventListener("paste", (event) => {
   if (event.target.closest?.("input")) return;
-  take(event.clipboardData.files, "There is no picture in the clipboard.");
+  take(event.clipboardData.files, "Pasted picture");
 });
 
 addEventListener("dragover", (event) => {
@@ -254,7 +252,7 @@ addEventListener("dragleave", (event) => {
 addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dragging");
-  take(event.dataTransfer.files, "That is no file. Copy the picture and paste it here instead.");
+  take(event.dataTransfer.files);
 });
 
 $("home").onclick = (event) => {
@@ -271,8 +269,6 @@ async function start() {
   try {
     info = await (await ask("info")).json();
     about(info);
-    Object.assign(limits, info.limits);
-    if (info.photos === 0) $("trouble").textContent = "";
   } catch (error) {
     $("trouble").textContent = error.message;
   }

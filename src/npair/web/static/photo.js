@@ -1,9 +1,11 @@
 // Turns the file that a person gives into one that the server takes.
 
-/** What the server takes; the service's answer to GET info replaces it. */
-export const limits = { bytes: 20_000_000, pixels: 64_000_000 };
+// What the server takes.
+const BYTES = 20_000_000;
+const PIXELS = 64_000_000;
 
-const SIDE = 2048; // of a photo drawn anew: far more than the network sees
+// Of a photo drawn anew. The side is far more than the network sees.
+const SIDE = 2048;
 const QUALITY = 0.92;
 
 // By the first bytes, since names lie.
@@ -23,21 +25,20 @@ const TAKEN = ["JPEG", "PNG", "WebP"];
 export class PhotoError extends Error {}
 
 /**
- * Return what to send for a file, and a note of what was changed, or "".
+ * Return what to send for a file of this name, and a note of what was changed, or "".
  *
  * A JPEG, PNG or WebP within the limits stays as it is. Others are drawn upright, at most SIDE
  * pixels long, on white, as a JPEG.
  * Throws PhotoError.
  */
-export async function prepare(file) {
-  const name = file.name || "This picture";
+export async function prepare(file, name) {
   if (file.size === 0) throw new PhotoError(`${name} is empty.`);
   const format = await formatOf(file).catch(() => {
     throw new PhotoError(`${name} cannot be read. If it is a folder, choose a photo inside it.`);
   });
   const image = await decode(file);
   const { naturalWidth: width = 0, naturalHeight: height = 0 } = image ?? {};
-  const fits = file.size <= limits.bytes && width * height <= limits.pixels;
+  const fits = file.size <= BYTES && width * height <= PIXELS;
   // The server judges what this browser cannot open, and says what is wrong with it.
   if (TAKEN.includes(format) && fits) return { photo: file, note: "" };
   if (width * height === 0) {
@@ -51,8 +52,8 @@ export async function prepare(file) {
   const photo = await draw(image, ...size);
   if (!photo) {
     throw new PhotoError(
-      `Your browser cannot make ${name} smaller. Scale it below ${limits.pixels / 1e6} megapixels` +
-        ` and ${limits.bytes / 1e6} MB, and try again.`,
+      `Your browser cannot scale ${name}. Make it smaller than ${PIXELS / 1e6} megapixels and` +
+        ` ${BYTES / 1e6} MB, and try again.`,
     );
   }
   const converted = TAKEN.includes(format) ? "" : `Sent as JPEG, made of a ${format ?? "picture"}.`;
