@@ -26,7 +26,7 @@ from npair import cli
 from npair.client import Embeddings, InvalidPhotoError, NpairClient, UnavailableError
 from npair.data.dataset import DataError
 from npair.gallery import gallery
-from npair.gallery.gallery import Built, Gallery, GalleryError, build, labels_of
+from npair.gallery.gallery import Built, Gallery, GalleryError, PhotoGoneError, build, labels_of
 from npair.releasing.config import with_release
 
 OLD, NEW = SHIPPED.name, str(int(SHIPPED.name) + 1)
@@ -312,6 +312,22 @@ class TestVersions:
         assert len(opened.search(photos / "class 0/0.png", newer)) == 2
         assert opened.version == NEW
 
+    def test_an_open_gallery_tells_that_it_is_stale(
+        self, client: NpairClient, newer: NpairClient, tmp_path: Path
+    ) -> None:
+        photos, index = folders(tmp_path / "photos", classes=1, photos=2), tmp_path / "index"
+        for made_by in (client, newer):
+            build(photos, index, made_by)
+            opened = Gallery(index)
+            build(photos, index, made_by)
+            assert not opened.stale(), "nothing has changed"
+            path = photo(photos / "new.png", len(opened))
+            build(photos, index, made_by)
+            assert opened.stale()
+            path.unlink()
+        build(photos, index, client)
+        assert opened.stale()
+
     def test_unserved(self, client: NpairClient, newer: NpairClient, tmp_path: Path) -> None:
         path = photo(tmp_path / "photos/a.png")
         build(tmp_path / "photos", tmp_path / "index", newer)
@@ -373,6 +389,21 @@ class TestSearch:
     def test_more_than_there_are(self, made: Gallery, client: NpairClient, dataset: Path) -> None:
         found = made.search(next(iter(labels_of(dataset))), client, k=1000)
         assert sorted(hit.photo for hit in found) == sorted(map(str, labels_of(dataset)))
+
+    def test_hits_lead_to_photos_and_vectors(
+        self, made: Gallery, client: NpairClient, dataset: Path
+    ) -> None:
+        path = next(iter(labels_of(dataset)))
+        hit = made.search(path, client, k=1)[0]
+        assert hit.columns == {}
+        assert made.photo(hit.id) == path
+        vectors, _ = client.embed(path)
+        assert made.vector(hit.id) == pytest.approx(vectors[0], abs=1e-3)
+        assert made.nearest(made.vector(hit.id), 1) == [hit._replace(cosine=pytest.approx(1))]
+        assert len(made) == 36
+        for unknown in ("0" * 64, "", "' OR '' = '"):
+            with pytest.raises(PhotoGoneError, match="has no photo"):
+                made.photo(unknown)
 
     def test_wrong_queries(self, made: Gallery, client: NpairClient, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="k must be at least 1"):

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from npair.cli import data, evaluate, index, publish, release, train, tune
+from npair.cli import data, evaluate, index, publish, release, train, tune, web
 from npair.client import NpairError
 
 
@@ -43,6 +43,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="npair", description="Train, score, publish and release N-pair embedding networks."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (data, train, evaluate, publish, release, index, tune):
+    for group in (data, train, evaluate, publish, release, index, tune, web):
         group.add_commands(commands)
     return parser

@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -58,12 +59,22 @@ class Built(NamedTuple):
     ignored: str = ""
 
 
-class Found(NamedTuple):
-    """A photo of the gallery and its cosine similarity to the query."""
+class PhotoGoneError(GalleryError, LookupError):
+    """The gallery has no such photo, or its file is gone."""
 
+
+class Hit(NamedTuple):
+    """A photo of the gallery and its cosine similarity to the query.
+
+    id: SHA-256 of the file's bytes, so that a photo keeps it over builds and moves; copies share
+    it. photo: the path, for people. columns: the other columns of the catalogue.
+    """
+
+    id: str
     cosine: float
     label: str
     photo: str
+    columns: dict[str, str]
 
 
 class Gallery:
@@ -84,11 +95,25 @@ class Gallery:
     def _open(self, name: str) -> None:
         with _readable(self.folder):
             self.table = _database(self.folder).open_table(name)
+            self._revision = self.table.version
             metadata = self.table.schema.metadata
             made_by = (metadata[key.encode()].decode() for key in MADE_BY)
             self.model, self.version, self.manifest_sha256 = made_by
 
-    def search(self, photo: Photo, client: NpairClient, k: int = 5) -> list[Found]:
+    def __len__(self) -> int:
+        with _readable(self.folder):
+            return int(self.table.count_rows())
+
+    def stale(self) -> bool:
+        """Tell whether a build has changed the gallery since it was opened.
+
+        Changed rows of the same version are found without opening it again; vectors of another
+        version are not. Raises: GalleryError.
+        """
+        with _readable(self.folder):
+            return self._name() != self.table.name or self.table.version != self._revision
+
+    def search(self, photo: Photo, client: NpairClient, k: int = 5) -> list[Hit]:
         """Return the k most similar photos, nearest first, or all if there are fewer.
 
         The client's server embeds the photo with the gallery's version, even if the client is
@@ -115,7 +140,7 @@ class Gallery:
             )
         return self.nearest(vector, k)
 
-    def nearest(self, vector: Vectors, k: int) -> list[Found]:
+    def nearest(self, vector: Vectors, k: int) -> list[Hit]:
         """Return the k rows most similar to a vector of the gallery's version, float32 [128].
 
         Raises: GalleryError.
@@ -123,8 +148,42 @@ class Gallery:
         with _readable(self.folder):
             query: Any = self.table.search(vector)  # typed as a search for text
             query = query.distance_type("cosine").nprobes(PROBES).limit(k)
-            rows = query.select(["photo", "label", "_distance"]).to_list()
-            return [Found(1 - row["_distance"], row["label"], row["photo"]) for row in rows]
+            names = {"photo", "label", "sha256", "columns"} & set(self.table.schema.names)
+            rows = query.select([*sorted(names), "_distance"]).to_list()
+            return [
+                Hit(
+                    row["sha256"],
+                    1 - row["_distance"],
+                    row["label"],
+                    row["photo"],
+                    json.loads(row.get("columns") or "{}"),
+                )
+                for row in rows
+            ]
+
+    def vector(self, photo_id: str) -> Vectors:
+        """Return a photo's vector, float32 [128]. Raises: PhotoGoneError, GalleryError."""
+        vector = self._rows(photo_id, "vector")[0]["vector"]
+        return np.asarray(vector, np.float32)
+
+    def photo(self, photo_id: str) -> Path:
+        """Return the path of a photo's file. Raises: PhotoGoneError, GalleryError."""
+        names: list[str] = [row["photo"] for row in self._rows(photo_id, "photo")]
+        paths = [self.folder / name for name in names]
+        for path in paths:
+            if path.is_file():
+                return path
+        raise PhotoGoneError(f"{paths[0]} is gone; put it back, or build the gallery anew")
+
+    def _rows(self, photo_id: str, column: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        if re.fullmatch("[0-9a-f]{64}", photo_id):  # anything else could be SQL
+            with _readable(self.folder):
+                query = self.table.search().where(f"sha256 = '{photo_id}'")
+                rows = query.select([column]).to_list()
+        if not rows:
+            raise PhotoGoneError(f"the gallery in {self.folder} has no photo {photo_id!r}")
+        return rows
 
 
 def build(source: Path, folder: Path, client: NpairClient) -> Built:

@@ -1,0 +1,58 @@
+"""npair web: a page and an HTTP API to search a gallery by photos."""
+# ruff: noqa: PLC0415  # commands import their libraries when they run
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from npair.cli.options import Commands, add_command
+from npair.client import DEFAULT_URL, NpairClient
+from npair.client_cli import from_environment
+
+
+def add_commands(commands: Commands) -> None:
+    web = add_command(
+        commands, "web", _web, "serve a page and an HTTP API to search a gallery by photos"
+    )
+    web.add_argument(
+        "--index",
+        type=Path,
+        default=Path("gallery"),
+        metavar="DIR",
+        help="the gallery's folder (%(default)s)",
+    )
+    web.add_argument(
+        "--url",
+        default=os.environ.get("NPAIR_URL", DEFAULT_URL),
+        help="the server: http(s):// or grpc(s):// (NPAIR_URL; %(default)s)",
+    )
+    web.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (%(default)s); any other than loopback needs a key of at least"
+        " 32 characters in NPAIR_WEB_KEY, or in the file NPAIR_WEB_KEY_FILE",
+    )
+    web.add_argument("--port", type=int, default=8080, help="0 chooses one (%(default)s)")
+    web.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name by which the service is reached, as in https://NAME/; may be repeated",
+    )
+
+
+def _web(arguments: argparse.Namespace) -> int:
+    from npair.web.server import serve
+
+    client = NpairClient(arguments.url, retries=1, **from_environment())
+    serve(
+        arguments.index,
+        client,
+        host=arguments.host,
+        port=arguments.port,
+        allowed=arguments.allow_host,
+    )
+    return 0

@@ -1,0 +1,84 @@
+"""Run the service: where it listens, and what it demands there."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import re
+import socket
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+import uvicorn
+
+from npair.client import NpairClient
+from npair.web.app import create_app
+
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+SHORTEST_KEY = 32  # characters; `openssl rand -hex 32` gives 64
+DRAIN = 20  # seconds for requests under way to end after SIGTERM
+CONNECTIONS = 256
+
+
+def serve(
+    gallery: Path, client: NpairClient, *, host: str, port: int, allowed: Collection[str]
+) -> None:
+    """Serve until SIGTERM or Ctrl-C, and then end what is under way.
+
+    host: an address; port: 0 chooses one. allowed: names for the Host header besides loopback's
+    and the address.
+    Raises: ValueError if a key is needed or too short, OSError if the port is taken.
+    """
+    key = given_key()
+    if not key and not _is_loopback(host):
+        raise ValueError(
+            f"whoever reaches {host} could search your photos: set NPAIR_WEB_KEY or"
+            " NPAIR_WEB_KEY_FILE, for example by: openssl rand -hex 32"
+        )
+    hosts = LOOPBACK | {name.lower() for name in (host, *allowed)}
+    app = create_app(gallery, client, hosts=hosts, key=key)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family) as listener:
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            ws="none",
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=DRAIN,
+        )
+        name = f"[{host}]" if ":" in host else host
+        print(f"npair: http://{name}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again
+            uvicorn.Server(config).run([listener])
+
+
+def given_key() -> str:
+    """Read the key: the content of the file NPAIR_WEB_KEY_FILE, else NPAIR_WEB_KEY, else "".
+
+    Raises: OSError if the file cannot be read, ValueError for a key that is too short or cannot be
+    a header.
+    """
+    name = "NPAIR_WEB_KEY_FILE"
+    if path := os.environ.get(name):
+        key = Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    else:
+        name = "NPAIR_WEB_KEY"
+        key = os.environ.get(name, "")
+    if (key or path) and not re.fullmatch(f"[!-~]{{{SHORTEST_KEY},}}", key):
+        raise ValueError(
+            f"{name} must hold at least {SHORTEST_KEY} printable ASCII characters without blanks,"
+            " for example of: openssl rand -hex 32"
+        )
+    return key
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
