@@ -30,7 +30,7 @@ async function show(query, k = FIRST) {
   try {
     if (upload && !upload.photo) Object.assign(upload, await prepare(upload.file, upload.name));
     signal.throwIfAborted();
-    $("note").textContent = upload?.note ?? "";
+    $("note").textContent = upload ? upload.note : "From the gallery";
     const path = `search?k=${k}${upload ? "" : `&photo=${encodeURIComponent(query.photo)}`}`;
     const response = await ask(path, { method: "POST", body: upload?.photo, signal });
     const answer = await response.json();
@@ -61,7 +61,7 @@ function showQuery(query, upload) {
     picture(image, query.photo);
   }
   $("caption").textContent = upload ? upload.name : query.label || "";
-  $("note").textContent = upload ? "" : "From the gallery";
+  $("note").textContent = "";
   $("start").hidden = true;
   $("search").hidden = false;
 }
