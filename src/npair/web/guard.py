@@ -51,20 +51,26 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        headers = Headers(scope=scope)
+        limit = self.limits.get(scope["path"], SMALL)
+        body = _Body(receive, limit)
+        sends_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
         async def secured(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
+                answered = MutableHeaders(scope=message)
                 for name, value in SECURITY.items():
-                    headers.setdefault(name, value)
+                    answered.setdefault(name, value)
+                if sends_body and not body.complete:
+                    answered["Connection"] = "close"  # or uvicorn would read the rest
             await send(message)
 
-        limit = self.limits.get(scope["path"], SMALL)
         try:
-            self._check(scope["method"], Headers(scope=scope), limit)
+            self._check(scope["method"], headers, limit)
         except RefusedError as refusal:
             await answer(refusal)(scope, receive, secured)
         else:
-            await self.app(scope, _Body(receive, limit), secured)
+            await self.app(scope, body, secured)
 
     def _check(self, method: str, headers: Headers, limit: int) -> None:
         host = headers.get("host", "").lower()
@@ -90,11 +96,11 @@ class _Body:
 
     def __init__(self, receive: Receive, limit: int) -> None:
         self._receive, self._limit = receive, limit
-        self._size, self._complete = 0, False
+        self._size, self.complete = 0, False
         self._deadline = time.monotonic() + BODY_SECONDS
 
     async def __call__(self) -> Message:
-        if self._complete:  # only a disconnection can come
+        if self.complete:  # only a disconnection can come
             return await self._receive()
         try:
             left = self._deadline - time.monotonic()
@@ -103,7 +109,7 @@ class _Body:
             slow = f"the body did not arrive within {BODY_SECONDS:g} s"
             raise RefusedError(408, slow, code="slow_body") from None
         self._size += len(message.get("body", b""))
-        self._complete = not message.get("more_body", False)
+        self.complete = not message.get("more_body", False)
         if self._size > self._limit:
             raise _too_large(self._limit)
         return message

@@ -17,7 +17,7 @@ from npair.client import (
     UnavailableError,
     VersionGoneError,
 )
-from npair.gallery.gallery import GalleryError
+from npair.gallery.gallery import GalleryError, PhotoGoneError
 
 LOG = logging.getLogger("npair.web")
 RETRY_AFTER = "1"  # seconds
@@ -52,6 +52,9 @@ def refused_of(error: Exception) -> RefusedError:
     if isinstance(error, RefusedError):
         return error
     if isinstance(error, GalleryError):
+        if isinstance(error, PhotoGoneError):
+            message = "the gallery has no such photo, or its file is gone"
+            return RefusedError(404, message, code="photo_gone")
         LOG.warning("%s", error)
         if isinstance(error.__cause__, VersionGoneError):
             gone = f"{error.__cause__}; build the gallery anew: npair index build"

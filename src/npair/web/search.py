@@ -7,19 +7,19 @@ import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 from pydantic import BaseModel, Field
 
 from npair.client import PIXEL, NpairClient
-from npair.gallery.gallery import Found, Gallery
+from npair.gallery.gallery import Gallery, Hit, PhotoGoneError
 from npair.serving.preprocess import Limits, Preprocessing, decode
 from npair.serving.refusal import PhotoError
-from npair.web.refusals import RefusedError
 
 MAX_PHOTO = 20_000_000  # bytes: the model's own limit
 MAX_K = 100
+COPIES = 8  # files of the same bytes, which share their id, that a search by one leaves out
 SIDE = 320  # pixels of a thumbnail, which shows the square that the network sees
 THUMBNAIL = Preprocessing(size=SIDE, resample="BILINEAR", background=255)
 LIMITS = Limits(max_bytes=MAX_PHOTO, max_pixels=64_000_000)
@@ -43,7 +43,7 @@ class Neighbour(BaseModel):
     cosine: float
     same_product: bool | None = Field(description="null without a threshold")
     photo: str = Field(description="path of the thumbnail")
-    columns: dict[str, Any] = Field(description="the catalogue's other columns")
+    columns: dict[str, str] = Field(description="the catalogue's other columns")
 
 
 class Neighbours(BaseModel):
@@ -93,24 +93,20 @@ class Search:
         gallery = Gallery(self.folder)
         return self._neighbours(gallery, gallery.search(photo, self.client, k), threshold)
 
-    def by_id(self, identifier: str, k: int, threshold: float | None) -> Neighbours:
-        """Search by a photo of the gallery, which is left out itself."""
+    def by_id(self, photo_id: str, k: int, threshold: float | None) -> Neighbours:
+        """Search by a photo of the gallery, which is left out itself, as are copies of it."""
         gallery = Gallery(self.folder)
-        name = _name(gallery, identifier)
-        quoted = name.replace("'", "''")
-        (row,) = gallery.table.search().where(f"photo = '{quoted}'").limit(1).to_list()
-        found = gallery.nearest(row["vector"], k + 1)
-        others = [each for each in found if each.photo != name]
+        found = gallery.nearest(gallery.vector(photo_id), k + COPIES)
+        others = [hit for hit in found if hit.id != photo_id]
         return self._neighbours(gallery, others[:k], threshold)
 
-    def thumbnail(self, identifier: str) -> Thumbnail:
-        path = Path(_name(Gallery(self.folder), identifier))
+    def thumbnail(self, photo_id: str) -> Thumbnail:
+        path = Gallery(self.folder).photo(photo_id)
         try:
             stat = path.stat()
             return _thumbnail(path, stat.st_mtime_ns, stat.st_size)
         except (OSError, PhotoError) as error:
-            message = "the photo's file is gone, or no longer a photo"
-            raise RefusedError(404, message, code="photo_gone") from error
+            raise PhotoGoneError(f"{path}: {error}") from error
 
     def _threshold(self, gallery: Gallery) -> float | None:
         thresholds = self.client.thresholds()
@@ -118,20 +114,20 @@ class Search:
         return thresholds.far_1_percent if thresholds and known else None
 
     def _neighbours(
-        self, gallery: Gallery, found: list[Found], threshold: float | None
+        self, gallery: Gallery, found: list[Hit], threshold: float | None
     ) -> Neighbours:
         if threshold is None:
             threshold = self._threshold(gallery)
         neighbours = [
             Neighbour(
-                id=(identifier := _id(each.photo)),
-                label=each.label,
-                cosine=each.cosine,
-                same_product=None if threshold is None else each.cosine >= threshold,
-                photo=f"/photos/{identifier}",
-                columns={},
+                id=hit.id,
+                label=hit.label,
+                cosine=hit.cosine,
+                same_product=None if threshold is None else hit.cosine >= threshold,
+                photo=f"/photos/{hit.id}",
+                columns=hit.columns,
             )
-            for each in found
+            for hit in found
         ]
         return Neighbours(
             model=gallery.model,
@@ -139,18 +135,6 @@ class Search:
             threshold=threshold,
             neighbours=neighbours,
         )
-
-
-def _id(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()[:16]
-
-
-def _name(gallery: Gallery, identifier: str) -> str:
-    names = gallery.table.search().select(["photo"]).to_arrow()["photo"].to_pylist()
-    for name in names:
-        if _id(name) == identifier:
-            return str(name)
-    raise RefusedError(404, "the gallery has no such photo", param="id", code="no_such_photo")
 
 
 @functools.lru_cache(maxsize=512)  # 20 kB each

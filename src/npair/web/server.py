@@ -12,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from npair.client import NpairClient
 from npair.web.app import create_app
@@ -41,20 +42,24 @@ def serve(
     app = create_app(gallery, client, hosts=hosts, key=key)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listener:
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            ws="none",
-            limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=DRAIN,
-        )
         name = f"[{host}]" if ":" in host else host
         print(f"npair: http://{name}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again
-            uvicorn.Server(config).run([listener])
+            uvicorn.Server(configured(app)).run([listener])
+
+
+def configured(app: ASGIApp) -> uvicorn.Config:
+    """Configure uvicorn for an application."""
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        ws="none",
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=DRAIN,
+    )
 
 
 def given_key() -> str:
