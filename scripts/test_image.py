@@ -46,6 +46,7 @@ ENGINE = (
 TOOLS = ("runc", "skopeo", "debootstrap", "docker-compose", "iproute2", "apache2-utils")
 WHEEL_RELEASE = "24.10"  # of NVIDIA's images, with the wheel's server, 2.51
 LIMITS = {"torch": (1300, 420), "no torch": (800, 260)}  # MB unpacked and pushed
+MOST_SEARCH = 800  # MB unpacked
 
 
 def main() -> None:
@@ -109,6 +110,8 @@ def test(scratch: Path, stack: contextlib.ExitStack) -> None:
     check_drain(f"{REPOSITORY}@{digest}")
     step("kill its Python stub under compose")
     check_recovery(f"cpu-1@{digest}")
+    step("search a gallery by the profile search")
+    check_search(f"cpu-1@{digest}", scratch, options)
     step("promote it")
     promote(digest)
     assert digest_of("cpu") == digest
@@ -291,7 +294,7 @@ def wheelhouse(scratch: Path) -> Iterator[list[str]]:
     Yields: the build options that make pip use them.
     """
     wheels = scratch / "wheels"
-    for pins in ("requirements.txt", "requirements-torch.txt"):
+    for pins in ("api/requirements.txt", "api/requirements-torch.txt", "web/requirements.txt"):
         run(
             sys.executable,
             "-m",
@@ -301,7 +304,7 @@ def wheelhouse(scratch: Path) -> Iterator[list[str]]:
             "--dest",
             wheels,
             "--requirement",
-            ROOT / "model/api" / pins,
+            ROOT / "model" / pins,
         )
     handler = partial(QuietHandler, directory=str(wheels))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -391,7 +394,12 @@ def compose(tag: str, *arguments: str, program: str = "docker-compose") -> None:
     run(*command, stderr=subprocess.DEVNULL, env={"GHCR_USERNAME": OWNER, "TAG": tag, **PORTS})
 
 
-PORTS = {"HTTP_PORT": "18400", "GRPC_PORT": "18401", "METRICS_PORT": "18402"}
+PORTS = {
+    "HTTP_PORT": "18400",
+    "GRPC_PORT": "18401",
+    "METRICS_PORT": "18402",
+    "SEARCH_PORT": "18403",
+}
 
 
 def compose_test(tag: str) -> None:
@@ -419,6 +427,9 @@ def promote(digest: str) -> None:
     run("scripts/promote.sh", REPOSITORY, digest, *tags, env={"SKOPEO_OPTIONS": options})
 
 
+RAW = {"Inference-Header-Content-Length": "0"}  # Triton's: the body is the input
+
+
 def photo() -> bytes:
     return next((ROOT / "model_repository/npair").glob("*/golden/photo.jpg")).read_bytes()
 
@@ -428,13 +439,19 @@ def embed(port: int) -> int:
     return status("127.0.0.1", port, "POST", "/v2/models/npair/infer", photo())
 
 
-def status(host: str, port: int, method: str, path: str, body: bytes | None = None) -> int:
+def status(
+    host: str,
+    port: int,
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    *,
+    headers: Mapping[str, str] = RAW,
+) -> int:
     """Send a request; a body is one raw photo. Returns: the HTTP status, 0 without an answer."""
     connection = http.client.HTTPConnection(host, port, timeout=30)
     try:
-        connection.request(
-            method, path, body, {} if body is None else {"Inference-Header-Content-Length": "0"}
-        )
+        connection.request(method, path, body, {} if body is None else dict(headers))
         return connection.getresponse().status
     except (OSError, http.client.HTTPException):
         return 0
@@ -463,9 +480,7 @@ def check_drain(image: str) -> None:
 
     def send() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", 18410, timeout=30)
-        connection.request(
-            "POST", "/v2/models/npair/infer", photo(), {"Inference-Header-Content-Length": "0"}
-        )
+        connection.request("POST", "/v2/models/npair/infer", photo(), RAW)
         accepted.wait()
         statuses.append(connection.getresponse().status)
 
@@ -517,6 +532,39 @@ def check_recovery(tag: str) -> None:
         assert took <= 20
     finally:
         compose(tag, "down")
+
+
+def check_search(tag: str, scratch: Path, options: Sequence[str]) -> None:
+    """Build the search's image; build a gallery with it, and search that with a key."""
+    run("docker", "buildx", "build", "--quiet", "--file", "model/web/Dockerfile", *options,
+        "--tag", "npair_search", "--load", ".", stdout=subprocess.DEVNULL)  # fmt: skip
+    size = int(output("docker", "image", "inspect", "--format", "{{.Size}}", "npair_search")) / 1e6
+    print(f"search: {size:.0f} MB unpacked")
+    assert size <= MOST_SEARCH, f"more than {MOST_SEARCH} MB"
+    photos, gallery, key = scratch / "photos", scratch / "gallery", "k" * 32
+    photos.mkdir()
+    (photos / "photo.jpg").write_bytes(photo())
+    gallery.mkdir()
+    gallery.chmod(0o777)  # the container's user is another one
+    os.environ |= {"GALLERY": str(gallery), "PHOTOS": str(photos), "NPAIR_WEB_KEY": key}
+    port, headers = int(PORTS["SEARCH_PORT"]), {"Authorization": f"Bearer {key}"}
+    try:
+        compose(tag, "up", "--detach", "model_api")
+        wait_for("the service", lambda: embed(int(PORTS["HTTP_PORT"])) == 200)
+        builds = ("npair", "index", "build", "/photos", "--index", "/gallery")
+        mount = ("--volume", f"{gallery}:/gallery")
+        compose(tag, "--profile", "search", "run", "--rm", "--no-deps", *mount, "search", *builds)
+        compose(tag, "--profile", "search", "up", "--detach", "--no-build", "search")
+        for path, body in (("/", None), ("/healthz", None), ("/search?k=1", photo())):
+            method = "GET" if body is None else "POST"
+            answered = partial(status, "127.0.0.1", port, method, path, body, headers=headers)
+            wait_for(f"200 at {path}", lambda answered=answered: answered() == 200)  # type: ignore[misc]
+        assert status("127.0.0.1", port, "POST", "/search", photo()) == 401, "a key is needed"
+        container = output("docker", "ps", "--quiet", "--filter", "name=search").strip()
+        health = ("docker", "inspect", "--format", "{{.State.Health.Status}}", container)
+        wait_for("its health", lambda: output(*health).strip() == "healthy")
+    finally:
+        compose(tag, "--profile", "search", "down")
 
 
 def package_folder(name: str) -> Path:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -24,6 +21,7 @@ from support.browser import Browser, browsing, requested
 from support.models import SHIPPED
 from support.photos import PNG
 from support.servers import eventually, free_ports, running
+from support.web import call, serving
 
 from npair.client import NpairClient
 from npair.gallery.gallery import build
@@ -34,10 +32,9 @@ KEY = "k" * 32
 LOOKS = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
 # Relative luminance and contrast as WCAG 2.2 defines them, of all text that is shown.
 CONTRASTS = """
-const light = ([r, g, b]) => {
-  const [x, y, z] = [r, g, b].map((c) => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
-  return .2126 * x + .7152 * y + .0722 * z;
-};
+const linear = (c) => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+const light = ([r, g, b]) =>
+  .2126 * linear(r / 255) + .7152 * linear(g / 255) + .0722 * linear(b / 255);
 const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
 const ground = (element) => {
   for (let at = element; at; at = at.parentElement) {
@@ -46,7 +43,8 @@ const ground = (element) => {
   }
 };
 return [...document.querySelectorAll("body *")]
-  .filter((e) => e.checkVisibility() && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
+  .filter((e) => e.checkVisibility())
+  .filter((e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
   .map((e) => [light(parts(getComputedStyle(e).color)), light(ground(e)), e.textContent.trim()])
   .map(([a, b, text]) => [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), text]);
 """
@@ -61,42 +59,25 @@ return [...document.querySelectorAll("#groups a[href]")].map((link) => [
 """
 
 
-class Service(NamedTuple):
-    url: str
-    process: subprocess.Popen[bytes]
-
-
 @contextmanager
-def serving(index: Path, triton: str, port: str = "", **environment: str) -> Iterator[Service]:
-    """Run ``npair web``."""
-    port = port or free_ports()["HTTP_PORT"]
+def process(index: Path, triton: str, port: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run ``npair web`` as a process of its own, to be stopped and killed."""
     command = [sys.executable, "-m", "npair", "web", "--index", index, "--url", triton]
-    process = subprocess.Popen([*command, "--port", port], env=os.environ | environment)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        eventually(lambda: process.poll() is not None or answers(url))
-        yield Service(url, process)
-    finally:
-        process.send_signal(signal.SIGCONT)
-        process.terminate()
-        process.wait(timeout=30)
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except OSError:
-        return False
+    with subprocess.Popen([*command, "--port", port], stderr=subprocess.PIPE) as web:
+        try:
+            assert web.stderr is not None
+            assert b"http://" in web.stderr.readline()
+            yield web
+        finally:
+            web.send_signal(signal.SIGCONT)
+            web.terminate()
 
 
 def neighbours(url: str, photo: Path | str, k: int = 12) -> list[dict[str, Any]]:
     """Ask the service without a browser; photo: a file, or a photo of the gallery by id."""
     body = photo.read_bytes() if isinstance(photo, Path) else b""
     query = "" if isinstance(photo, Path) else f"&photo={photo}"
-    request = urllib.request.Request(f"{url}/search?k={k}{query}", body, {"Content-Type": ""})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return list(json.load(answer)["neighbours"])
+    return list(call(url, f"/search?k={k}{query}", body, method="POST").json["neighbours"])
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +96,8 @@ def index(triton: str, dataset: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def url(index: Path, triton: str) -> Iterator[str]:
-    with serving(index, triton) as service:
-        yield service.url
+    with serving(index, triton) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +297,7 @@ class TestReencoding:
         small, large = draw(PRODUCT, 77), tmp_path / "large.png"
         small.resize((8100, 8100), Image.Resampling.BICUBIC).save(large, compress_level=1)
         page.choose(large)
-        page.until("#note", "Scaled from 8100 × 8100 to 2048 × 2048")
+        page.until("#note", "Scaled from 8100 \N{MULTIPLICATION SIGN} 8100 to 2048")
         scaled = small.resize((2048, 2048), Image.Resampling.BICUBIC)
         shows(page, neighbours(url, as_sent(scaled, tmp_path)), within=0.02)
 
@@ -359,40 +340,17 @@ class TestReencoding:
 
 
 class TestFaults:
-    def test_the_service_goes_away_and_returns(
-        self, chromium: Browser, index: Path, triton: str, photo: Path
-    ) -> None:
-        chromium.look(1280)
-        with serving(index, triton) as service:
-            chromium.get(service.url)
-            chromium.until("#about", "photos")
-        chromium.choose(photo)
-        chromium.until("#title", "The search does not answer")
-        with serving(index, triton, port=service.url.rsplit(":")[-1]):
-            chromium.one("#act").click()
-            shows(chromium, neighbours(service.url, photo))
-        chromium.complaints()  # Chromium itself reports the refused connection
-
-    def test_triton_is_away(self, chromium: Browser, index: Path, photo: Path) -> None:
-        chromium.look(1280)
-        with serving(index, f"http://127.0.0.1:{free_ports()['HTTP_PORT']}") as service:
-            chromium.get(service.url)
-            chromium.choose(photo)
-            chromium.until("#title", "The search failed")
-            chromium.until("#detail", "server")
-            assert chromium.one("#act").text == "Try again"
-        chromium.complaints()
-
-    def test_a_slow_search_can_be_cancelled_or_overtaken(
+    def test_slow_then_gone_then_back(
         self, chromium: Browser, index: Path, triton: str, photo: Path, tmp_path: Path
     ) -> None:
-        other = tmp_path / "other.png"
+        other, port = tmp_path / "other.png", free_ports()["HTTP_PORT"]
         draw(PRODUCT + 1, 77).save(other)
+        url = f"http://127.0.0.1:{port}"
         chromium.look(1280)
-        with serving(index, triton) as service:
-            chromium.get(service.url)
+        with process(index, triton, port) as web:
+            chromium.get(url)
             chromium.until("#about", "photos")
-            service.process.send_signal(signal.SIGSTOP)
+            web.send_signal(signal.SIGSTOP)
             chromium.choose(photo)
             chromium.until("#title", "Searching")
             chromium.until("#detail", "The server takes its time.")
@@ -403,15 +361,31 @@ class TestFaults:
             chromium.until("#title", "Searching")
             chromium.choose(other)
             chromium.until("#caption", "other.png")
-            service.process.send_signal(signal.SIGCONT)
-            shows(chromium, neighbours(service.url, other))
+            web.send_signal(signal.SIGCONT)
+            shows(chromium, neighbours(url, other))  # and not those of the older search
             assert chromium.one("#results").get_attribute("aria-busy") == "false"
-        assert chromium.complaints() == []
+            assert chromium.complaints() == []
+        chromium.choose(photo)
+        chromium.until("#title", "The search does not answer")
+        with process(index, triton, port):
+            chromium.one("#act").click()
+            shows(chromium, neighbours(url, photo))
+        chromium.complaints()  # Chromium itself reports the refused connection
+
+    def test_triton_is_away(self, chromium: Browser, index: Path, photo: Path) -> None:
+        chromium.look(1280)
+        with serving(index, f"http://127.0.0.1:{free_ports()['HTTP_PORT']}") as url:
+            chromium.get(url)
+            chromium.choose(photo)
+            chromium.until("#title", "The search failed")
+            chromium.until("#detail", "server")
+            assert chromium.one("#act").text == "Try again"
+        chromium.complaints()
 
     def test_key(self, chromium: Browser, index: Path, triton: str, photo: Path) -> None:
         chromium.look(1280)
-        with serving(index, triton, NPAIR_WEB_KEY=KEY) as service:
-            chromium.get(service.url)
+        with serving(index, triton, key=KEY) as url:
+            chromium.get(url)
             eventually(lambda: chromium.one("#door").is_displayed())
             chromium.one("#key").send_keys("wrong" + Keys.ENTER)
             chromium.until("#door-note", "That key was refused.")
@@ -445,8 +419,8 @@ class TestFaults:
         with running(MODEL_REPOSITORY=str(model.parent)) as (_, urls):
             with NpairClient(urls["http"]) as client:
                 build(dataset, tmp_path / "index", client)
-            with serving(tmp_path / "index", urls["http"]) as service:
-                chromium.get(service.url)
+            with serving(tmp_path / "index", urls["http"]) as url:
+                chromium.get(url)
                 chromium.choose(photo)
                 chromium.until("#detail", "no threshold")
                 assert chromium.texts("#groups h2") == ["Nearest photos"]

@@ -138,8 +138,8 @@ function verdict([nearest], same, threshold) {
     const detail = `The nearest, ${label}, has a cosine of ${cosine}; the threshold is ${limit}.`;
     return { kind: "No photo of the same product", title: "No match", detail };
   }
-  const photos = same === 1 ? "1 photo shows" : `${same} photos show`;
-  const detail = `${photos} the same product: cosine ${limit} or more.`;
+  const photos = same === 1 ? "1 photo counts" : `${same} photos count`;
+  const detail = `${photos} as the same product: cosine ${limit} or more.`;
   return { kind: "Match", title: label, detail };
 }
 
