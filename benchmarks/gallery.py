@@ -37,7 +37,7 @@ from machine import ROOT, python_of, say
 from metrics_at_scale import resident_megabytes
 from packaging.requirements import Requirement
 
-from npair.gallery import gallery
+from npair.gallery import build, gallery
 
 DIMENSION, PER_CENTRE, QUERIES, WARM_UP, KS = 128, 40, 1000, 50, (5, 10)
 OWN = (
@@ -179,8 +179,8 @@ def can_search(name: str, folder: Path, query: Vectors) -> bool:
 
 
 def blocks(vectors: Vectors) -> Iterator[range]:
-    for start in range(0, len(vectors), gallery.ROWS):
-        yield range(start, min(start + gallery.ROWS, len(vectors)))
+    for start in range(0, len(vectors), build.ROWS):
+        yield range(start, min(start + build.ROWS, len(vectors)))
 
 
 def label(row: int) -> str:
@@ -188,7 +188,7 @@ def label(row: int) -> str:
 
 
 def fill_lancedb(folder: Path, vectors: Vectors) -> None:
-    table = gallery.create(folder, ("npair", "1", "0"), DIMENSION)
+    table = build.create(folder, ("npair", "1", "0"), DIMENSION)
     for rows in blocks(vectors):
         table.add(
             [
@@ -196,13 +196,13 @@ def fill_lancedb(folder: Path, vectors: Vectors) -> None:
                 for row in rows
             ]
         )
-    gallery.index(table)
+    build.index(table)
     (folder / gallery.POINTER).write_text(json.dumps({"table": table.name}))
 
 
 def open_lancedb(folder: Path) -> Search:
     opened = gallery.Gallery(folder)
-    return lambda query, k: [int(found.photo) for found in opened.nearest(query, k)]
+    return lambda query, k: [int(Path(found.photo).name) for found in opened.nearest(query, k)]
 
 
 def fill_milvus(folder: Path, vectors: Vectors) -> None:

@@ -17,7 +17,7 @@ from support.servers import running
 from support.web import serving
 
 from npair.client import Embeddings, NpairClient
-from npair.gallery.gallery import build
+from npair.gallery.build import build
 
 CLIENTS = ROOT / ".venv/clients"
 PAGE = (ROOT / "docs/web.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -9,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from support.models import ROOT, SHIPPED
 from support.photos import folders, photo, table
 from support.servers import running
 
-from npair import cli
 from npair.client import Embeddings, InvalidPhotoError, NpairClient, UnavailableError
-from npair.data.dataset import DataError
+from npair.data.catalogue import read_catalogue
+from npair.gallery import build as building
 from npair.gallery import gallery
-from npair.gallery.gallery import Built, Gallery, GalleryError, PhotoGoneError, build, labels_of
+from npair.gallery.build import Built, build
+from npair.gallery.gallery import Gallery, GalleryError, PhotoGoneError, path_of
 from npair.releasing.config import with_release
 
 OLD, NEW = SHIPPED.name, str(int(SHIPPED.name) + 1)
@@ -70,8 +71,17 @@ def manifest_of(config: str) -> str:
 def stored(folder: Path) -> dict[str, str]:
     """Map the active table's photos to their labels; fail if a photo occurs twice."""
     rows = Gallery(folder).table.search().select(["photo", "label"]).to_list()
-    assert len({row["photo"] for row in rows}) == len(rows)
-    return {row["photo"]: row["label"] for row in rows}
+    labels = {str(path_of(row["photo"], folder)): row["label"] for row in rows}
+    assert len(labels) == len(rows)
+    return labels
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def labels_of(source: Path) -> dict[Path, str]:
+    return {path: entry.label for path, entry in read_catalogue(source).entries.items()}
 
 
 class TestBuild:
@@ -93,11 +103,14 @@ class TestBuild:
         photos, index = folders(tmp_path / "photos", classes=3, photos=4), tmp_path / "index"
         assert build(photos, index, client).embedded == 12
         assert build(photos, index, client) == Built(OLD, 12, 0, {})
-        (photos / "class 0/0.png").unlink()
+        (gone := photos / "class 0/0.png").unlink()
         photo(photos / "class 0/1.png", 999)
         (photos / "class 0/2.png").rename(photos / "class 1/moved.png")
         photo(photos / "class 2/new.png", 1000)
-        assert build(photos, index, client) == Built(OLD, 12, 3, {})
+        built = build(photos, index, client)
+        assert (built.photos, built.embedded, built.missing) == (13, 2, (str(gone),))
+        assert stored(index).keys() - set(map(str, labels_of(photos))) == {str(gone)}
+        assert build(photos, index, client, prune=True) == Built(OLD, 12, 0, {}, removed=1)
         assert stored(index) == {str(path): label for path, label in labels_of(photos).items()}
         assert build(photos, index, client).embedded == 0
 
@@ -119,33 +132,29 @@ class TestBuild:
         assert (built.photos, built.embedded, list(built.left_out)) == (4, 4, [str(bad)])
         assert "not a JPEG" in built.left_out[str(bad)]
         spoilt.write_bytes(b"")
-        built = build(photos, index, client)
-        assert (built.photos, built.embedded, list(built.left_out)) == (
-            3,
-            0,
-            [str(bad), str(spoilt)],
-        )
+        for prune, count in ((False, 4), (True, 3)):
+            built = build(photos, index, client, prune=prune)
+            assert (built.photos, built.embedded, built.removed) == (count, 0, 4 - count)
+            assert list(built.left_out) == [str(bad), str(spoilt)]
         assert str(spoilt) not in stored(index)
 
-    def test_searches_find_what_was_there_until_the_new_is(
+    def test_moved_photos_are_found_at_one_place_all_the_time(
         self, client: NpairClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Moving the folder renames every photo."""
+        """Moving the folder renames every photo, which needs neither new vectors nor --prune."""
         photos, index = folders(tmp_path / "photos", classes=2, photos=3), tmp_path / "index"
         build(photos, index, client)
-        before, embed = stored(index), gallery._embed
-        seen = []
+        before, store = stored(index), building._Update._store
+        seen = [before]
 
-        def look(*arguments: Any) -> Any:
-            left_out = embed(*arguments)
+        def look(*arguments: Any) -> None:
+            store(*arguments)
             seen.append(stored(index))
-            return left_out
 
-        monkeypatch.setattr(gallery, "_embed", look)
-        assert build(photos.rename(tmp_path / "moved"), index, client) == Built(OLD, 6, 6, {})
+        monkeypatch.setattr(building._Update, "_store", look)
+        assert build(photos.rename(tmp_path / "moved"), index, client) == Built(OLD, 6, 0, {})
         after = {str(path): label for path, label in labels_of(tmp_path / "moved").items()}
-        assert seen == [before | after]
-        assert stored(index) == after
+        assert [moment for moment, _ in itertools.groupby(seen)] == [before, after]
 
     def test_what_was_embedded_before_a_failure_is_kept(
         self, client: NpairClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -166,37 +175,18 @@ class TestBuild:
                 build(photos, index, client)
         assert build(photos, index, client) == Built(OLD, 9, 4, {})
 
-    def test_what_is_passed_over_is_said(
-        self, client: NpairClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        photos = tmp_path / "photos"
-        for name in ("1.jfif", "2.JPE", "@eaDir/1.jfif/SYNOPHOTO_THUMB_M.jpg"):
+    def test_what_is_passed_over_is_said(self, client: NpairClient, tmp_path: Path) -> None:
+        photos, index = tmp_path / "photos", tmp_path / "index"
+        for name in ("1.jfif", "2.JPE", "@eaDir/1.jfif/SYNOPHOTO_THUMB_M.jpg", "._1.jfif"):
             photo(photos / name)
-        for name in ("1.heic", "2.heic"):
+        for name in ("1.txt", "2.txt"):
             (photos / name).touch()
-        ignored = f"2 .heic such as {photos / '1.heic'}, {photos / '@eaDir'}"
-        assert build(photos, tmp_path / "index", client) == Built(OLD, 2, 2, {}, ignored)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                sys,
-                "argv",
-                [
-                    "npair",
-                    "index",
-                    "build",
-                    str(photos),
-                    "--index",
-                    str(tmp_path),
-                    "--url",
-                    client.url,
-                ],
-            )
-            assert cli.main() == 0
-        assert f"ignored, since they are no photos: {ignored}" in capsys.readouterr().err
+        ignored = f"2 .txt such as {photos / '1.txt'}, {photos / '._1.jfif'}, {photos / '@eaDir'}"
+        assert build(photos, index, client) == Built(OLD, 2, 2, {}, ignored=ignored)
         for name in ("1.jfif", "2.JPE"):
             (photos / name).unlink()
-        with pytest.raises(GalleryError, match=r"no photos in .*, but 2 \.heic such as"):
-            build(photos, tmp_path / "index", client)
+        with pytest.raises(GalleryError, match=r"no photos in .*, but 2 \.txt such as"):
+            build(photos, index, client)
 
     def test_tables_of_somebody_else_stay(self, client: NpairClient, tmp_path: Path) -> None:
         photo(tmp_path / "photos/a.png")
@@ -216,16 +206,15 @@ class TestBuild:
 
     def test_names_that_are_hard_to_write(self, client: NpairClient, tmp_path: Path) -> None:
         photos, index = tmp_path / "photos", tmp_path / "index"
-        for number, name in enumerate(
-            [b"it's.png", b"two\nlines.png", b"\xff.png", "naïve.png".encode()]
-        ):
-            photo(photos / os.fsdecode(name), number)
-        build(photos, index, client)
-        assert any("two\\nlines.png" in name for name in stored(index))
-        for path in photos.iterdir():
-            if path.name != "naïve.png":
-                path.unlink()
-        build(photos, index, client)
+        names = [b"it's.png", b"two\nlines.png", b"\xff.png", b"100%25.png", "naïve.png".encode()]
+        paths = [photo(photos / os.fsdecode(name), number) for number, name in enumerate(names)]
+        assert build(photos, index, client).embedded == len(names)
+        made = Gallery(index)
+        assert sorted(made.photo(sha256(path)) for path in paths) == sorted(paths)
+        for path in paths[:-1]:
+            path.unlink()
+        built = build(photos, index, client, prune=True)
+        assert (built.photos, built.removed) == (1, len(names) - 1)
         assert list(stored(index)) == [str(photos / "naïve.png")]
 
     def test_one_at_a_time(self, client: NpairClient, tmp_path: Path) -> None:
@@ -241,10 +230,10 @@ class TestBuild:
 def test_goes_on_where_it_was_killed(client: NpairClient, tmp_path: Path) -> None:
     photos, index, rows = folders(tmp_path / "photos", classes=10, photos=80), tmp_path / "index", 8
     code = (
-        "from pathlib import Path; from npair.gallery import gallery;"
-        f"from npair.client import NpairClient; gallery.ROWS = {rows};"
+        "from pathlib import Path; from npair.gallery import build;"
+        f"from npair.client import NpairClient; build.ROWS = {rows};"
         f"client = NpairClient({client.url!r}, batch_size=8);"
-        f"gallery.build(Path({str(photos)!r}), Path({str(index)!r}), client)"
+        f"build.build(Path({str(photos)!r}), Path({str(index)!r}), client)"
     )
     kept = 0
     for _ in range(3):
@@ -295,7 +284,7 @@ class TestVersions:
             )
 
         with monkeypatch.context() as patch:
-            patch.setattr(gallery, "index", look)
+            patch.setattr(building, "index", look)
             assert build(photos, index, newer) == Built(NEW, 6, 6, {})
         assert seen == [(OLD, 5)]
         assert (Gallery(index).version, Gallery(index).manifest_sha256) == (NEW, "f" * 64)
@@ -317,7 +306,7 @@ class TestVersions:
     ) -> None:
         photos, index = folders(tmp_path / "photos", classes=1, photos=2), tmp_path / "index"
         for made_by in (client, newer):
-            build(photos, index, made_by)
+            build(photos, index, made_by, prune=True)
             opened = Gallery(index)
             build(photos, index, made_by)
             assert not opened.stale(), "nothing has changed"
@@ -325,7 +314,7 @@ class TestVersions:
             build(photos, index, made_by)
             assert opened.stale()
             path.unlink()
-        build(photos, index, client)
+        build(photos, index, client, prune=True)
         assert opened.stale()
 
     def test_unserved(self, client: NpairClient, newer: NpairClient, tmp_path: Path) -> None:
@@ -358,7 +347,7 @@ class TestVersions:
         self, client: NpairClient, newer: NpairClient, tmp_path: Path
     ) -> None:
         photos, index = folders(tmp_path / "photos", classes=1, photos=2), tmp_path / "index"
-        gallery.create(index, ("npair", "0", ""), 128)
+        building.create(index, ("npair", "0", ""), 128)
         build(photos, index, client)
         build(photos, index, newer)
         assert {path.name.split("-")[1] for path in index.glob("*.lance")} == {OLD, NEW}
@@ -420,20 +409,20 @@ class TestSearch:
             (6000, 128), dtype=np.float32
         )
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        made = gallery.create(tmp_path, ("npair", "1", "0"), 128)
+        made = building.create(tmp_path, ("npair", "1", "0"), 128)
         rows = [
             {"photo": str(n), "label": str(n % 200), "sha256": "", "vector": vector}
             for n, vector in enumerate(vectors)
         ]
         made.add(rows[:5990])
-        gallery.index(made)
+        building.index(made)
         assert next(iter(made.list_indices())).num_indexed_rows == 5990
         made.add(rows[5990:])
         (tmp_path / "current.json").write_text(json.dumps({"table": made.name}))
         opened, hits = Gallery(tmp_path), 0
         for query in vectors[-50:]:
             exact = set(map(str, np.argsort(-(vectors @ query))[:10]))
-            hits += len(exact & {hit.photo for hit in opened.nearest(query, 10)})
+            hits += len(exact & {Path(hit.photo).name for hit in opened.nearest(query, 10)})
         assert hits >= 495
 
 
@@ -476,37 +465,6 @@ def test_what_may_not_be_read_is_not_called_damaged(
     def refused(_: Path) -> dict[str, str]:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(gallery, "_pointer", refused)
+    monkeypatch.setattr(gallery, "read_pointer", refused)
     with pytest.raises(PermissionError):
         Gallery(made.folder)
-
-
-class TestLabels:
-    def test_folders_and_what_lies_beside_them(self, tmp_path: Path) -> None:
-        root = folders(tmp_path, classes=1, photos=1)
-        loose, deep, hidden = (
-            photo(root / name) for name in ("loose.png", "kind/class/deep.png", ".hidden.png")
-        )
-        assert labels_of(root) == {root / "class 0/0.png": "class 0", loose: "", deep: "kind/class"}
-        assert hidden not in labels_of(root)
-
-    def test_splits_are_no_labels(self, tmp_path: Path) -> None:
-        paths = [photo(tmp_path / split / "class/a.png") for split in ("train", "test")]
-        assert labels_of(tmp_path) == dict.fromkeys(paths, "class")
-        toy = photo(tmp_path / "toy/a.png")
-        assert labels_of(tmp_path) == {**dict.fromkeys(paths, "class"), toy: "toy"}
-
-    def test_in_either_unicode_form_are_one(self, tmp_path: Path) -> None:
-        paths = [
-            photo(tmp_path / unicodedata.normalize(form, "Crème") / "a.png")
-            for form in ("NFC", "NFD")
-        ]
-        assert labels_of(tmp_path) == dict.fromkeys(paths, unicodedata.normalize("NFC", "Crème"))
-
-    def test_lists_and_tables(self, listed: Path, tmp_path: Path) -> None:
-        assert len(labels_of(listed)) == 36
-        path = photo(tmp_path / "photos/a.png")
-        assert labels_of(table(tmp_path, "path,label,split\nphotos/a.png,x,train\n")) == {path: "x"}
-        table(listed, "nowhere.jpg, 0, 0", "val.txt")
-        with pytest.raises(DataError, match=r"val\.txt:1: no photo"):
-            labels_of(listed)

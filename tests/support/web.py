@@ -16,6 +16,7 @@ import uvicorn
 
 from npair.client import NpairClient
 from npair.web.app import create_app
+from npair.web.search import Search
 from npair.web.server import LOOPBACK, configured
 
 
@@ -34,9 +35,12 @@ class Answer(NamedTuple):
 
 
 @contextmanager
-def serving(gallery: Path, server: str, *, key: str = "") -> Iterator[str]:
+def serving(
+    gallery: Path, server: str, *, key: str = "", photos: Path | None = None
+) -> Iterator[str]:
     """Run the service in a thread, as ``npair web`` configures it; yield its URL."""
-    app = create_app(gallery, NpairClient(server, retries=0), hosts=LOOPBACK, key=key)
+    search = Search(gallery, NpairClient(server, retries=0), photos)
+    app = create_app(search, hosts=LOOPBACK, key=key)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         web = uvicorn.Server(configured(app))
         thread = threading.Thread(target=web.run, args=([listener],))

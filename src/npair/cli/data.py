@@ -6,7 +6,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from npair.cli.options import Commands, add_command, add_data, add_group, add_splits, load_dataset
+from npair.cli.options import (
+    Commands,
+    add_command,
+    add_data,
+    add_group,
+    add_splits,
+    load_dataset,
+    say,
+)
 
 
 def add_commands(commands: Commands) -> None:
@@ -69,7 +77,9 @@ def _folds(arguments: argparse.Namespace) -> int:
     from npair.data.folds import write_folds
     from npair.data.pixels import PREVIEW
 
-    dataset, pixels, _ = load_dataset(arguments, PREVIEW)
+    dataset, pixels, findings = load_dataset(arguments, PREVIEW)
+    for line in findings.lines():
+        say(line)
     for table in write_folds(dataset, pixels, arguments.folds, arguments.of, arguments.out):
         print(table)
     return 0

@@ -24,6 +24,12 @@ def add_commands(commands: Commands) -> None:
         help="the gallery's folder (%(default)s)",
     )
     web.add_argument(
+        "--photos",
+        type=Path,
+        metavar="DIR",
+        help="where the photos are, if they were moved without the gallery",
+    )
+    web.add_argument(
         "--url",
         default=os.environ.get("NPAIR_URL", DEFAULT_URL),
         help="the server: http(s):// or grpc(s):// (NPAIR_URL; %(default)s)",
@@ -34,7 +40,7 @@ def add_commands(commands: Commands) -> None:
         help="address to listen on (%(default)s); any other than loopback needs a key of at least"
         " 32 characters in NPAIR_WEB_KEY, or in the file NPAIR_WEB_KEY_FILE",
     )
-    web.add_argument("--port", type=int, default=8080, help="0 chooses one (%(default)s)")
+    web.add_argument("--port", type=port, default=8080, help="0 chooses one (%(default)s)")
     web.add_argument(
         "--allow-host",
         action="append",
@@ -44,15 +50,19 @@ def add_commands(commands: Commands) -> None:
     )
 
 
+def port(text: str) -> int:
+    """Parse the number of a port. Raises: ValueError."""
+    number = int(text)
+    if not 0 <= number <= 65_535:
+        raise ValueError
+    return number
+
+
 def _web(arguments: argparse.Namespace) -> int:
+    from npair.web.search import Search
     from npair.web.server import serve
 
     client = NpairClient(arguments.url, retries=1, **from_environment())
-    serve(
-        arguments.index,
-        client,
-        host=arguments.host,
-        port=arguments.port,
-        allowed=arguments.allow_host,
-    )
+    search = Search(arguments.index, client, arguments.photos)
+    serve(search, host=arguments.host, port=arguments.port, allowed=arguments.allow_host)
     return 0

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from npair.data.dataset import SPLITS, Dataset
-from npair.data.files import shown
-from npair.data.sources import summary
+from npair.data.files import OTHER_SUFFIXES, SUFFIXES, shown, summary
 
 # With fewer, a network learns these photos by heart rather than the products they show.
 FEW_CLASSES, FEW_PHOTOS = 10, 5
@@ -27,7 +26,7 @@ class Findings:
     leaks: files with the same bytes as one of their class in a later split; left out.
     lone: classes with a single photo in train, which cannot make a pair; kept.
     classes, median: number of classes in train, and the median of their photos.
-    ignored: files and folders that are not photos.
+    ignored: files and folders that are not photos, or that are in formats which nobody decodes.
     """
 
     corrupt: tuple[tuple[Path, str], ...]
@@ -41,7 +40,17 @@ class Findings:
 
     def lines(self) -> list[str]:
         """Return a sentence for each kind of finding; none if all is well."""
+        others = [
+            path
+            for path in self.ignored
+            if path.suffix.lower() in OTHER_SUFFIXES and not path.name.startswith(".")
+        ]
+        ignored = set(self.ignored).difference(others)
+        formats = ", ".join(SUFFIXES)
         kinds = {
+            f"Left out {len(others)} photos, since training reads {formats}; convert them": (
+                [summary(others)] if others else []
+            ),
             "Left out, since they cannot be decoded": [
                 f"{shown(path)} ({reason})" for path, reason in self.corrupt
             ],
@@ -56,7 +65,7 @@ class Findings:
                 map(shown, self.lone)
             ),
             "Ignored, since they are not photos in a class's folder": (
-                [summary(self.ignored)] if self.ignored else []
+                [summary(sorted(ignored))] if ignored else []
             ),
         }
         lines = [f"{what}: {_first(things)}." for what, things in kinds.items() if things]

@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from npair.data.dataset import (
     DataError,
@@ -17,7 +18,7 @@ from npair.data.dataset import (
     named_splits,
     split_of,
 )
-from npair.data.files import SUFFIXES, shown
+from npair.data.files import OTHER_SUFFIXES, SUFFIXES, summary
 from npair.data.tables import DELIMITERS, find_lists, read_lists, read_table
 
 # Thumbnails, deleted files and snapshots that systems keep beside the user's photos; in any case.
@@ -67,7 +68,7 @@ def read_dataset(
 
 
 def _read_folders(root: Path) -> Dataset:
-    photos, ignored = find_photos(root)
+    photos, others, ignored = find_photos(root)
     folders = split_folders(root, photos)
     split_names = named_splits(folders, root)
     if not folders:
@@ -85,11 +86,14 @@ def _read_folders(root: Path) -> Dataset:
             found.append((split, path, tuple(map(label_of, folder))))
         else:
             ignored.append(path)
+    passed_over = sorted({*others, *ignored, *beside})
     if not any(split == "train" for split, _, _ in found):
         place = root / split_names.get("train", "train") if folders else root
         raise DataError(
             f"{place} holds no photo in a folder of its class; make a folder for each class, or"
             " list the photos in a table"
+            + f". Not read: {summary(passed_over)}"
+            * bool(passed_over)
         )
     nested = all(len(folder) > 1 for _, _, folder in found)
     rows = [
@@ -99,7 +103,7 @@ def _read_folders(root: Path) -> Dataset:
     splits = by_split(rows)
     names = " and ".join(split_names[split] for split in splits) if folders else ""
     made = f"as in the folders {names}" if folders else ""
-    return Dataset(splits, made, tuple(sorted({*ignored, *beside})))
+    return Dataset(splits, made, tuple(passed_over))
 
 
 def split_folders(root: Path, photos: Iterable[Path]) -> dict[str, str]:
@@ -139,11 +143,23 @@ def _refuse_doubtful_splits(root: Path, photos: Iterable[Path]) -> None:
                 )
 
 
-def find_photos(root: Path) -> tuple[list[Path], list[Path]]:
-    """Return all photos below a folder and everything else, both sorted.
+class Found(NamedTuple):
+    """What a folder holds, all sorted.
 
-    Skips hidden folders and SYSTEM_FOLDERS, and visits no folder twice.
-    Raises: DataError for a folder that cannot be read.
+    photos: files with SUFFIXES. others: photos with OTHER_SUFFIXES. ignored: other files, hidden
+    files and folders, SYSTEM_FOLDERS, and symlinks to folders that were visited otherwise.
+    """
+
+    photos: list[Path]
+    others: list[Path]
+    ignored: list[Path]
+
+
+def find_photos(root: Path) -> Found:
+    """Find all files below a folder. Follows symlinks, and visits no folder twice.
+
+    A symlink that leads nowhere counts as the photo that it is named as: reading it fails, so that
+    its absence is noticed. Raises: DataError for a folder that cannot be read.
     """
 
     def refuse(error: OSError) -> None:
@@ -154,8 +170,7 @@ def find_photos(root: Path) -> tuple[list[Path], list[Path]]:
     def identity(folder: Path) -> tuple[int, int]:
         return folder.stat().st_dev, folder.stat().st_ino
 
-    photos: list[Path] = []
-    ignored: list[Path] = []
+    found = Found([], [], [])
     seen = {identity(root)}
     for name, folders, files in os.walk(root, followlinks=True, onerror=refuse):
         parent = Path(name)
@@ -164,25 +179,14 @@ def find_photos(root: Path) -> tuple[list[Path], list[Path]]:
             of_system = folder.startswith(".") or folder.casefold() in SYSTEM_FOLDERS
             if of_system or identity(parent / folder) in seen:  # symlinks can form circles
                 folders.remove(folder)
-                ignored.append(parent / folder)
+                found.ignored.append(parent / folder)
             else:
                 seen.add(identity(parent / folder))
-        for file in files:
-            path = parent / file
-            visible = not file.startswith(".")
-            is_photo = visible and path.suffix.lower() in SUFFIXES and path.is_file()
-            (photos if is_photo else ignored).append(path)
-    return sorted(photos), sorted(ignored)
-
-
-def summary(ignored: Iterable[Path]) -> str:
-    """Describe ignored files in a line: the count and an example of each suffix or name."""
-    kinds: dict[str, list[Path]] = defaultdict(list)
-    for path in ignored:
-        kind = "hidden" if path.name.startswith(".") else path.suffix.lower() or path.name
-        kinds[kind].append(path)
-    parts = [
-        f"{len(paths)} {shown(kind)} such as {shown(paths[0])}" if paths[1:] else shown(paths[0])
-        for kind, paths in sorted(kinds.items(), key=lambda kind: -len(kind[1]))
-    ]
-    return ", ".join(parts[:5]) + (f" and {len(parts) - 5} more kinds" if parts[5:] else "")
+        for path in (parent / file for file in files):
+            special = os.path.exists(path) and not os.path.isfile(path)  # noqa: PTH110, PTH113
+            suffix = "" if special or path.name.startswith(".") else path.suffix.lower()
+            if suffix in SUFFIXES:
+                found.photos.append(path)
+            else:
+                (found.others if suffix in OTHER_SUFFIXES else found.ignored).append(path)
+    return Found(*map(sorted, found))

@@ -23,6 +23,7 @@ from npair.data.dataset import (
 from npair.data.files import shown
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+OTHER_DELIMITERS = (",", ";", "\t")  # that either kind of table may have
 
 
 def find_lists(folder: Path) -> dict[str, str]:
@@ -64,9 +65,9 @@ def read_table(table: Path) -> Dataset:
     Raises: DataError.
     """
     optional = ("coarse", "split")
-    rows, named, find = [], dict[str, str](), _Finder()
+    rows, named, find = [], dict[str, str](), Finder()
     others: dict[str, set[str]] = defaultdict(set)
-    for number, cells in _cells(table, ("path", "label"), optional):
+    for number, cells in read_cells(table, ("path", "label"), optional):
         for column in ("path", "label", *optional):
             if cells.get(column, "given") == "":
                 remedy = "fill the cell" + ", or drop the column" * (column in optional)
@@ -97,7 +98,7 @@ def read_table(table: Path) -> Dataset:
 
 
 def _read_list(listing: Path) -> list[tuple[Path, int, int]]:
-    photos, find = [], _Finder()
+    photos, find = [], Finder()
     for number, line in enumerate(_text(listing).split("\n"), start=1):
         if not line.strip():
             continue
@@ -122,7 +123,7 @@ def _read_classes(table: Path) -> tuple[dict[int, str], dict[int, str]]:
         *("Coarse Class ID (int)", "Coarse Class Name (str)"),
     )
     fine, coarse = {}, {}
-    for number, cells in _cells(table, columns) if table.is_file() else ():
+    for number, cells in read_cells(table, columns) if table.is_file() else ():
         try:
             fine[int(cells[columns[0]])] = label_of(cells[columns[1]])
             coarse[int(cells[columns[2]])] = label_of(cells[columns[3]])
@@ -142,50 +143,74 @@ def _distinct(known: Mapping[int, str], labels: Iterable[int]) -> dict[int, str]
     }
 
 
-def _cells(
+def read_cells(
     table: Path, required: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield each row's line number and cells by column, but for empty rows.
+    """Yield the line number of each row's begin, and its cells by column, but for empty rows.
 
-    The case of the required and optional columns' names does not count.
+    The case of the required and optional columns' names does not count. Columns without a name are
+    dropped. Raises: DataError with the line.
     """
     known = {column.casefold(): column for column in (*required, *optional)}
-    text = io.StringIO(_text(table), newline="")
-    reader = csv.reader(text, delimiter=DELIMITERS[table.suffix.lower()], strict=True)
+
+    def names(row: Iterable[str]) -> list[str]:
+        return [known.get(name.strip().casefold(), name.strip()) for name in row]
+
+    text = _text(table)
+    first, default = text.split("\n", 1)[0], DELIMITERS[table.suffix.lower()]
+    fitting = (
+        delimiter
+        for delimiter in (default, *OTHER_DELIMITERS)  # spreadsheets choose by the user's language
+        if set(required) <= set(names(next(csv.reader([first], delimiter=delimiter), [])))
+    )
+    delimiter = next(fitting, default)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    line = 1
     try:
-        header = [known.get(name.strip().casefold(), name.strip()) for name in next(reader, [])]
-        for column in known.values():
-            if header.count(column) not in ((1,) if column in required else (0, 1)):
+        header = names(next(reader, []))
+        for column in required:
+            if column not in header:
                 raise DataError(
-                    f"{table}:1: the header must name the column {column!r} once; it names"
+                    f"{table}:1: the header must name the column {column!r}; it names"
                     f" {', '.join(header) or 'none'}"
                 )
+        if doubled := [name for name, count in Counter(filter(None, header)).items() if count > 1]:
+            raise DataError(f"{table}:1: two columns are called {doubled[0]!r}; rename one")
+        line = reader.line_num + 1
         for row in reader:
             if len(row) > 0 and len(row) != len(header):
                 raise DataError(
-                    f"{table}:{reader.line_num}: {len(row)} cells in {len(header)} columns; quote"
-                    " cells with separators"
+                    f"{table}:{line}: {len(row)} cells in {len(header)} columns; quote cells with"
+                    " separators"
                 )
             if any(cell.strip() for cell in row):
-                cells = zip(header, row, strict=True)
+                cells = {name: cell for name, cell in zip(header, row, strict=True) if name}
                 yield (
-                    reader.line_num,
-                    {name: cell if name == "path" else cell.strip() for name, cell in cells},
+                    line,
+                    {
+                        name: cell if name == "path" else cell.strip()
+                        for name, cell in cells.items()
+                    },
                 )
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{table}:{reader.line_num}: {error}; correct the quotes there") from error
+        raise DataError(f"{table}:{line}: {error}; correct the quotes there") from error
 
 
 def _text(path: Path) -> str:
+    content = path.read_bytes()
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
+        wrong = content.find(b"\0")  # valid UTF-8, but UTF-16 rather than text
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8"
-        ) from error
+        wrong = error.start
+    if wrong >= 0:
+        line = content.count(b"\n", 0, wrong) + 1
+        raise DataError(f"{path}:{line}: this is not UTF-8 text; save the file as UTF-8")
+    return text
 
 
-class _Finder:
+class Finder:
     """Finds listed photos whose names are composed (NFC) in the list and decomposed on disk, or the
     reverse.
     """
@@ -196,14 +221,15 @@ class _Finder:
     def photo(self, path: Path, place: str) -> Path:
         """Return the path as it is on disk. Raises: DataError if there is no such file."""
         with contextlib.suppress(OSError):  # a name too long for the file system
-            if path.is_file() or (path := self._on_disk(path)).is_file():
+            if path.is_file() or (path := self.on_disk(path)).is_file():
                 return path
         raise DataError(f"{place}: no photo at {shown(path)}; correct the path or remove the line")
 
-    def _on_disk(self, path: Path) -> Path:
+    def on_disk(self, path: Path) -> Path:
+        """Return the path as it is on disk, or as given if there is no such file."""
         if path.exists() or path.parent == path:
             return path
-        folder = self._on_disk(path.parent)
+        folder = self.on_disk(path.parent)
         if folder not in self._names:
             names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
             self._names[folder] = {unicodedata.normalize("NFC", name): name for name in names}

@@ -23,11 +23,11 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from npair.client import NpairClient, NpairError
+from npair.client import NpairError
 from npair.gallery.gallery import GalleryError
 from npair.web.embeddings import Embedder, Embeddings, EmbeddingsRequest, Model, Models
 from npair.web.guard import SECURITY, SMALL, Guard
-from npair.web.refusals import RefusedError, answer, handle
+from npair.web.refusals import Refusal, RefusedError, answer, refused_of
 from npair.web.search import MAX_K, MAX_PHOTO, Info, Neighbours, Search
 
 STATIC = Path(__file__).parent / "static"
@@ -53,12 +53,12 @@ JPEG: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}}}
 # Swagger UI, but no code in the page, which the Content-Security-Policy forbids.
 DOCS = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>npair web</title>
-<link rel="stylesheet" href="/docs/swagger-ui.css"></head>
+<link rel="stylesheet" href="docs/swagger-ui.css"></head>
 <body><div id="docs"></div>
-<script src="/docs/swagger-ui-bundle.js"></script>
-<script src="/docs/start.js"></script></body></html>
+<script src="docs/swagger-ui-bundle.js"></script>
+<script src="docs/start.js"></script></body></html>
 """
-START = 'SwaggerUIBundle({url: "/openapi.json", dom_id: "#docs"});\n'
+START = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#docs"});\n'
 DOCS_POLICY = SECURITY["Content-Security-Policy"].replace(
     "style-src 'self'", "style-src 'self' 'unsafe-inline'"
 )
@@ -80,23 +80,27 @@ class Health(BaseModel):
     version: str
 
 
-def create_app(gallery: Path, client: NpairClient, *, hosts: frozenset[str], key: str) -> ASGIApp:
-    """Build the service.
+def create_app(search: Search, *, hosts: frozenset[str], key: str) -> ASGIApp:
+    """Build the service, which closes the search's client when it ends.
 
-    gallery: its folder; each request sees it as it then is. client: closed with the service.
-    hosts: see Guard. key: what callers must send as a bearer token; empty, everyone may call.
+    hosts: see Guard. key: what callers must send as a bearer token; if empty, everyone may call.
     """
 
     @asynccontextmanager
     async def closing(_: FastAPI) -> AsyncIterator[None]:
         yield
-        client.close()
+        search.client.close()
 
     def check_key(credentials: Credentials) -> None:
         given = credentials.credentials if credentials else ""
         if not secrets.compare_digest(given.encode(), key.encode()):
             message = "send the service's key: Authorization: Bearer KEY"
             raise RefusedError(401, message, param="Authorization", code="invalid_api_key")
+
+    async def refused(_: Request, error: Exception) -> JSONResponse:
+        if not isinstance(error, RefusedError):
+            error = refused_of(error, search.folder)
+        return answer(error)
 
     app = FastAPI(
         title="npair",
@@ -105,13 +109,14 @@ def create_app(gallery: Path, client: NpairClient, *, hosts: frozenset[str], key
         docs_url=None,
         redoc_url=None,
         lifespan=closing,
+        responses={"default": {"model": Refusal, "description": "Refused"}},
     )
     dependencies = [Depends(check_key)] if key else []
-    app.include_router(_api(Search(gallery, client), Embedder(client)), dependencies=dependencies)
-    app.include_router(_public(Search(gallery, client)))
+    app.include_router(_api(search, Embedder(search.client)), dependencies=dependencies)
+    app.include_router(_public(search))
     app.mount("/static", StaticFiles(directory=STATIC, check_dir=False))
-    for error in (RefusedError, NpairError, GalleryError):
-        app.add_exception_handler(error, handle)
+    for error in (RefusedError, NpairError, GalleryError, PermissionError):
+        app.add_exception_handler(error, refused)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _bug)

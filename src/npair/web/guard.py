@@ -67,8 +67,8 @@ class Guard:
 
         try:
             self._check(scope["method"], headers, limit)
-        except RefusedError as refusal:
-            await answer(refusal)(scope, receive, secured)
+        except RefusedError as refused:
+            await answer(refused)(scope, receive, secured)
         else:
             await self.app(scope, body, secured)
 
@@ -82,7 +82,7 @@ class Guard:
             message = "this service does not go by the name in the Host header; see --allow-host"
             raise RefusedError(400, message, param="Host", code="wrong_host")
         origin = headers.get("origin")
-        foreign = origin is not None and urlsplit(origin).netloc.lower() != host
+        foreign = origin is not None and origin.partition("://")[2].lower() != host
         if method not in ("GET", "HEAD") and foreign:
             message = "requests of pages from elsewhere are refused"
             raise RefusedError(403, message, param="Origin", code="cross_origin")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
-from starlette.requests import Request
+from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
 from npair.client import (
@@ -24,7 +25,6 @@ RETRY_AFTER = "1"  # seconds
 
 # The first match counts. Any other NpairError is a fault of the server behind, like 502's here.
 STATUSES: dict[type[NpairError], int] = {
-    InvalidPhotoError: 400,
     RequestTooLargeError: 413,
     InvalidRequestError: 502,  # this service asked for something that the server does not have
     AccessDeniedError: 502,  # this service's own key is wrong, not the caller's
@@ -45,46 +45,52 @@ class RefusedError(Exception):
         self.status, self.param, self.code = status, param, code
 
 
-def refused_of(error: Exception) -> RefusedError:
-    """Translate an error of the client or the gallery. No message of a gallery gets out: it names
-    folders.
-    """
-    if isinstance(error, RefusedError):
-        return error
-    if isinstance(error, GalleryError):
-        if isinstance(error, PhotoGoneError):
-            message = "the gallery has no such photo, or its file is gone"
-            return RefusedError(404, message, code="photo_gone")
-        LOG.warning("%s", error)
-        if isinstance(error.__cause__, VersionGoneError):
-            gone = f"{error.__cause__}; build the gallery anew: npair index build"
-            return RefusedError(
-                503, f"the gallery is of another version: {gone}", code="version_gone"
-            )
-        message = "the gallery cannot be searched; the service's log says why"
-        return RefusedError(503, message, code="gallery")
+def refused_of(error: Exception, gallery: Path) -> RefusedError:
+    """Translate an error of the client or the gallery, without the names of folders and files."""
     if isinstance(error, InvalidPhotoError):
         lone = list(error.reasons) == [0]
         message = error.reasons[0] if lone else str(error)
         return RefusedError(400, message, param="photo", code="invalid_photo")
+    if isinstance(error, PhotoGoneError):
+        message = "the gallery has no such photo, or its file is gone"
+        return RefusedError(404, message, code="photo_gone")
+    if isinstance(error, GalleryError | PermissionError):
+        LOG.warning("%s", error)
+        return RefusedError(503, _remedy(error, gallery), code="gallery")
     status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), 502)
     if status >= 500:
         LOG.warning("%s: %s", type(error).__name__, error)
     return RefusedError(status, f"the model's server: {error}", code=type(error).__name__)
 
 
-def answer(refusal: RefusedError) -> JSONResponse:
-    status = refusal.status
+def _remedy(error: GalleryError | PermissionError, gallery: Path) -> str:
+    if isinstance(error, PermissionError):
+        return "the service may not read the gallery; make its files readable"
+    if isinstance(error.__cause__, VersionGoneError):
+        return f"{error.__cause__}; build the gallery anew: npair index build"
+    if error.__cause__:  # which may name files
+        return "the gallery is damaged; delete it, and build it anew: npair index build"
+    return str(error).replace(f" in {gallery}", "")
+
+
+class Reason(BaseModel):
+    """What was wrong. param: the part of the request that was. code: for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Refusal(BaseModel):
+    """The body of every answer other than 200, as OpenAI's clients expect it."""
+
+    error: Reason
+
+
+def answer(refused: RefusedError) -> JSONResponse:
+    status = refused.status
     kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {
-        "message": str(refusal),
-        "type": KINDS.get(status, kind),
-        "param": refusal.param,
-        "code": refusal.code,
-    }
-    return JSONResponse({"error": error}, status, HEADERS.get(status))
-
-
-async def handle(_: Request, error: Exception) -> JSONResponse:
-    """Answer a RefusedError, NpairError or GalleryError."""
-    return answer(refused_of(error))
+    kind = KINDS.get(status, kind)
+    reason = Reason(message=str(refused), type=kind, param=refused.param, code=refused.code)
+    return JSONResponse(Refusal(error=reason).model_dump(), status, HEADERS.get(status))

@@ -65,14 +65,16 @@ class Search:
     """A gallery's folder and a server. A call opens the gallery as it then is: another process may
     build it anew at any time, and vectors of two versions must not meet.
 
-    Calls raise RefusedError, GalleryError and NpairErrors.
+    photos: where the photos are, if they were moved without the gallery.
+    Calls raise GalleryError and NpairErrors.
     """
 
     folder: Path
     client: NpairClient
+    photos: Path | None = None
 
     def info(self) -> Info:
-        gallery = Gallery(self.folder)
+        gallery = self._gallery()
         labels = gallery.table.search().select(["label"]).to_arrow()["label"]
         threshold = self._threshold(gallery)
         return Info(
@@ -85,28 +87,31 @@ class Search:
 
     def check(self) -> str:
         """Search as users do, and return the version."""
-        gallery = Gallery(self.folder)
+        gallery = self._gallery()
         gallery.search(PIXEL, self.client, 1)
         return str(gallery.version)
 
     def by_photo(self, photo: bytes, k: int, threshold: float | None) -> Neighbours:
-        gallery = Gallery(self.folder)
+        gallery = self._gallery()
         return self._neighbours(gallery, gallery.search(photo, self.client, k), threshold)
 
     def by_id(self, photo_id: str, k: int, threshold: float | None) -> Neighbours:
         """Search by a photo of the gallery, which is left out itself, as are copies of it."""
-        gallery = Gallery(self.folder)
+        gallery = self._gallery()
         found = gallery.nearest(gallery.vector(photo_id), k + COPIES)
         others = [hit for hit in found if hit.id != photo_id]
         return self._neighbours(gallery, others[:k], threshold)
 
     def thumbnail(self, photo_id: str) -> Thumbnail:
-        path = Gallery(self.folder).photo(photo_id)
+        path = self._gallery().photo(photo_id)
         try:
             stat = path.stat()
             return _thumbnail(path, stat.st_mtime_ns, stat.st_size)
         except (OSError, PhotoError) as error:
             raise PhotoGoneError(f"{path}: {error}") from error
+
+    def _gallery(self) -> Gallery:
+        return Gallery(self.folder, self.photos)
 
     def _threshold(self, gallery: Gallery) -> float | None:
         thresholds = self.client.thresholds()

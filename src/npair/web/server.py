@@ -14,8 +14,9 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
-from npair.client import NpairClient
+from npair.gallery.gallery import Gallery, GalleryError
 from npair.web.app import create_app
+from npair.web.search import Search
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 SHORTEST_KEY = 32  # characters; `openssl rand -hex 32` gives 64
@@ -23,14 +24,12 @@ DRAIN = 20  # seconds for requests under way to end after SIGTERM
 CONNECTIONS = 256
 
 
-def serve(
-    gallery: Path, client: NpairClient, *, host: str, port: int, allowed: Collection[str]
-) -> None:
+def serve(search: Search, *, host: str, port: int, allowed: Collection[str]) -> None:
     """Serve until SIGTERM or Ctrl-C, and then end what is under way.
 
     host: an address; port: 0 chooses one. allowed: names for the Host header besides loopback's
     and the address.
-    Raises: ValueError if a key is needed or too short, OSError if the port is taken.
+    Raises: ValueError if a key is needed or too short, OSError if it cannot listen there.
     """
     key = given_key()
     if not key and not _is_loopback(host):
@@ -39,9 +38,18 @@ def serve(
             " NPAIR_WEB_KEY_FILE, for example by: openssl rand -hex 32"
         )
     hosts = LOOPBACK | {name.lower() for name in (host, *allowed)}
-    app = create_app(gallery, client, hosts=hosts, key=key)
+    app = create_app(search, hosts=hosts, key=key)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family) as listener:
+    try:
+        listener = socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot listen on port {port} of {host}: {reason}") from error
+    with listener:
+        try:
+            Gallery(search.folder)
+        except GalleryError as error:  # looked for again at every request
+            print(f"npair: {error}", file=sys.stderr)
         name = f"[{host}]" if ":" in host else host
         print(f"npair: http://{name}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.models import ROOT
-from support.photos import folders, photo, sizes, table
+from support.photos import PREPROCESSING, folders, photo, sizes, table
 
 from npair import client_files
 from npair.data.dataset import SPLIT_NAMES, DataError, Dataset
-from npair.data.files import SUFFIXES
-from npair.data.sources import SYSTEM_FOLDERS, read_dataset, summary
+from npair.data.files import SUFFIXES, summary
+from npair.data.pixels import decode_dataset
+from npair.data.sources import SYSTEM_FOLDERS, read_dataset
 
 NFC, NFD = (unicodedata.normalize(form, "Crème") for form in ("NFC", "NFD"))
 # Split names used by Roboflow, Keras, Hugging Face and fastai, in various spellings.
@@ -224,14 +225,38 @@ class TestReadFolders:
         photo(tmp_path / "of no class.png")
         photo(tmp_path / ".hidden/1.png")
         photo(tmp_path / "class 0/._1.png")
-        (tmp_path / "class 0/notes.txt").touch()
-        (tmp_path / "class 0/dangling.png").symlink_to("nowhere")
+        for name in (".DS_Store", "._1.heic", "notes.txt"):
+            (tmp_path / "class 0" / name).touch()
         os.mkfifo(tmp_path / "class 0/pipe.png")
         dataset = read_dataset(tmp_path)
         assert sum(sizes(dataset).values()) == 10
         assert {path.name for path in dataset.ignored} == {
-            "of no class.png", ".hidden", "._1.png", "notes.txt", "dangling.png", "pipe.png"
+            "of no class.png", ".hidden", "._1.png", ".DS_Store", "._1.heic", "notes.txt",
+            "pipe.png"
         }  # fmt: skip
+
+    def test_photos_that_it_cannot_decode_are_counted_apart(self, tmp_path: Path) -> None:
+        """So is one behind a link that leads nowhere: a disk may be missing."""
+        folders(tmp_path / "root", classes=2)
+        for name in ("1.heic", "2.HEIC", "3.gif", "4.dng", "._5.heic", "6.txt"):
+            (tmp_path / "root/class 0" / name).touch()
+        (tmp_path / "root/class 0/dangling.png").symlink_to("nowhere")
+        dataset, _, findings = decode_dataset(
+            read_dataset(tmp_path / "root", val_share=0.25), PREPROCESSING, tmp_path / "cache"
+        )
+        assert sum(sizes(dataset).values()) == 10
+        lines = "\n".join(findings.lines())
+        assert "Left out 4 photos, since training reads .jpg, " in lines
+        assert "2 .heic such as" in lines.splitlines()[0]
+        assert "6.txt" not in lines.splitlines()[0]
+        assert "dangling.png (No such file or directory)" in lines
+
+    def test_says_what_a_folder_holds_instead(self, tmp_path: Path) -> None:
+        for name in ("1.heic", "2.heic"):
+            (tmp_path / "class").mkdir(exist_ok=True)
+            (tmp_path / "class" / name).touch()
+        with pytest.raises(DataError, match=r"Not read: 2 \.heic such as .*1\.heic"):
+            read_dataset(tmp_path)
 
     def test_follows_symlinks_but_not_in_circles(self, tmp_path: Path) -> None:
         folders(tmp_path / "elsewhere", classes=2)
@@ -302,11 +327,11 @@ class TestReadTable:
         ("text", "reason"),
         [
             (
-                "path;label\na.png;x\n",
-                "csv:1: the header must name the column 'path' once; it names path;label",
+                "path|label\na.png|x\n",
+                r"csv:1: the header must name the column 'path'; it names path\|label",
             ),
             ("", "csv:1: the header .* it names none"),
-            ("path,label,label\n", "csv:1: the header must name the column 'label' once"),
+            ("path,label,label\n", "csv:1: two columns are called 'label'"),
             ("path,label\na.png,x\n\na.png,\n", "csv:4: no label"),
             ("path,label,split\na.png,x,\n", "csv:2: no split; fill the cell, or drop the column"),
             ("path,label,split\na.png,x,holdout\n", "csv:2: the split is 'holdout'"),
@@ -320,15 +345,18 @@ class TestReadTable:
             ),
             (
                 "path,label,split,Split\na.png,x,train,train\n",
-                "csv:1: the header must name the column 'split' once",
+                "csv:1: two columns are called 'split'",
             ),
             ("path,label,split\na.png,x,val\n", "no train photo"),
             ("path,label\na.png,x,y\n", "csv:2: 3 cells in 2 columns"),
             ('path,label\n"a.png,x\n', "csv:2: unexpected end of data"),
+            ('path,label\n"a.png",x\n"b\nc.png"",y\na.png,x\n', "csv:3: "),
+            ('path,label\na.png,"x\ny"\na.png,\n', "csv:4: no label"),
             ("path,label\nb.png,x\n", "csv:2: no photo at"),
             (f"path,label\n{'b' * 5000}.png,x\n", "csv:2: no photo at"),
-            ("path,label\na.png,ä\n".encode("latin-1"), "not UTF-8"),
-            ("path,label\na.png,x\n".encode("utf-16"), "not UTF-8"),
+            ("path,label\na.png,x\na.png,ä\n".encode("latin-1"), "csv:3: this is not UTF-8 text"),
+            ("path,label\na.png,x\n".encode("utf-16"), "csv:1: this is not UTF-8 text"),
+            ("path,label\na.png,x\n".encode("utf-16-le"), "csv:1: this is not UTF-8 text"),
         ],
     )
     def test_names_the_bad_line(self, tmp_path: Path, text: str | bytes, reason: str) -> None:

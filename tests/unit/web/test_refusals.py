@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from npair.client import (
@@ -28,13 +30,14 @@ EXPECTED: dict[Exception, int] = {
     RequestTimeoutError("timed out"): 504,
     ServerFaultError("dead"): 502,
     GalleryError("the gallery in /srv/photos is damaged"): 503,
+    PermissionError(13, "Permission denied", "/srv/photos"): 503,
     PhotoGoneError("/srv/photos/a.jpg is gone"): 404,
 }
 
 
 @pytest.mark.parametrize("error", EXPECTED, ids=lambda error: type(error).__name__)
 def test_status(error: Exception) -> None:
-    answered = answer(refused_of(error))
+    answered = answer(refused_of(error, Path("/srv/photos")))
     assert answered.status_code == EXPECTED[error]
     assert b"/srv" not in answered.body
     assert ("retry-after" in answered.headers) == (EXPECTED[error] == 503)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from npair.client import NpairClient
+from npair.web.search import Search
 from npair.web.server import given_key, serve
 
 KEY = "k" * 32
@@ -22,7 +23,7 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "search.example"])
 def test_no_key_beyond_loopback(host: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="set NPAIR_WEB_KEY"):
-        serve(tmp_path, NpairClient(), host=host, port=0, allowed=[])
+        serve(Search(tmp_path, NpairClient()), host=host, port=0, allowed=[])
 
 
 @pytest.mark.parametrize("key", ["short", KEY[1:], f"{KEY} {KEY}", f"{KEY}ü", f"{KEY}\n"])
@@ -48,9 +49,11 @@ def test_no_key() -> None:
     assert given_key() == ""
 
 
-def test_a_port_that_is_taken(tmp_path: Path) -> None:
-    with (
-        socket.create_server(("127.0.0.1", 0)) as taken,
-        pytest.raises(OSError, match=r"127\.0\.0\.1.*\d+"),
-    ):
-        serve(tmp_path, NpairClient(), host="127.0.0.1", port=taken.getsockname()[1], allowed=[])
+def test_where_it_cannot_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NPAIR_WEB_KEY", KEY)
+    search = Search(tmp_path, NpairClient())
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for host in ("127.0.0.1", "192.0.2.1"):
+            with pytest.raises(OSError, match=f"port {port} of {host}: "):
+                serve(search, host=host, port=port, allowed=[])

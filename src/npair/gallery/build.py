@@ -1,0 +1,355 @@
+"""Build a gallery, or bring it up to date: embed what is new, keep what is missing unless told.
+
+A new version's table is filled beside the current one, and replaces it in one step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lancedb
+import pyarrow as pa
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from npair.client import PIXEL, NpairClient, Vectors
+from npair.data.catalogue import Catalogue, read_catalogue
+from npair.data.files import digest_of, parallel_map, shown
+from npair.gallery.gallery import (
+    MADE_BY,
+    POINTER,
+    GalleryError,
+    database,
+    name_of,
+    path_of,
+    pinned_to,
+    read_pointer,
+    readable,
+)
+
+ROWS = 1000  # per write: the most that are embedded again after a crash
+EXACT = 5000  # rows up to which a full scan is faster than an index
+READ = timedelta(hours=1)  # replaced data stay this long for searches that have started
+
+
+class Built(NamedTuple):
+    """The outcome of a build.
+
+    photos: how many the gallery holds, of which ``embedded`` were new or changed. left_out:
+    reasons by photo. missing: photos of the gallery that the source does not have; kept. removed:
+    how many of these were removed instead. contradicting: copies of a photo that have different
+    labels; kept. ignored: other files and folders of the source, in words.
+    """
+
+    version: str
+    photos: int
+    embedded: int
+    left_out: dict[str, str]
+    missing: tuple[str, ...] = ()
+    removed: int = 0
+    contradicting: tuple[tuple[str, ...], ...] = ()
+    ignored: str = ""
+
+
+class _Row(NamedTuple):
+    """What a row says about a photo besides its vector. columns: JSON, sorted."""
+
+    label: str
+    columns: str
+    sha256: str
+
+
+def build(source: Path, folder: Path, client: NpairClient, *, prune: bool = False) -> Built:
+    """Embed a source's photos into a gallery, with the version that the client's server serves.
+
+    Photos that an earlier build stored, even a killed one, are not embedded again unless their
+    bytes have changed; a file that was moved keeps its vector. The old version's table is searched
+    until the new one's is complete, and then kept, so that going back costs nothing.
+
+    source: see ``data.read_catalogue``. folder: the gallery's, made if need be.
+    prune: remove the gallery's photos that the source does not have, or that cannot be embedded any
+    more; otherwise they stay.
+    Raises: GalleryError, also if another version would lose photos and ``prune`` is not set;
+    data.DataError if the source cannot be read, client.NpairError.
+    """
+    catalogue = read_catalogue(
+        source.parent.resolve() / source.name if source.is_file() else source.resolve()
+    )
+    if not catalogue.entries:
+        ignored = f", but {catalogue.ignored}" * bool(catalogue.ignored)
+        raise GalleryError(f"no photos in {source}{ignored}")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # The kernel releases the lock if the process dies.
+        lock = FileLock(folder / "build.lock", fallback_to_soft=False).acquire(blocking=False)
+    except Timeout as error:
+        raise GalleryError(
+            f"another process builds the gallery in {folder}; wait for it, then try again"
+        ) from error
+    with lock:
+        example, version = client.embed(PIXEL)
+        with pinned_to(version, client) as pinned:
+            made_by = (client.model, version, pinned.manifest_sha256(version) or "")
+            with readable(folder):
+                pointer = read_pointer(folder)
+                table = create(folder, made_by, example.shape[1])
+                update = _Update(folder, table, pointer.get("table"), catalogue)
+            if not prune:
+                update.refuse_loss(update.missing, "not in the source", version)
+            left_out = update.embed(pinned)
+            failed = [name for name in update.current if update.shown(name) in left_out]
+            if not prune:
+                update.refuse_loss(failed, "left out", version)
+            removed = update.remove(failed if prune else (), keep_missing=not prune)
+        count = table.count_rows()
+        if not count:
+            photo, reason = next(iter(left_out.items()))
+            raise GalleryError(
+                f"none of the photos in {source} could be embedded, such as {photo}: {reason}"
+            )
+        table.optimize(cleanup_older_than=READ)
+        index(table)
+        _switch(folder, pointer, table.name, name_of(catalogue.root, folder))
+    return Built(
+        version,
+        count,
+        update.embedded,
+        left_out,
+        () if prune else tuple(map(update.shown, update.missing)),
+        removed,
+        update.contradicting(),
+        catalogue.ignored,
+    )
+
+
+def create(folder: Path, made_by: Sequence[str], dimension: int) -> lancedb.table.Table:
+    """Open the table of a version, or create it.
+
+    made_by: model, version and manifest_sha256, which all are part of the table's name.
+    """
+    columns = {
+        **dict.fromkeys(("photo", "label", "columns", "sha256"), pa.string()),
+        "vector": pa.list_(pa.float32(), dimension),
+    }
+    model, version, manifest = made_by
+    name = f"{model}-{version}-{manifest[:12] or 'unknown'}"
+    opened = database(folder)
+    if name not in opened.list_tables().tables:
+        schema = pa.schema(columns.items(), dict(zip(MADE_BY, made_by, strict=True)))
+        return opened.create_table(name, schema=schema)
+    table = opened.open_table(name)
+    if "columns" not in table.schema.names:  # from npair 0.1
+        table.add_columns({"columns": "'{}'"})
+    return table
+
+
+def index(table: lancedb.table.Table) -> None:
+    """Index a large table if it has rows without an index; searches scan these."""
+    count = table.count_rows()
+    indices = table.list_indices()
+    if count > EXACT and min((index.num_unindexed_rows or 0 for index in indices), default=count):
+        parts = math.isqrt(count)
+        config = lancedb.index.IvfFlat(distance_type="cosine", num_partitions=parts)
+        table.create_index("vector", config=config)
+
+
+class _Update:
+    """The difference between a source and a gallery.
+
+    wanted: the source's rows by name. stored: those of the table that is filled. current: those of
+    the table that is searched, often the same. moved: the former name of photos of the source that
+    the gallery has under another. missing: names of the gallery that the source does not have.
+    """
+
+    def __init__(
+        self, folder: Path, table: lancedb.table.Table, current: str | None, catalogue: Catalogue
+    ) -> None:
+        self.folder, self.table = folder, table
+        self.paths = {name_of(path, folder): path for path in catalogue.entries}
+        digests = parallel_map(_digest, list(catalogue.entries), "read")
+        self.wanted = {
+            name: _Row(shown(entry.label), json.dumps(entry.columns, sort_keys=True), digest)
+            for name, entry, digest in zip(
+                self.paths, catalogue.entries.values(), digests, strict=True
+            )
+        }
+        self.stored = _rows(table)
+        self.current: dict[str, _Row] = {}
+        if current is not None:
+            same = current == table.name
+            self.current = self.stored if same else _rows(database(folder).open_table(current))
+        self.embedded = 0
+        self.moved: dict[str, str] = {}
+        self.missing: list[str] = []
+        by_digest: dict[str, list[str]] = defaultdict(list)
+        for name in reversed(self.wanted):
+            if name not in self.current:
+                by_digest[self.wanted[name].sha256].append(name)
+        for name, row in self.current.items():
+            if name in self.wanted:
+                continue
+            relative = name_of(path_of(name, folder), folder)  # of a path of npair 0.1
+            if relative in self.wanted:
+                self.moved[relative] = name
+            elif by_digest[row.sha256]:
+                self.moved[by_digest[row.sha256].pop()] = name
+            else:
+                self.missing.append(name)
+
+    def shown(self, name: str) -> str:
+        return shown(path_of(name, self.folder))
+
+    def refuse_loss(self, names: Iterable[str], why: str, version: str) -> None:
+        """Raise GalleryError if a new version's table would lack photos that are searched now."""
+        if lost := [name for name in names if name not in self.stored]:
+            raise GalleryError(
+                f"the gallery in {self.folder} stays as it is, since version {version} would lose"
+                f" {len(lost)} of its photos, which are {why}, such as {self.shown(lost[0])}; bring"
+                " them back, or go without them: --prune"
+            )
+
+    def embed(self, client: NpairClient) -> dict[str, str]:
+        """Store the rows that are new or changed, in atomic steps, and with those vectors that the
+        table has already.
+
+        Returns: reasons by photo that was left out.
+        """
+        new = [name for name, row in self.wanted.items() if self.stored.get(name) != row]
+        known = {row.sha256 for row in self.stored.values()}
+        again = [name for name in new if self.wanted[name].sha256 in known]
+        for start in range(0, len(again), ROWS):
+            names = again[start : start + ROWS]
+            vectors = self._vectors({self.wanted[name].sha256 for name in names})
+            self._store({name: vectors[self.wanted[name].sha256] for name in names})
+        fresh = [name for name in new if self.wanted[name].sha256 not in known]
+        left_out: dict[str, str] = {}
+        rows: dict[str, Vectors] = {}
+        sent: list[str] = []
+
+        def photos() -> Iterator[bytes]:
+            for name in fresh:
+                try:
+                    photo = encoded_photo(self.paths[name])
+                except OSError as error:
+                    left_out[self.shown(name)] = f"cannot be read: {error.strerror or error}"
+                except ValueError as error:
+                    left_out[self.shown(name)] = str(error)
+                else:
+                    sent.append(name)
+                    yield photo
+
+        try:
+            results = client.stream(photos())
+            done = len(self.wanted) - len(fresh)
+            total = len(self.wanted)
+            for result in tqdm(results, "embed", total, initial=done, unit="photo", disable=None):
+                name = sent[result.index]
+                if result.vector is None:
+                    left_out[self.shown(name)] = str(result.reason)
+                else:
+                    rows[name] = result.vector
+                    self.embedded += 1
+                if len(rows) == ROWS:
+                    self._store(rows)
+                    rows = {}
+        finally:
+            self._store(rows)
+        return left_out
+
+    def _vectors(self, digests: Iterable[str]) -> dict[str, Vectors]:
+        query = self.table.search().where(f"sha256 IN ({_quoted(digests)})")
+        columns = query.select(["sha256", "vector"]).to_arrow()
+        vectors = columns["vector"].combine_chunks().flatten().to_numpy().reshape(len(columns), -1)
+        return dict(zip(columns["sha256"].to_pylist(), vectors, strict=True))
+
+    def _store(self, vectors: Mapping[str, Vectors]) -> None:
+        """Store rows in one step, and remove those under their former names."""
+        rows: list[dict[str, Any]] = [
+            {"photo": name, **self.wanted[name]._asdict(), "vector": vector}
+            for name, vector in vectors.items()
+        ]
+        former = [self.moved[name] for name in vectors if self.moved.get(name) in self.stored]
+        if former or any(name in self.stored for name in vectors):
+            merge = self.table.merge_insert("photo").when_matched_update_all()
+            merge = merge.when_not_matched_insert_all()
+            if former:
+                merge = merge.when_not_matched_by_source_delete(f"photo IN ({_quoted(former)})")
+            merge.execute(rows)
+        elif rows:
+            self.table.add(rows)
+
+    def remove(self, failed: Iterable[str], *, keep_missing: bool) -> int:
+        """Remove what is not searched or was moved, these rows, and missing ones unless told.
+
+        Returns: how many of the gallery's photos are removed.
+        """
+        lost = {*failed, *(() if keep_missing else self.missing)}
+        rows = _rows(self.table)
+        unmoved = {former for name, former in self.moved.items() if name not in rows}
+        kept = (self.wanted.keys() | {*self.missing, *unmoved}) - lost
+        gone = [name for name in rows if name not in kept]
+        for start in range(0, len(gone), ROWS):
+            self.table.delete(f"photo IN ({_quoted(gone[start : start + ROWS])})")
+        return len(lost)
+
+    def contradicting(self) -> tuple[tuple[str, ...], ...]:
+        """Group copies of a photo that have different labels."""
+        copies: dict[str, list[str]] = defaultdict(list)
+        for name, row in self.wanted.items():
+            copies[row.sha256].append(name)
+        copies.pop("", None)  # unread
+        return tuple(
+            tuple(map(self.shown, names))
+            for names in copies.values()
+            if len({self.wanted[name].label for name in names}) > 1
+        )
+
+
+def encoded_photo(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def _rows(table: lancedb.table.Table) -> dict[str, _Row]:
+    """Return a table's rows by name. Rows of npair 0.1 have no columns."""
+    names = ["photo", *_Row._fields]
+    known = [name for name in names if name in table.schema.names]
+    columns = table.search().select(known).to_arrow()
+    photos, *rest = (
+        columns[name].to_pylist() if name in known else ["{}"] * len(columns) for name in names
+    )
+    return dict(zip(photos, map(_Row, *rest), strict=True))
+
+
+def _quoted(texts: Iterable[str]) -> str:
+    return ", ".join("'" + text.replace("'", "''") + "'" for text in texts)
+
+
+def _digest(path: Path) -> str:
+    try:
+        return digest_of(path)
+    except OSError:  # embedding will fail on it and say why
+        return ""
+
+
+def _switch(folder: Path, pointer: dict[str, str], table: str, photos: str) -> None:
+    """Make a table the one to search, and drop all others but the previous one."""
+    switched = {"table": table, "before": pointer.get("table", ""), "photos": photos}
+    if pointer.get("table") == table:
+        switched["before"] = pointer.get("before", "")
+    if switched != pointer:
+        unfinished = folder / f"{POINTER}.unfinished"
+        unfinished.write_text(json.dumps(switched), encoding="utf-8")
+        os.sync()  # with the table's data, before anything names it
+        unfinished.replace(folder / POINTER)
+    opened = database(folder)
+    for other in set(opened.list_tables().tables) - {table, switched["before"]}:
+        if re.fullmatch(r".+-\d+-([0-9a-f]{12}|unknown)", other):  # spare tables that others made
+            opened.drop_table(other)
