@@ -79,16 +79,14 @@ class Browser(webdriver.Chrome):
         """Wait until an element shows a text."""
         try:
             eventually(
-                lambda: (
-                    text in self.script(f"return document.querySelector('{selector}').innerText")
-                )
+                lambda: text in self.run(f"return document.querySelector('{selector}').innerText")
             )
         except AssertionError:
             shown = self.one("body").text
             pytest.fail(f"{selector} does not show {text!r}; the page shows:\n{shown}")
 
-    def script(self, code: str, *arguments: object) -> Any:
-        return self.execute_script(code, *arguments)  # type: ignore[no-untyped-call]
+    def run(self, code: str, *arguments: object) -> Any:
+        return self.execute_script(code, *arguments)
 
     def choose(self, path: Path) -> None:
         """Choose a file in the dialog behind "Choose a photo"."""
@@ -103,7 +101,7 @@ class Browser(webdriver.Chrome):
 
     def loaded(self) -> None:
         """Wait until all pictures are there."""
-        eventually(lambda: self.script(LOADED))
+        eventually(lambda: self.run(LOADED))
 
     def events(self) -> list[dict[str, Any]]:
         """Return what the network did since the last call."""
