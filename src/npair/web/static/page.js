@@ -25,8 +25,11 @@ async function show(query, k = FIRST) {
   if (!query || (!upload && !query.photo)) return showStart();
 
   showQuery(query, upload);
-  const waits = [[SOON, ""], [SLOW, "The server takes its time."]];
-  const timers = waits.map(([ms, reason]) => setTimeout(wait, ms, reason, k === FIRST));
+  const waiting = (reason) => signal.aborted || wait(reason, k === FIRST);
+  const timers = [
+    setTimeout(waiting, SOON, ""),
+    setTimeout(waiting, SLOW, "The server takes its time."),
+  ];
   try {
     if (upload && !upload.photo) Object.assign(upload, await prepare(upload.file, upload.name));
     signal.throwIfAborted();
