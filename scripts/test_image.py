@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 from image.build import WHEEL_RELEASE, build, stand_in, wheelhouse
-from image.checks import check_drain, check_recovery, check_size, compose_test
+from image.checks import check_drain, check_recovery, check_search, check_size, compose_test
 from image.commands import ROOT, run, step
 from image.engine import engine, install_tools
 from image.registry import REPOSITORY, digest_of, login, promote, push, registry_at_ghcr
@@ -82,6 +82,8 @@ def test(scratch: Path, stack: contextlib.ExitStack) -> None:
     check_drain(f"{REPOSITORY}@{digest}")
     step("kill its Python stub under compose")
     check_recovery(f"cpu-1@{digest}")
+    step("search a gallery by the profile search")
+    check_search(f"cpu-1@{digest}", scratch, options)
     step("promote it")
     promote(digest)
     assert digest_of("cpu") == digest

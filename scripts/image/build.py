@@ -115,7 +115,7 @@ def wheelhouse(scratch: Path) -> Iterator[list[str]]:
     Yields: the build options that make pip use them.
     """
     wheels = scratch / "wheels"
-    for pins in ("requirements.txt", "requirements-torch.txt"):
+    for pins in ("api/requirements.txt", "api/requirements-torch.txt", "web/requirements.txt"):
         run(
             sys.executable,
             "-m",
@@ -125,7 +125,7 @@ def wheelhouse(scratch: Path) -> Iterator[list[str]]:
             "--dest",
             wheels,
             "--requirement",
-            ROOT / "model/api" / pins,
+            ROOT / "model" / pins,
         )
     handler = partial(QuietHandler, directory=str(wheels))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

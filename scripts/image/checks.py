@@ -10,12 +10,21 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
-from image.commands import ROOT, output, run, status, wait_for
+from image.commands import RAW, ROOT, output, run, status, wait_for
 from image.registry import OWNER, REPOSITORY
 
 LIMITS = {"torch": (1300, 420), "no torch": (800, 260)}  # MB unpacked and pushed
-PORTS = {"HTTP_PORT": "18400", "GRPC_PORT": "18401", "METRICS_PORT": "18402"}
+MOST_SEARCH = 800  # MB unpacked
+PORTS = {
+    "HTTP_PORT": "18400",
+    "GRPC_PORT": "18401",
+    "METRICS_PORT": "18402",
+    "SEARCH_PORT": "18403",
+}
 
 
 def check_size(kind: str, tag: str, digest: str) -> None:
@@ -80,9 +89,7 @@ def check_drain(image: str) -> None:
 
     def send() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", 18410, timeout=30)
-        connection.request(
-            "POST", "/v2/models/npair/infer", photo(), {"Inference-Header-Content-Length": "0"}
-        )
+        connection.request("POST", "/v2/models/npair/infer", photo(), RAW)
         accepted.wait()
         statuses.append(connection.getresponse().status)
 
@@ -134,6 +141,39 @@ def check_recovery(tag: str) -> None:
         assert took <= 20
     finally:
         compose(tag, "down")
+
+
+def check_search(tag: str, scratch: Path, options: Sequence[str]) -> None:
+    """Build the search's image; build a gallery with it, and search that with a key."""
+    run("docker", "buildx", "build", "--quiet", "--file", "model/web/Dockerfile", *options,
+        "--tag", "npair_search", "--load", ".", stdout=subprocess.DEVNULL)  # fmt: skip
+    size = int(output("docker", "image", "inspect", "--format", "{{.Size}}", "npair_search")) / 1e6
+    print(f"search: {size:.0f} MB unpacked")
+    assert size <= MOST_SEARCH, f"more than {MOST_SEARCH} MB"
+    photos, gallery, key = scratch / "photos", scratch / "gallery", "k" * 32
+    photos.mkdir()
+    (photos / "photo.jpg").write_bytes(photo())
+    gallery.mkdir()
+    gallery.chmod(0o777)  # the container's user is another one
+    os.environ |= {"GALLERY": str(gallery), "PHOTOS": str(photos), "NPAIR_WEB_KEY": key}
+    port, headers = int(PORTS["SEARCH_PORT"]), {"Authorization": f"Bearer {key}"}
+    try:
+        compose(tag, "up", "--detach", "model_api")
+        wait_for("the service", lambda: embed(int(PORTS["HTTP_PORT"])) == 200)
+        builds = ("npair", "index", "build", "/photos", "--index", "/gallery")
+        mount = ("--volume", f"{gallery}:/gallery")
+        compose(tag, "--profile", "search", "run", "--rm", "--no-deps", *mount, "search", *builds)
+        compose(tag, "--profile", "search", "up", "--detach", "--no-build", "search")
+        for path, body in (("/", None), ("/healthz", None), ("/search?k=1", photo())):
+            method = "GET" if body is None else "POST"
+            answered = partial(status, "127.0.0.1", port, method, path, body, headers=headers)
+            wait_for(f"200 at {path}", lambda answered=answered: answered() == 200)  # type: ignore[misc]
+        assert status("127.0.0.1", port, "POST", "/search", photo()) == 401, "a key is needed"
+        container = output("docker", "ps", "--quiet", "--filter", "name=search").strip()
+        health = ("docker", "inspect", "--format", "{{.State.Health.Status}}", container)
+        wait_for("its health", lambda: output(*health).strip() == "healthy")
+    finally:
+        compose(tag, "--profile", "search", "down")
 
 
 def embed(port: int) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGAN = time.monotonic()
+RAW = {"Inference-Header-Content-Length": "0"}  # Triton's: the body is the input
 
 
 def step(title: str) -> None:
@@ -71,13 +72,19 @@ def wait_for(what: str, condition: Callable[[], bool], seconds: float = 60) -> N
         time.sleep(0.2)
 
 
-def status(host: str, port: int, method: str, path: str, body: bytes | None = None) -> int:
+def status(
+    host: str,
+    port: int,
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    *,
+    headers: Mapping[str, str] = RAW,
+) -> int:
     """Send a request; a body is one raw photo. Returns: the HTTP status, 0 without an answer."""
     connection = http.client.HTTPConnection(host, port, timeout=30)
     try:
-        connection.request(
-            method, path, body, {} if body is None else {"Inference-Header-Content-Length": "0"}
-        )
+        connection.request(method, path, body, {} if body is None else dict(headers))
         return connection.getresponse().status
     except (OSError, http.client.HTTPException):
         return 0
