@@ -302,9 +302,8 @@ class NpairClient:
         """
         one = isinstance(images, str | os.PathLike | bytes) or hasattr(images, "read")
         photos: list[Photo] = [images] if one else list(images)  # type: ignore[list-item, arg-type]
-        photos = [
-            _read(photo) if hasattr(photo, "read") else photo for photo in photos
-        ]  # only once
+        # Files are read once, though a call may start over.
+        photos = [_read(photo) if hasattr(photo, "read") else photo for photo in photos]
         for attempt in itertools.count():
             try:
                 results = list(stream := self.stream(map(_read, photos)))

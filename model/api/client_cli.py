@@ -322,7 +322,7 @@ def ready(client: Client, options: Options) -> int:
 
 def _embedded(photos: Sequence[Path], client: Client) -> list[library.Vectors]:
     """Embed photos, each float32 [128], and pin the client to the version. Raises: OSError."""
-    stream = client.stream(files.Unread(str(photo)) for photo in photos)
+    stream = client.stream(files.Unread(photo) for photo in photos)
     results = list(stream)
     if reasons := [f"{photos[each.index]}: {each.reason}" for each in results if each.reason]:
         raise OSError("; ".join(reasons))

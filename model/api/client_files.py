@@ -49,11 +49,8 @@ Saved = tuple[list[str], library.Vectors]  # names and vectors of a file
 MadeBy = tuple[str, str, str]  # model, version, hash of its manifest or an empty string
 UNANSWERED = (library.UnavailableError, library.RequestTimeoutError, library.ServerFaultError)
 DAMAGED = (LookupError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
-
-
 CLEAR = "\r\033[K"  # the line of a terminal
 PROGRESS_SECONDS = 0.5  # between two pictures of it
-
 # How the files begin that are converted, by format.
 CONVERTED = {
     "AVIF": rb".{4}ftypavi[fs]",
@@ -67,6 +64,7 @@ MAX_PIXELS = 64_000_000  # the server's limit for its own formats
 # A larger photo is halved before it is encoded, so that its PNG has at most 16 MB. Networks see
 # less than a megapixel.
 SENT_PIXELS = 4_000_000
+ENCODING: dict[str, Any] = {"quality": 98, "subsampling": 0, "compress_level": 1}  # JPEG's, PNG's
 
 
 def encoded_photo(photo: Path | IO[bytes]) -> bytes:
@@ -113,9 +111,10 @@ def encoded_photo(photo: Path | IO[bytes]) -> bytes:
 
 
 def _converted(image: Image.Image) -> bytes:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} pixels, more than the limit of {MAX_PIXELS}")
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(
+            f"{image.width}x{image.height} pixels, more than the limit of {MAX_PIXELS}"
+        )
     if getattr(image, "tag_v2", {}).get(254, 0) & 1:  # NewSubfileType: a reduced image
         raise ValueError("a camera's raw file, of which only the preview could be read")
     if image.mode in ("I", "F", "LAB"):
@@ -130,23 +129,19 @@ def _converted(image: Image.Image) -> bytes:
         image = image.convert("L" if mode in ("1", "L") else "RGB")
     while image.width * image.height > SENT_PIXELS:
         image = image.reduce(2)
-    encoded = io.BytesIO()
-    if mode == "CMYK":  # PNG has none
-        image.save(encoded, "JPEG", quality=98, subsampling=0, **metadata)
-    else:
-        image.save(encoded, "PNG", compress_level=1, **metadata)
+    encoded = io.BytesIO()  # PNG has no CMYK
+    image.save(encoded, "JPEG" if mode == "CMYK" else "PNG", **ENCODING, **metadata)
     return encoded.getvalue()
 
 
 def say(text: str) -> None:
-    clear = CLEAR if sys.stderr.isatty() else ""
-    print(f"{clear}{text}", file=sys.stderr, flush=True)
+    print(f"{CLEAR * sys.stderr.isatty()}{text}", file=sys.stderr, flush=True)
 
 
 class Unread:
     """A photo for NpairClient.stream, which reads it when its batch is due."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
 
     def read(self) -> bytes:
@@ -163,7 +158,6 @@ class Rows:
     """Embed files and iterate over rows, in order, as embed prints them.
 
     Files without a vector are named on stderr and counted in ``left_out``.
-
     done: photos to skip. show_progress: on stderr, if it is a terminal.
     """
 
@@ -172,7 +166,6 @@ class Rows:
         client: library.NpairClient,
         paths: Sequence[Path],
         done: Collection[str] = (),
-        *,
         show_progress: bool = True,
     ) -> None:
         self._client, self._paths, self._done = client, paths, done
@@ -199,7 +192,9 @@ class Rows:
                 yield {"photo": name, "model": self._client.model, **made_by, "embedding": vector}
         except library.VersionGoneError:
             raise
-        except UNANSWERED:
+        except UNANSWERED as error:
+            if total == len(self._done) and isinstance(error, library.UnreachableError):
+                raise  # no photo is to blame
             waiting = _unanswered(stream, total - len(self._done), names)
             say(f"no answer for these photos: {', '.join(waiting)}")
             raise
@@ -229,53 +224,44 @@ class Rows:
         print(end=CLEAR, file=sys.stderr, flush=True)
 
 
-def photos_in(paths: Iterable[Path], passed_over: Counter[str] | None = None) -> Iterator[Path]:
+def photos_in(
+    paths: Iterable[Path],
+    passed_over: Counter[str] | None = None,
+    visited: set[str] | None = None,
+) -> Iterator[Path]:
     """Yield the paths, and for a folder the photos in it and below, sorted by name.
 
     Skips hidden files and folders, ``._`` files among them, and SYSTEM_FOLDERS. Follows symlinks,
     and visits no folder twice. npair.data.sources.find_photos has the same rule.
 
     passed_over: counts the other files of folders, except hidden ones, by suffix.
+    visited: the real paths of folders that are not visited again.
     """
     passed_over = Counter() if passed_over is None else passed_over
     for path in paths:
-        if path.is_dir():
-            yield from _photos_below(path, {_identity(path.stat())}, passed_over)
-        else:
+        if not path.is_dir():
             yield path
-
-
-def _photos_below(
-    folder: Path, visited: set[tuple[int, int]], passed_over: Counter[str]
-) -> Iterator[Path]:
-    names: dict[str, bool] = {}
-    with os.scandir(folder) as entries:
-        # Real folders first, so that a symlink to one of them is the one that is skipped.
-        ordered = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
-    for entry in ordered:
-        if entry.name.startswith(".") or entry.name.casefold() in SYSTEM_FOLDERS:
             continue
-        path = Path(entry) if entry.is_symlink() else entry  # a Path bears a symlink to itself
-        suffix = Path(entry.name).suffix.lower()
-        if path.is_dir():
-            if (identity := _identity(path.stat())) not in visited:
-                visited.add(identity)
-                names[entry.name] = True
-        elif not path.is_file() and Path(entry).exists():  # a pipe or a device
-            continue
-        elif suffix in SUFFIXES | OTHER_SUFFIXES:  # even a broken symlink, for its absence to show
-            names[entry.name] = False
-        else:
-            passed_over[suffix or "without a suffix"] += 1
-    for name, is_folder in sorted(names.items()):
-        if is_folder:
-            yield from _photos_below(folder / name, visited, passed_over)
-        else:
-            yield folder / name
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
+        known, names = {os.path.realpath(path)} if visited is None else visited, list[str]()
+        with os.scandir(path) as entries:
+            # Real folders first, so that a symlink to one of them is the one that is skipped.
+            ordered = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
+        for entry in ordered:
+            file = Path(entry) if entry.is_symlink() else entry  # a Path bears circular symlinks
+            suffix = Path(entry.name).suffix.lower()
+            if entry.name.startswith(".") or entry.name.casefold() in SYSTEM_FOLDERS:
+                continue
+            if file.is_dir():
+                if (real := os.path.realpath(entry)) not in known:
+                    known.add(real)
+                    names.append(entry.name)
+            elif not file.is_file() and Path(entry).exists():  # a pipe or a device
+                continue
+            elif suffix in SUFFIXES | OTHER_SUFFIXES:  # a broken symlink as well: it will be named
+                names.append(entry.name)
+            else:
+                passed_over[suffix or "without a suffix"] += 1
+        yield from photos_in((path / name for name in sorted(names)), passed_over, known)
 
 
 def _unanswered(stream: library.EmbeddingStream, first: int, names: Iterator[str]) -> list[str]:
@@ -321,17 +307,17 @@ def _load(path: Path) -> tuple[Saved, MadeBy]:
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as saved:
             return (saved["names"].tolist(), saved["vectors"]), _made_by(saved)
-    names: list[str] = []
-    vectors: list[library.Vectors] = []
-    origins: set[MadeBy] = set()
     with path.open(encoding="utf-8") as lines:
-        for row in map(json.loads, lines):
-            names.append(str(row["photo"]))
-            vectors.append(np.array(row["embedding"], np.float32))
-            origins.add(_made_by(row))
-    if len(origins) != 1:
-        raise ValueError("rows of several versions" if origins else "no rows")
-    return (names, np.stack(vectors)), origins.pop()
+        rows = [
+            (str(row["photo"]), np.array(row["embedding"], np.float32), _made_by(row))
+            for row in map(json.loads, lines)
+        ]
+    if not rows:
+        raise ValueError("no rows")
+    names, vectors, origins = zip(*rows, strict=True)
+    if len(set(origins)) > 1:
+        raise ValueError("rows of several versions")
+    return (list(names), np.stack(vectors)), origins[0]
 
 
 def resume(unfinished: Path, client: library.NpairClient) -> set[str]:

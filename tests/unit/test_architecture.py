@@ -60,7 +60,7 @@ LIBRARIES = {
     "serving/colour": {"numpy", "PIL"},
     "client": {"numpy", "tritonclient"},
     "client_cli": {"client", "client_files", "numpy"},
-    "client_files": {"PIL", "client", "numpy", "pillow_heif", "tqdm"},
+    "client_files": {"PIL", "client", "numpy", "pillow_heif"},
 }
 
 
