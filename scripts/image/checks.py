@@ -160,8 +160,9 @@ def check_search(tag: str, scratch: Path, options: Sequence[str]) -> None:
     try:
         compose(tag, "up", "--detach", "model_api")
         wait_for("the service", lambda: embed(int(PORTS["HTTP_PORT"])) == 200)
-        builds = ("npair", "index", "build", "/photos", "--index", "/gallery")
-        mount = ("--volume", f"{gallery}:/gallery")
+        # Not at /gallery, where the profile's own mount is read-only.
+        builds = ("npair", "index", "build", "/photos", "--index", "/new")
+        mount = ("--volume", f"{gallery}:/new")
         compose(tag, "--profile", "search", "run", "--rm", "--no-deps", *mount, "search", *builds)
         compose(tag, "--profile", "search", "up", "--detach", "--no-build", "search")
         for path, body in (("/", None), ("/healthz", None), ("/search?k=1", photo())):
