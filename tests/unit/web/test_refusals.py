@@ -15,6 +15,7 @@ from npair.client import (
     RequestTooLargeError,
     ServerFaultError,
     UnavailableError,
+    UnreachableError,
     VersionGoneError,
 )
 from npair.gallery.gallery import GalleryError, PhotoGoneError
@@ -26,6 +27,7 @@ EXPECTED: dict[Exception, int] = {
     InvalidRequestError("no such model"): 502,
     AccessDeniedError("another key"): 502,
     UnavailableError("refused"): 503,
+    UnreachableError("refused"): 503,
     VersionGoneError("version 1 is not served"): 503,
     RequestTimeoutError("timed out"): 504,
     ServerFaultError("dead"): 502,
