@@ -242,26 +242,33 @@ def photos_in(
         if not path.is_dir():
             yield path
             continue
-        known, names = {os.path.realpath(path)} if visited is None else visited, list[str]()
-        with os.scandir(path) as entries:
-            # Real folders first, so that a symlink to one of them is the one that is skipped.
-            ordered = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
-        for entry in ordered:
-            file = Path(entry) if entry.is_symlink() else entry  # a Path bears circular symlinks
-            suffix = Path(entry.name).suffix.lower()
-            if entry.name.startswith(".") or entry.name.casefold() in SYSTEM_FOLDERS:
-                continue
-            if file.is_dir():
-                if (real := os.path.realpath(entry)) not in known:
-                    known.add(real)
-                    names.append(entry.name)
-            elif not file.is_file() and Path(entry).exists():  # a pipe or a device
-                continue
-            elif suffix in SUFFIXES | OTHER_SUFFIXES:  # a broken symlink as well: it will be named
+        known = {os.path.realpath(path)} if visited is None else visited
+        names = _names_in(path, passed_over, known)
+        yield from photos_in((path / name for name in names), passed_over, known)
+
+
+def _names_in(folder: Path, passed_over: Counter[str], visited: set[str]) -> list[str]:
+    """Return the sorted names of a folder's photos, and of folders that are new to ``visited``."""
+    names = []
+    with os.scandir(folder) as entries:
+        # Real folders first, so that a symlink to one of them is the one that is skipped.
+        ordered = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
+    for entry in ordered:
+        file = Path(entry) if entry.is_symlink() else entry  # a Path bears circular symlinks
+        suffix = Path(entry.name).suffix.lower()
+        if entry.name.startswith(".") or entry.name.casefold() in SYSTEM_FOLDERS:
+            continue
+        if file.is_dir():
+            if (real := os.path.realpath(entry)) not in visited:
+                visited.add(real)
                 names.append(entry.name)
-            else:
-                passed_over[suffix or "without a suffix"] += 1
-        yield from photos_in((path / name for name in sorted(names)), passed_over, known)
+        elif not file.is_file() and Path(entry).exists():  # a pipe or a device
+            continue
+        elif suffix in SUFFIXES | OTHER_SUFFIXES:  # a broken symlink as well: it will be named
+            names.append(entry.name)
+        else:
+            passed_over[suffix or "without a suffix"] += 1
+    return sorted(names)
 
 
 def _unanswered(stream: library.EmbeddingStream, first: int, names: Iterator[str]) -> list[str]:

@@ -41,7 +41,7 @@ def test_a_person_gets_from_photos_to_a_page_and_a_second_version(tmp_path: Path
     def follow(step: int) -> list[str]:
         return [run(block, tmp_path, environment) for block in BLOCKS[step]]
 
-    assert "48 photos" in follow(2)[0]
+    assert "42 photos of 6 classes" in follow(2)[0]
     follow(3)
     assert "<svg" in (tmp_path / "runs/first/report.html").read_text()
     assert "published version 1 in models/npair" in follow(4)[0]

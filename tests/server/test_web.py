@@ -412,7 +412,7 @@ class TestBadRequests:
 
 
 class TestEmbeddings:
-    """What OpenAI's clients do not send; tests/docs/test_web.py has them themselves."""
+    """What OpenAI's clients do not send; tests/docs/test_web_docs.py has them themselves."""
 
     def test_vectors_are_those_of_the_client(self, web: str, client: NpairClient) -> None:
         photos = [path.read_bytes() for path in GOLDEN[:2]]

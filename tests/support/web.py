@@ -66,6 +66,10 @@ def call(
         with suppress(ConnectionError):  # refused before all of the body was sent
             connection.request(method, path, body, dict(headers))
         answer = connection.getresponse()
-        return Answer(answer.status, dict(answer.headers.items()), answer.read())
+        try:
+            content = answer.read()
+        except http.client.IncompleteRead as error:  # reset, because bytes came after the refusal
+            content = error.partial
+        return Answer(answer.status, dict(answer.headers.items()), content)
     finally:
         connection.close()
