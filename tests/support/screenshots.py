@@ -24,7 +24,7 @@ def main() -> None:
             browser.look(width, scheme, scale=scale)
             browser.get(arguments.url)
             browser.until("#about", "photos")
-            browser.choose(arguments.photo.absolute())
+            browser.choose(arguments.photo.resolve())
             browser.until("#groups", "cosine")
             browser.loaded()
             picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
