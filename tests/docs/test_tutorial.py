@@ -48,7 +48,7 @@ def test_a_person_gets_from_photos_to_a_page_and_a_second_version(tmp_path: Path
     assert "MODEL_REPOSITORY=$PWD/models" in TUTORIAL
     with serving(tmp_path, ports):
         (compared,) = follow(5)
-        assert "same product" in compared
+        assert "cosine 0.9" in compared
         built, found = follow(6)[0].splitlines()[0], follow(6)[0].splitlines()[-3:]
         assert built.startswith("48 photos in gallery, embedded by version 1"), built
         assert [line.split("  ")[1] for line in found] == ["teapot"] * 3
