@@ -133,6 +133,17 @@ class EfficientNetLite(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.conv_head, self.bn1 = SameConv2d(channels_in, HEAD, 1), _norm(HEAD)
 
+    def train(self, mode: bool = True) -> EfficientNetLite:
+        """Set the mode of all layers but batch normalisation, which keeps its statistics.
+
+        Those of ImageNet's million photos describe new photos better than those of small batches.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """Photos [N, 3, H, W], standardised by MEAN and STD -> mean of the last map [N, 1280]."""
         x = self.blocks(F.relu6(self.bn0(self.conv_stem(x))))

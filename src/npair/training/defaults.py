@@ -19,7 +19,7 @@ from npair.training.run import TrainConfig
 INSPECTED_PHOTOS = 200
 # Photos that a run sees, counting repeats, and its most epochs.
 SEEN_FROM_SCRATCH, EPOCHS_FROM_SCRATCH = 792_000, 400
-SEEN_PRETRAINED, EPOCHS_PRETRAINED = 240_000, 150
+SEEN_PRETRAINED, EPOCHS_PRETRAINED = 180_000, 150
 
 
 def choose_defaults(config: TrainConfig, photos: Photos) -> TrainConfig:

@@ -82,6 +82,15 @@ def test_bf16_learns_as_fp32_does() -> None:
     assert torch.cosine_similarity(gradients[False], gradients[True], dim=0) > 0.9
 
 
+def test_training_keeps_the_statistics_of_the_weights() -> None:
+    network, _ = new_network("efficientnet-lite0", width=32)
+    before = {name: value.clone() for name, value in network.backbone.named_buffers()}
+    network.train()(torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)).sum().backward()
+    after = dict(network.backbone.named_buffers())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
 def test_trains_and_exports(tmp_path: Path) -> None:
     """Train every layer, and export a graph of odd size that agrees with the rebuilt network."""
     network, description = new_network(NAME, 32)
