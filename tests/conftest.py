@@ -37,7 +37,11 @@ hypothesis.settings.load_profile("npair")
 @pytest.fixture(autouse=True)
 def npair_log(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep npair's log on: libraries that other tests load configure logging, and disable it."""
-    monkeypatch.setattr(logging.getLogger("npair"), "disabled", False)
+    log = logging.getLogger("npair")
+    monkeypatch.setattr(log, "disabled", False)
+    monkeypatch.setattr(log, "propagate", True)
+    log.setLevel(logging.INFO)
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -67,7 +67,7 @@ def draw_photos(root: Path, count: int) -> None:
     for product, name in enumerate(PRODUCTS):
         (root / name).mkdir(parents=True, exist_ok=True)
         for number in range(count):
-            draw(product, number, 160).save(root / name / f"{number + 1}.jpg", quality=90)
+            draw(product, number, 96).save(root / name / f"{number + 1}.jpg", quality=90)
 
 
 def run(block: str, folder: Path, environment: dict[str, str]) -> str:
