@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,11 +127,9 @@ def run(command: Command, options: Options) -> int:
         files.say(f"{options.prog}: {reason}")
         return code
 
-    arguments = {"version": options.version, "timeout": options.timeout} | from_environment()
-    library.log.handlers = [Retries()]
-    library.log.setLevel(logging.INFO)
+    pinned = {"version": options.version, "timeout": options.timeout}
     try:
-        with Client(options.url, retries=retries_within(options.wait), **arguments) as client:
+        with connected(options.url, options.wait, **pinned) as client:
             return command(client, options)
     except BrokenPipeError:
         raise
@@ -142,6 +141,20 @@ def run(command: Command, options: Options) -> int:
         return fail(error, EXIT_USAGE)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+@contextlib.contextmanager
+def connected(url: str, wait: float, **options: Any) -> Iterator[Client]:
+    """Provide a client that says why it tries again, and does so for at most ``wait`` seconds.
+
+    options: NpairClient's, besides those of the environment.
+    Raises: ValueError for another ``wait`` than 0 to 1000000, and for wrong options.
+    """
+    library.log.handlers = [Retries()]
+    library.log.setLevel(logging.INFO)
+    retries = retries_within(wait)
+    with Client(url, retries=retries, **options, **from_environment()) as client:
+        yield client
 
 
 def reason_of(error: library.NpairError) -> str:

@@ -87,7 +87,7 @@ def _score_server(arguments: argparse.Namespace, split: str) -> Scored:
     from npair.data.pixels import PREVIEW
 
     with NpairClient(arguments.url, **from_environment()) as client:
-        client.embed(PIXEL)  # a server that does not answer is said before the data are decoded
+        client.embed(PIXEL)  # report a server that does not answer before decoding the data
     dataset, _, findings = load_dataset(arguments, PREVIEW)
     comparison = embed_served(dataset, split, arguments.url)
     return Scored(comparison, split, [dataset.made, *findings.lines()])

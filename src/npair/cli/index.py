@@ -6,19 +6,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from npair.cli.options import Commands, add_command, add_group, add_server, number, say
-from npair.client import PIXEL, InvalidPhotoError, NpairClient, NpairError, log
-from npair.client_cli import (
-    PATIENT_RETRIES,
-    Retries,
-    from_environment,
-    reason_of,
-    retries_within,
+from npair.cli.options import (
+    Commands,
+    add_command,
+    add_gallery,
+    add_group,
+    add_moved_photos,
+    add_server,
+    number,
+    say,
 )
+from npair.client import PIXEL, InvalidPhotoError, NpairClient, NpairError
+from npair.client_cli import PATIENT_RETRIES, connected, reason_of
 
 NAMED = 5  # missing photos
 
@@ -49,23 +51,12 @@ def add_commands(commands: Commands) -> None:
         steps, "search", _search, "print the photos most similar to a photo", extra="index"
     )
     search.add_argument("photo", metavar="PHOTO", help="file; - for standard input")
-    search.add_argument(
-        "--photos",
-        type=Path,
-        metavar="DIR",
-        help="where the photos are, if they were moved without the gallery",
-    )
+    add_moved_photos(search)
     search.add_argument(
         "-k", type=number(int, least=1), default=5, help="number of photos (%(default)s)"
     )
     for command in (build, search):
-        command.add_argument(
-            "--index",
-            type=Path,
-            default=Path("gallery"),
-            metavar="DIR",
-            help="the gallery's folder (%(default)s)",
-        )
+        add_gallery(command)
         add_server(command)
         command.add_argument(
             "--wait",
@@ -83,11 +74,8 @@ def _connected(arguments: argparse.Namespace) -> Iterator[NpairClient]:
 
     Raises: RuntimeError that names the server, and the next step.
     """
-    log.handlers = [Retries()]
-    log.setLevel(logging.INFO)
-    retries = retries_within(arguments.wait)
     try:
-        with NpairClient(arguments.url, retries=retries, **from_environment()) as client:
+        with connected(arguments.url, arguments.wait) as client:
             yield client
     except InvalidPhotoError:
         raise

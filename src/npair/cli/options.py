@@ -128,6 +128,25 @@ def add_repository(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_gallery(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--index",
+        type=Path,
+        default=Path("gallery"),
+        metavar="DIR",
+        help="the gallery's folder (%(default)s)",
+    )
+
+
+def add_moved_photos(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--photos",
+        type=Path,
+        metavar="DIR",
+        help="where the photos are, if they were moved without the gallery",
+    )
+
+
 def add_server(parser: argparse.ArgumentParser | argparse._MutuallyExclusiveGroup) -> None:
     parser.add_argument(
         "--url",

@@ -4,9 +4,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from npair.cli.options import Commands, add_command, add_server, number
+from npair.cli.options import (
+    Commands,
+    add_command,
+    add_gallery,
+    add_moved_photos,
+    add_server,
+    number,
+)
 from npair.client import NpairClient
 from npair.client_cli import from_environment
 
@@ -19,19 +25,8 @@ def add_commands(commands: Commands) -> None:
         "serve a page and an HTTP API to search a gallery by photos",
         extra="web",
     )
-    web.add_argument(
-        "--index",
-        type=Path,
-        default=Path("gallery"),
-        metavar="DIR",
-        help="the gallery's folder (%(default)s)",
-    )
-    web.add_argument(
-        "--photos",
-        type=Path,
-        metavar="DIR",
-        help="where the photos are, if they were moved without the gallery",
-    )
+    add_gallery(web)
+    add_moved_photos(web)
     add_server(web)
     web.add_argument(
         "--host",

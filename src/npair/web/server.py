@@ -34,7 +34,7 @@ def serve(search: Search, *, host: str, port: int, allowed: Collection[str]) -> 
     key = given_key()
     if not key and not _is_loopback(host):
         raise ValueError(
-            f"whoever reaches {host} could search your photos: set NPAIR_WEB_KEY or"
+            f"anyone who reaches {host} could search your photos: set NPAIR_WEB_KEY or"
             " NPAIR_WEB_KEY_FILE, for example by: openssl rand -hex 32"
         )
     hosts = LOOPBACK | {name.lower() for name in (host, *allowed)}
