@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from image.commands import background, output, run, step, wait_for
+from image.packages import apt_get, install
 
 # Packages of Debian trixie. They are unpacked, since installing would start the servers. They also
 # run on bookworm, whose own engine does not support named build contexts.
@@ -27,45 +28,14 @@ TOOLS = ("runc", "skopeo", "debootstrap", "docker-compose", "iproute2", "apache2
 def install_tools() -> None:
     """Install what the engine and the pipeline call, unless it is installed."""
     step("install the tools")
-    missing = [tool for tool in TOOLS if not installed(tool)]
-    if missing:
-        run("apt-get", "update", "-qq")
-        run("apt-get", "install", "-qqy", "--no-install-recommends", *missing)
+    install(*TOOLS)
 
 
-def installed(package: str) -> bool:
-    return (
-        "install ok installed"
-        in subprocess.run(
-            ["dpkg-query", "--show", "--showformat", "${Status}", package],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout
-    )
-
-
-@contextlib.contextmanager
-def engine(scratch: Path) -> Iterator[None]:
-    """Run a separate Docker engine; set PATH, DOCKER_HOST and DOCKER_CONFIG to use it."""
-    step("start an engine")
-    packages, lists = scratch / "packages", scratch / "apt"
-    for folder in (packages, lists / "lists/partial", lists / "cache/archives/partial"):
-        folder.mkdir(parents=True)
-    sources = lists / "trixie.sources"
-    sources.write_text(
-        "Types: deb\nURIs: http://deb.debian.org/debian\nSuites: trixie\nComponents: main\n"
-        "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
-    )
-    apt = {"Dir::Etc::SourceList": sources, "Dir::Etc::SourceParts": "/dev/null"}
-    apt |= {
-        "Dir::State::Lists": lists / "lists",
-        "Dir::Cache": lists / "cache",
-        "APT::Sandbox::User": "root",
-    }
-    flags = [f"-o={name}={value}" for name, value in apt.items()]
-    run("apt-get", *flags, "update", "-qq")
-    run("apt-get", *flags, "-qq", "download", *ENGINE, cwd=packages)
+def unpack(scratch: Path) -> None:
+    """Download the engine; set PATH and DOCKER_CONFIG to use it."""
+    packages = scratch / "packages"
+    packages.mkdir()
+    run(*apt_get(scratch / "apt", "trixie"), "download", *ENGINE, cwd=packages)
     for package in packages.iterdir():
         run("dpkg-deb", "--extract", package, scratch / "engine")
     programs = scratch / "engine/usr"
@@ -73,27 +43,42 @@ def engine(scratch: Path) -> Iterator[None]:
     plugins.mkdir(parents=True)
     (plugins / "docker-buildx").symlink_to(programs / "libexec/docker/cli-plugins/docker-buildx")
     os.environ["PATH"] = f"{programs}/bin:{programs}/sbin:{os.environ['PATH']}"
-    os.environ["DOCKER_HOST"] = f"unix://{scratch}/docker.sock"
     os.environ["DOCKER_CONFIG"] = str(scratch / "docker")
-    folders = [f"--{name}={scratch / name}" for name in ("data-root", "exec-root")]
+
+
+@contextlib.contextmanager
+def daemon(folder: Path, *options: str, within: Sequence[str] = ()) -> Iterator[str]:
+    """Run the engine with its data in a folder. within: a command that runs another.
+
+    Yields: its address, for DOCKER_HOST.
+    """
+    address = f"unix://{folder}/docker.sock"
     command = [
+        *within,
         "dockerd",
-        *folders,
-        f"--pidfile={scratch}/pid",
-        f"--host=unix://{scratch}/docker.sock",
-        "--insecure-registry=ghcr.io",
+        *(f"--{name}={folder / name}" for name in ("data-root", "exec-root", "pidfile")),
+        f"--host={address}",
         "--iptables=false",  # no rules to leave behind; builds use the host's network
         "--ip6tables=false",
+        *options,
     ]
-    bridge = Path("/sys/class/net/docker0")
-    had_bridge = bridge.exists()
-    with background(command, scratch / "dockerd.log"):
+    with background(command, folder / "dockerd.log"):
+        info = ["docker", "--host", address, "info"]
         wait_for(
             "the engine",
-            lambda: (
-                subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0
-            ),
+            lambda: subprocess.run(info, capture_output=True, check=False).returncode == 0,
         )
+        yield address
+
+
+@contextlib.contextmanager
+def engine(scratch: Path) -> Iterator[None]:
+    """Run a separate Docker engine; set PATH, DOCKER_HOST and DOCKER_CONFIG to use it."""
+    step("start an engine")
+    unpack(scratch)
+    bridge = Path("/sys/class/net/docker0")
+    had_bridge = bridge.exists()
+    with daemon(scratch, "--insecure-registry=ghcr.io") as os.environ["DOCKER_HOST"]:
         try:
             yield
         finally:
