@@ -52,8 +52,8 @@ def apart(command: list[object]) -> int:
     """Run a command in namespaces of its own; whatever it started ends with it."""
     names = ["--fork", "--pid", "--mount-proc", "--kill-child", "--mount", "--net"]
     words = ["unshare", *names, *map(str, command)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "scripts")}
-    with subprocess.Popen(words, env=environment) as process:
+    path = filter(None, (str(ROOT / "scripts"), os.environ.get("PYTHONPATH")))
+    with subprocess.Popen(words, env=os.environ | {"PYTHONPATH": ":".join(path)}) as process:
         try:
             return process.wait()
         finally:

@@ -24,8 +24,8 @@ NODES = 2
 
 
 def main(scratch: Path, binaries: Path, images: Path, command: list[str]) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit("interrupted"))  # runs every finally block
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda *_: sys.exit("interrupted"))  # runs every finally block
     os.environ["PATH"] = f"{binaries}:{os.environ['PATH']}"
     bridge()
     with contextlib.ExitStack() as stack:
