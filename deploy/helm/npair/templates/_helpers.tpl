@@ -1,0 +1,64 @@
+{{- define "npair.fullname" -}}
+{{- .Values.fullnameOverride | default .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- end }}
+
+{{- define "npair.selector" -}}
+app.kubernetes.io/name: npair
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- /* Pods of the server, but not those of tests and promotions. */ -}}
+{{- define "npair.serverSelector" -}}
+{{ include "npair.selector" . }}
+app.kubernetes.io/component: server
+{{- end }}
+
+{{- define "npair.labels" -}}
+{{ include "npair.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end }}
+
+{{- define "npair.image" -}}
+{{- with .Values.image -}}
+{{ .repository }}{{ with .tag }}:{{ . }}{{ end }}{{ with .digest }}@{{ . }}{{ end }}
+{{- end }}
+{{- end }}
+
+{{- define "npair.pullPolicy" -}}
+{{- .Values.image.pullPolicy | default (.Values.image.digest | empty | ternary "Always" "IfNotPresent") -}}
+{{- end }}
+
+{{- define "npair.serviceAccount" -}}
+{{- .Values.serviceAccount.existingName | default (include "npair.fullname" .) -}}
+{{- end }}
+
+{{- /* The name of the Secret of control APIs, empty if there is none. */ -}}
+{{- define "npair.controlSecret" -}}
+{{- if .Values.control.existingSecret -}}
+{{ .Values.control.existingSecret }}
+{{- else if .Values.control.secret -}}
+{{ include "npair.fullname" . }}-control
+{{- end }}
+{{- end }}
+
+{{- /* Seconds until serve.py gives up a start: START_TIMEOUT and DOWNLOAD_TIMEOUT of its options. */ -}}
+{{- define "npair.startSeconds" -}}
+{{- .Values.server.startSeconds | default (.Values.models.store | empty | ternary 120 900) -}}
+{{- end }}
+
+{{- define "npair.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 1000
+runAsGroup: 1000
+fsGroup: 1000
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "npair.containerSecurity" -}}
+readOnlyRootFilesystem: true
+allowPrivilegeEscalation: false
+capabilities: {drop: [ALL]}
+{{- end }}
