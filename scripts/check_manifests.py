@@ -119,8 +119,8 @@ def resources(helm: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         run([helm, "lint", "--strict", CHART, "--values", values])
         for cluster in CLUSTERS:
             version = f"--kube-version={cluster}.0"
-            command = [helm, "template", "npair", CHART, "--values", values, version]
-            for resource in yaml.safe_load_all(run(command)):
+            rendered = run([helm, "template", "npair", CHART, "--values", values, version])
+            for resource in yaml.safe_load_all(rendered):
                 yield f"{values.name}, Kubernetes {cluster}", resource
     for resource in yaml.safe_load_all((ROOT / "deploy/kserve.yaml").read_bytes()):
         yield "deploy/kserve.yaml", resource

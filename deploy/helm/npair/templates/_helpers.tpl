@@ -62,3 +62,41 @@ readOnlyRootFilesystem: true
 allowPrivilegeEscalation: false
 capabilities: {drop: [ALL]}
 {{- end }}
+
+{{- /* docs/proxy/npair.conf, for a container without root whose disk cannot be written. */ -}}
+{{- define "npair.proxyConfiguration" -}}
+{{- .Files.Get "npair.conf" | replace "listen 443 " "listen 8443 " | replace "/var/log/nginx/npair.log" "/dev/stdout" }}
+{{- end }}
+
+{{- define "npair.proxyContainer" -}}
+- name: proxy
+  image: {{ .Values.proxy.image }}
+  command: [nginx, -g, daemon off;]
+  ports:
+    - {name: https, containerPort: 8443}
+  readinessProbe:
+    tcpSocket: {port: https}
+    periodSeconds: 5
+  lifecycle:
+    preStop: {exec: {command: [sleep, {{ .Values.preStopSeconds | quote }}]}}
+  securityContext: {{- include "npair.containerSecurity" . | nindent 4 }}
+  resources: {{- toYaml .Values.proxy.resources | nindent 4 }}
+  volumeMounts:
+    - {name: proxy-tmp, mountPath: /tmp}
+    - {name: proxy, mountPath: /etc/nginx/conf.d, readOnly: true}
+    - {name: proxy-keys, mountPath: /etc/nginx/npair-keys.conf, subPath: keys, readOnly: true}
+    - {name: proxy-tls, mountPath: /etc/nginx/npair.crt, subPath: tls.crt, readOnly: true}
+    - {name: proxy-tls, mountPath: /etc/nginx/npair.key, subPath: tls.key, readOnly: true}
+{{- end }}
+
+{{- define "npair.proxyVolumes" -}}
+{{- $keys := .Values.proxy.keysSecret | default (print (include "npair.fullname" .) "-keys") -}}
+- name: proxy-tmp
+  emptyDir: {sizeLimit: 4Gi}
+- name: proxy
+  configMap: {name: {{ include "npair.fullname" . }}-proxy}
+- name: proxy-keys
+  secret: {secretName: {{ $keys }}, defaultMode: 0440}
+- name: proxy-tls
+  secret: {secretName: {{ .Values.proxy.tlsSecret }}, defaultMode: 0440}
+{{- end }}
