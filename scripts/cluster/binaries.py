@@ -29,13 +29,14 @@ def binaries(cache: Path) -> Path:
     found = cache / VERSION
     if not found.exists():
         with tempfile.TemporaryDirectory(prefix="npair-kubernetes-") as scratch:
-            built = Path(scratch) / "bin"
+            partial, tools = found.with_name("partial"), Path(scratch) / "tools"
+            partial.mkdir(exist_ok=True)
             step("download helm")
-            run(sys.executable, "scripts/kubernetes_tools.py", built)
+            run(sys.executable, "scripts/kubernetes_tools.py", tools)
+            shutil.copy(tools / "helm", partial)
             step("build Kubernetes: 11 minutes on two cores")
-            compile_into(built, Path(scratch))
-            shutil.copytree(built, found.with_suffix(".partial"), dirs_exist_ok=True)
-        found.with_suffix(".partial").rename(found)
+            compile_into(partial, Path(scratch))
+        partial.rename(found)
     return found
 
 
