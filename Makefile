@@ -105,7 +105,7 @@ test-image: .venv/serve ## Build, push, test and promote the image on this machi
 	$(BIN)/python scripts/test_image.py
 
 test-kubernetes: .venv/dev ## Change the chart's pods under load on a real cluster, CHANGES (2) times each (needs root on Debian 12; builds Kubernetes once)
-	$(BIN)/python scripts/with_cluster.py $(BIN)/python -m pytest tests/kubernetes $(ARGS)
+	$(BIN)/python scripts/with_cluster.py kubernetes $(BIN)/python -m pytest tests/kubernetes $(ARGS)
 
 bench: .venv/dev ## Compare throughput, latency and memory with other servers' (needs wrk)
 	@PYTHONPATH=model/api $(BIN)/python benchmarks/bench.py $(ARGS)

@@ -1,11 +1,12 @@
-"""Run a command beside a Kubernetes cluster of two nodes, and leave nothing of it behind.
+"""Run a command beside a cluster of two machines, and leave nothing of it behind.
 
-    .venv/bin/python scripts/with_cluster.py bash
+    .venv/bin/python scripts/with_cluster.py kubernetes bash
+    .venv/bin/python scripts/with_cluster.py swarm bash
 
-The cluster is real: etcd, API server, scheduler, controllers, kubelets and kube-proxies, built from
-Debian's source and cached, with a Docker engine for each node. All of it runs in namespaces of
-processes, mounts and networks, which end with the command. The command finds kubectl and helm on
-PATH and the image npair_model_api on every node.
+The cluster is real: Docker Swarm, or Kubernetes with etcd, API server, scheduler, controllers,
+kubelets and kube-proxies, built from Debian's source and cached. Each machine has a Docker engine
+with the image npair_model_api. All runs in namespaces of processes, mounts and networks, which end
+with the command; that finds docker, kubectl and helm on PATH and set up.
 
 Needs: root on Debian 12 on x86-64, and the .venv of `make install`.
 NPAIR_CLUSTER_CACHE: folder of what takes long to build (~/.cache/npair/kubernetes).
@@ -24,28 +25,40 @@ from pathlib import Path
 from cluster.binaries import binaries
 from cluster.image import archive
 from image.commands import ROOT, step
-from image.engine import TOOLS, unpack
+from image.engine import TOOLS, unpack, use
 from image.packages import install
 
 NEEDED = (*TOOLS, "conntrack", "dnsmasq-base", "etcd-server", "iptables", "jq", "openssl", "socat")
 
 
-def main(command: list[str]) -> int:
+def main(kind: str, command: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit("interrupted"))  # runs every finally block
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cache = Path(os.environ.get("NPAIR_CLUSTER_CACHE") or Path(home) / "npair/kubernetes")
     cache.mkdir(parents=True, exist_ok=True)
     install(*NEEDED)
-    found = binaries(cache), archive(cache)
+    archive(cache)
+    if kind == "kubernetes":
+        binaries(cache)
     with tempfile.TemporaryDirectory(prefix="npair-cluster-") as folder:
         scratch = Path(folder)
-        step("unpack an engine")
-        unpack(scratch)
+        use(engine(cache), scratch / "docker")
         try:
-            return apart([sys.executable, "-m", "cluster", scratch, *found, *command])
+            return apart([sys.executable, "-m", "cluster", kind, scratch, cache, *command])
         finally:
             remove_cgroups(scratch.name)
+
+
+def engine(cache: Path) -> Path:
+    """Return a folder for ``use``; fill it unless the cache has it."""
+    found = cache / "engine"
+    if not found.exists():
+        step("download an engine")
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            unpack(Path(folder) / "engine")
+            (Path(folder) / "engine").rename(found)
+    return found
 
 
 def apart(command: list[object]) -> int:
@@ -69,4 +82,4 @@ def remove_cgroups(name: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

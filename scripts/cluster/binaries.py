@@ -51,7 +51,6 @@ def compile_into(folder: Path, scratch: Path) -> None:
     # The module cache must not be the user's: without modules, HOME and GOPATH decide.
     environment = {
         "CGO_ENABLED": "0",
-        "GOCACHE": str(scratch / "cache"),
         "GOFLAGS": "",
         "GOPATH": str(scratch / "go"),
         "HOME": str(scratch),

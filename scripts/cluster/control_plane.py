@@ -10,6 +10,7 @@ import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import DEVNULL
 
 from image.commands import background, run, wait_for
 
@@ -58,7 +59,7 @@ def control_plane(folder: Path, address: str) -> Iterator[Api]:
     api, key = Api(address), folder / "service-account.key"
     kubeconfig = api.write_kubeconfig(folder / "kubeconfig")
     (folder / "tokens").write_text(f"{api.token},admin,admin,system:masters\n")
-    run("openssl", "genrsa", "-out", key, "2048", stderr=-3)
+    run("openssl", "genrsa", "-out", key, "2048", stderr=DEVNULL)
     commands = {
         "etcd": [f"--data-dir={folder}/etcd", "--unsafe-no-fsync"],
         "kube-apiserver": [

@@ -5,16 +5,24 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from pathlib import Path
+from subprocess import DEVNULL
 
 from image.build import WHEEL_RELEASE, build, stand_in, wheelhouse
 from image.commands import ROOT, output, run, step
 from image.engine import engine, install_tools
 
-SERVER, PROMOTION = "npair_model_api", "npair_promotion"
+SERVER, PROMOTION, BALANCER = "npair_model_api", "npair_promotion", "npair_balancer"
+# In the place of HAProxy's own image.
+HAPROXY = """\
+FROM {base}
+RUN apt-get update && apt-get install -y --no-install-recommends haproxy
+USER haproxy
+CMD ["haproxy", "-W", "-db", "-f", "/usr/local/etc/haproxy/haproxy.cfg"]
+"""
 
 
 def archive(cache: Path) -> Path:
-    """Return an archive of the image SERVER; build it unless the cache has it."""
+    """Return an archive of SERVER and BALANCER; build them unless the cache has them."""
     found = cache / f"image-{fingerprint()}.tar"
     if not found.exists():
         install_tools()
@@ -24,15 +32,17 @@ def archive(cache: Path) -> Path:
             ) as folder,
             engine(scratch := Path(folder)),
         ):
-            step("build the image")
+            step("build the images")
             triton, base = stand_in(scratch)
             with wheelhouse(scratch, "api/requirements.txt") as options:
                 values = {"TRITON_IMAGE": triton, "BASE_IMAGE": base, "WITH_TORCH": "0"}
                 values["TRITON_FLOOR"] = WHEEL_RELEASE
                 arguments = (f"--build-arg={name}={value}" for name, value in values.items())
                 build(SERVER, "--network", "host", *options, *arguments)
+            balancer = ("buildx", "build", "--quiet", "--network", "host", "--tag", BALANCER)
+            run("docker", *balancer, "-", stdin=HAPROXY.format(base=base))
             partial = found.with_suffix(".partial")
-            run("docker", "save", "--output", partial, SERVER)
+            run("docker", "save", "--output", partial, SERVER, BALANCER)
             partial.rename(found)
     return found
 
@@ -45,14 +55,20 @@ def fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def load(images: Path, pause: Path, engine: str) -> None:
-    """Load an archive into an engine; make the images PROMOTION, and of a static program, there."""
+def load(images: Path, engine: str) -> None:
+    """Load an archive into the engine at an address, and make PROMOTION there."""
     docker = ("docker", "--host", engine)
-    run(*docker, "load", "--quiet", "--input", images, stdout=-3)
+    run(*docker, "load", "--quiet", "--input", images, stdout=DEVNULL)
     build = (*docker, "buildx", "build", "--quiet", "--tag", PROMOTION, "--file", "-", "src")
-    run(*build, stdin=f"FROM {SERVER}\nCOPY npair /packages/npair\nENV PYTHONPATH=/packages\n")
+    dockerfile = f"FROM {SERVER}\nCOPY npair /packages/npair\nENV PYTHONPATH=/packages\n"
+    run(*build, stdin=dockerfile, stdout=DEVNULL)
+
+
+def load_program(program: Path, engine: str) -> None:
+    """Make an image of a static program alone, with its name."""
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / "archive.tar"
-        run("tar", "--create", "--file", archive, "--directory", pause.parent, pause.name)
-        change = f'--change=ENTRYPOINT ["/{pause.name}"]'
-        run(*docker, "import", change, archive, pause.name, stdout=-3)
+        run("tar", "--create", "--file", archive, "--directory", program.parent, program.name)
+        entry = f'--change=ENTRYPOINT ["/{program.name}"]'
+        command = ("docker", "--host", engine, "import", entry, archive, program.name)
+        run(*command, stdout=DEVNULL)

@@ -31,19 +31,22 @@ def install_tools() -> None:
     install(*TOOLS)
 
 
-def unpack(scratch: Path) -> None:
-    """Download the engine; set PATH and DOCKER_CONFIG to use it."""
-    packages = scratch / "packages"
-    packages.mkdir()
-    run(*apt_get(scratch / "apt", "trixie"), "download", *ENGINE, cwd=packages)
+def unpack(folder: Path) -> None:
+    """Download the engine into a folder."""
+    packages = folder / "packages"
+    packages.mkdir(parents=True)
+    run(*apt_get(folder / "apt", "trixie"), "download", *ENGINE, cwd=packages)
     for package in packages.iterdir():
-        run("dpkg-deb", "--extract", package, scratch / "engine")
-    programs = scratch / "engine/usr"
-    plugins = scratch / "docker/cli-plugins"
+        run("dpkg-deb", "--extract", package, folder / "engine")
+
+
+def use(folder: Path, configuration: Path) -> None:
+    """Set PATH and DOCKER_CONFIG to use what was unpacked into a folder."""
+    programs, plugins = folder / "engine/usr", configuration / "cli-plugins"
     plugins.mkdir(parents=True)
     (plugins / "docker-buildx").symlink_to(programs / "libexec/docker/cli-plugins/docker-buildx")
     os.environ["PATH"] = f"{programs}/bin:{programs}/sbin:{os.environ['PATH']}"
-    os.environ["DOCKER_CONFIG"] = str(scratch / "docker")
+    os.environ["DOCKER_CONFIG"] = str(configuration)
 
 
 @contextlib.contextmanager
@@ -76,6 +79,7 @@ def engine(scratch: Path) -> Iterator[None]:
     """Run a separate Docker engine; set PATH, DOCKER_HOST and DOCKER_CONFIG to use it."""
     step("start an engine")
     unpack(scratch)
+    use(scratch, scratch / "docker")
     bridge = Path("/sys/class/net/docker0")
     had_bridge = bridge.exists()
     with daemon(scratch, "--insecure-registry=ghcr.io") as os.environ["DOCKER_HOST"]:
