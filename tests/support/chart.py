@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.containers import call
 from support.models import ROOT
 
 CHART = ROOT / "deploy/helm/npair"
-
-
-def call(*command: str, stdin: str | None = None) -> str:
-    """Run a command. Returns: what it prints."""
-    result = subprocess.run(
-        command, input=stdin, capture_output=True, text=True, check=False, timeout=600
-    )
-    assert result.returncode == 0, f"{' '.join(command)}: {result.stdout}{result.stderr}"
-    return result.stdout
 
 
 def kubectl(*arguments: str, stdin: str | None = None) -> str:

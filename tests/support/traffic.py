@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -113,7 +114,27 @@ class Traffic(Clients):
             counts = (f"{count[kind]:,}" for count in (self.answered, self.failed, self.mixed))
             yield f"| {change} | {times} | {kind} | {' | '.join(counts)} |"
 
-    def check(self) -> None:
-        """Fail the test if a call failed or was mixed, or if a kind of call was never answered."""
-        assert not self.problems, "\n".join(self.problems)
-        assert len(self.answered) == len(self.threads), "a kind of call was never answered"
+
+def change_under_load(
+    name: str,
+    change: Callable[[], object],
+    times: int,
+    *,
+    urls: Mapping[str, str],
+    expected: Mapping[str, Vectors],
+    rows: list[str],
+) -> None:
+    """Make a change several times during Traffic, print when, and add to the table's rows.
+
+    Fails the test if a call failed or was mixed, or if a kind of call was never answered.
+    """
+    with Traffic(urls, expected) as traffic:
+        for number in range(times):
+            began = time.monotonic() - traffic.began
+            change()
+            ended = time.monotonic() - traffic.began
+            print(f"{name} {number + 1}: {began:.2f} to {ended:.2f} s", file=sys.stderr)
+        time.sleep(1)
+    rows += traffic.rows(name, times)
+    assert not traffic.problems, "\n".join(traffic.problems)
+    assert len(traffic.answered) == len(traffic.threads), "a kind of call was never answered"

@@ -9,18 +9,17 @@ CHANGES: number of times for each change (2).
 from __future__ import annotations
 
 import itertools
+import json
 import os
-import signal
-import sys
-import time
+import shutil
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+from functools import partial
 
 import pytest
-from support.chart import Service, call, found, kubectl
+from support.chart import CHART, Service, found, kubectl
+from support.containers import call, kill
 from support.servers import eventually
-from support.traffic import NEWER, OLDER, Traffic, expected_vectors
+from support.traffic import NEWER, OLDER, change_under_load, expected_vectors, two_versions
 
 from npair.client import Vectors
 from npair.releasing.release import promote
@@ -28,6 +27,59 @@ from npair.releasing.repository import open_repository
 
 CHANGES = int(os.environ.get("CHANGES") or "2")
 versions = itertools.cycle([NEWER, OLDER])
+SECRET = "a-secret"
+SERVER = 1000  # the user that the chart's pods run as
+VALUES = {
+    "image": {"repository": "npair_model_api", "tag": "latest", "pullPolicy": "Never"},
+    "models": {"existingClaim": "models", "subPath": "sound"},
+    "control": {"secret": SECRET},
+    # Four pods must fit on two nodes, and share the cores of one machine.
+    "resources": {"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": {"cpu": "1"}},
+    "promotion": {"image": "npair_promotion", "package": ""},
+}
+VOLUME = {
+    "apiVersion": "v1",
+    "kind": "PersistentVolume",
+    "metadata": {"name": "models"},
+    "spec": {"accessModes": ["ReadWriteMany"], "capacity": {"storage": "1Gi"}},
+}
+CLAIM = {
+    "apiVersion": "v1",
+    "kind": "PersistentVolumeClaim",
+    "metadata": {"name": "models"},
+    "spec": {
+        "accessModes": ["ReadWriteMany"],
+        "resources": {"requests": {"storage": "1Gi"}},
+        "storageClassName": "",
+        "volumeName": "models",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Service:
+    if "KUBECONFIG" not in os.environ:
+        pytest.fail("these tests need a cluster: make test-kubernetes")
+    volume = tmp_path_factory.mktemp("volume")
+    models = two_versions(volume / "sound")
+    damaged = shutil.copytree(volume / "sound", volume / "damaged") / "npair"
+    shutil.rmtree(damaged / str(NEWER))
+    (pinned,) = damaged.glob("[0-9]*")
+    weights = max(pinned.iterdir(), key=lambda path: path.stat().st_size)
+    os.truncate(weights, weights.stat().st_size // 2)
+    for path in (volume, *volume.rglob("*")):
+        os.chown(path, SERVER, SERVER)
+    VOLUME["spec"] |= {"hostPath": {"path": str(volume)}}  # type: ignore[operator]
+    for item in (VOLUME, CLAIM):
+        kubectl("apply", "--filename=-", stdin=json.dumps(item))
+    values = volume.with_name("values.json")
+    values.write_text(json.dumps(VALUES))
+    call("helm", "install", "npair", str(CHART), "--values", str(values))
+    address = found("service", "npair")["spec"]["clusterIP"]
+    urls = {"http": f"http://{address}:8000", "grpc": f"grpc://{address}:8001"}
+    service = Service(models, values, urls)
+    service.rolled_out()
+    return service
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +99,9 @@ def promotion(service: Service) -> None:
 
 
 def rollback(service: Service) -> None:
-    next(versions)
+    promotion(service)
     service.release("rollback")
+    next(versions)
 
 
 def damaged(service: Service) -> None:
@@ -71,15 +124,11 @@ def damaged(service: Service) -> None:
     assert ready(service) == sound
 
 
-def kill(service: Service) -> None:
-    """Kill all processes of a pod's container."""
+def crash(service: Service) -> None:
+    """Kill a pod's container."""
     name, pod = next(iter(service.pods().items()))
     (state,) = pod["status"]["containerStatuses"]
-    container = state["containerID"].removeprefix("docker://")
-    for path in Path("/proc").glob("[0-9]*/cgroup"):
-        with suppress(OSError):
-            if container in path.read_text():
-                os.kill(int(path.parent.name), signal.SIGKILL)
+    kill(state["containerID"].removeprefix("docker://"))
 
     def recovered() -> bool:
         (now,) = service.pods()[name]["status"]["containerStatuses"]
@@ -117,9 +166,9 @@ def ready(service: Service) -> set[str]:
     [
         ("rolling restart", restart),
         ("promotion of all", promotion),
-        ("rollback of all", rollback),
+        ("promotion and rollback of all", rollback),
         ("damaged version", damaged),
-        ("pod killed", kill),
+        ("pod killed", crash),
         ("nodes drained in turn", drain),
         ("scaled 2 to 4 to 2", scale),
     ],
@@ -131,15 +180,9 @@ def test_no_call_fails(
     name: str,
     change: Callable[[Service], None],
 ) -> None:
-    with Traffic(service.urls, expected) as traffic:
-        for number in range(CHANGES):
-            began = time.monotonic() - traffic.began
-            change(service)
-            ended = time.monotonic() - traffic.began
-            print(f"{name} {number + 1}: {began:.2f} to {ended:.2f} s", file=sys.stderr)
-        time.sleep(1)
-    rows += traffic.rows(name, CHANGES)
-    traffic.check()
+    change_under_load(
+        name, partial(change, service), CHANGES, urls=service.urls, expected=expected, rows=rows
+    )
 
 
 @pytest.mark.usefixtures("service")
