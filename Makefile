@@ -104,8 +104,11 @@ image: ## Build npair_model_api:cpu from NVIDIA's image, of 15 GB, with model_re
 test-image: .venv/serve ## Build, push, test and promote the image on this machine alone (needs root on Debian)
 	$(BIN)/python scripts/test_image.py
 
-test-kubernetes test-swarm: .venv/dev ## Change the pods or tasks of a real cluster under load, CHANGES (2) times each (needs root on Debian 12; builds Kubernetes once)
-	$(BIN)/python scripts/with_cluster.py $(@:test-%=%) $(BIN)/python -m pytest tests/clusters/$(@:test-%=test_%).py $(ARGS)
+test-kubernetes: .venv/dev ## Change the chart's pods on a real cluster under load, CHANGES (2) times each (needs root on Debian 12; builds Kubernetes once)
+	$(BIN)/python scripts/with_cluster.py kubernetes $(BIN)/python -m pytest tests/clusters/test_kubernetes.py $(ARGS)
+
+test-swarm: .venv/dev ## Change the tasks of a real swarm under load, CHANGES (2) times each (needs root on Debian 12)
+	$(BIN)/python scripts/with_cluster.py swarm $(BIN)/python -m pytest tests/clusters/test_swarm.py $(ARGS)
 
 bench: .venv/dev ## Compare throughput, latency and memory with other servers' (needs wrk)
 	@PYTHONPATH=model/api $(BIN)/python benchmarks/bench.py $(ARGS)
