@@ -17,6 +17,8 @@ from supervisor import options
 from supervisor.supervise import EXIT_GRACE
 from support.models import ROOT
 
+import npair
+
 CHART = ROOT / "deploy/helm/npair"
 IMAGE = "--set=image.repository=ghcr.io/owner/npair_model_api"
 VOLUME = ("--set=models.existingClaim=models", "--set=control.existingSecret=control")
@@ -258,6 +260,12 @@ def test_a_job_changes_all_pods() -> None:
     assert only(resources, "Service", url)["spec"]["clusterIP"] == "None"
     (models,) = (m for m in container["volumeMounts"] if m["mountPath"] == "/models")
     assert "readOnly" not in models
+    pip = f"'npair[release,s3]=={npair.__version__}'"
+    assert pip in container["args"][0], "appVersion in Chart.yaml is the version of npair"
+    own = rendered(*VOLUME, "--set=promotion.command=rollback,promotion.package=")
+    (container,) = pods(own)["Job"]["containers"]
+    assert container["args"][0].startswith("exec python -m npair rollback ")
+    assert "PYTHONPATH" not in {each["name"] for each in container["env"]}, "the image has its own"
     assert "need models.existingClaim or models.store" in refusal(
         IMAGE, "--set=control.secret=s,promotion.command=rollback"
     )
