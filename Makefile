@@ -49,10 +49,10 @@ install: .venv/dev ## Prepare .venv for training, tests and serving
 serve: .venv/serve ## Start Triton with model_repository/ (HTTP_PORT, GRPC_PORT, METRICS_PORT, BIND_ADDRESS)
 	@exec $(BIN)/python model/api/serve.py
 
-test: .venv/dev .venv/clients/installed ## Run all tests, on real servers (those of the search page need chromium and chromedriver)
+test: .venv/dev .venv/clients/installed .venv/kubernetes ## Run all tests, on real servers (those of the search page need chromium and chromedriver)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-test-fast: .venv/dev ## Run the tests that need no server
+test-fast: .venv/dev .venv/kubernetes ## Run the tests that need no server
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit $(ARGS)
 
 test-faults: .venv/dev ## Cause faults on a real server under load (needs root, faketime, nginx, haproxy, prometheus and prometheus-alertmanager)

@@ -30,6 +30,12 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- .Values.image.pullPolicy | default (.Values.image.digest | empty | ternary "Always" "IfNotPresent") -}}
 {{- end }}
 
+{{- define "npair.pullSecrets" -}}
+imagePullSecrets: [
+  {{- range $index, $name := .Values.image.pullSecrets }}{{ if $index }}, {{ end }}{name: {{ $name }}}{{ end -}}
+]
+{{- end }}
+
 {{- define "npair.serviceAccount" -}}
 {{- .Values.serviceAccount.existingName | default (include "npair.fullname" .) -}}
 {{- end }}
