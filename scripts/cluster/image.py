@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
 from pathlib import Path
 from subprocess import DEVNULL
@@ -59,9 +60,11 @@ def load(images: Path, engine: str) -> None:
     """Load an archive into the engine at an address, and make PROMOTION there."""
     docker = ("docker", "--host", engine)
     run(*docker, "load", "--quiet", "--input", images, stdout=DEVNULL)
-    build = (*docker, "buildx", "build", "--quiet", "--tag", PROMOTION, "--file", "-", "src")
-    dockerfile = f"FROM {SERVER}\nCOPY npair /packages/npair\nENV PYTHONPATH=/packages\n"
-    run(*build, stdin=dockerfile, stdout=DEVNULL)
+    with tempfile.TemporaryDirectory() as context:
+        shutil.copytree(ROOT / "src", context, dirs_exist_ok=True)  # follows links out of src
+        build = (*docker, "buildx", "build", "--quiet", "--tag", PROMOTION, "--file", "-", context)
+        dockerfile = f"FROM {SERVER}\nCOPY npair /packages/npair\nENV PYTHONPATH=/packages\n"
+        run(*build, stdin=dockerfile, stdout=DEVNULL)
 
 
 def load_program(program: Path, engine: str) -> None:
