@@ -6,10 +6,12 @@ Arguments: kubernetes or swarm, the folders of its state and of the cache, and t
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from cluster import kubernetes, swarm
 from cluster.binaries import binaries
@@ -18,7 +20,7 @@ from cluster.machines import bridge
 from image.commands import step
 
 
-def main(kind: str, scratch: Path, cache: Path, command: list[str]) -> int:
+def main(kind: str, scratch: Path, cache: Path, command: list[str]) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit("interrupted"))  # runs every finally block
     bridge()
@@ -28,9 +30,10 @@ def main(kind: str, scratch: Path, cache: Path, command: list[str]) -> int:
         else:
             kubernetes.start(stack, scratch, binaries(cache), archive(cache))
         step("run")
-        return subprocess.run(command, check=False).returncode
+        code = subprocess.run(command, check=False).returncode
+        os._exit(code)  # all else ends with this process, the first of its namespace
 
 
 if __name__ == "__main__":
     kind, scratch, cache, *command = sys.argv[1:]
-    sys.exit(main(kind, Path(scratch), Path(cache), command))
+    main(kind, Path(scratch), Path(cache), command)

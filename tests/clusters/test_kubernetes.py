@@ -117,10 +117,12 @@ def damaged(service: Service) -> None:
             for state in pod["status"].get("containerStatuses", ())
         )
 
-    eventually(fails, 180)
-    assert ready(service) == sound
-    call("helm", "rollback", "npair")
-    service.rolled_out()
+    try:
+        eventually(fails, 180)
+        assert ready(service) == sound
+    finally:
+        call("helm", "rollback", "npair")
+        service.rolled_out()
     assert ready(service) == sound
 
 
@@ -140,10 +142,12 @@ def crash(service: Service) -> None:
 def drain(service: Service) -> None:
     """Empty each node in turn."""
     for node in [node["metadata"]["name"] for node in found("nodes")["items"]]:
-        kubectl("drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=5m")
-        service.rolled_out()
-        assert all(pod["spec"]["nodeName"] != node for pod in service.pods().values())
-        kubectl("uncordon", node)
+        try:
+            kubectl("drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=5m")
+            service.rolled_out()
+            assert all(pod["spec"]["nodeName"] != node for pod in service.pods().values())
+        finally:
+            kubectl("uncordon", node)
 
 
 def scale(service: Service) -> None:
