@@ -259,7 +259,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("status", "body", "expected"),
         [
-            (500, '{"error": "stub is not healthy"}', ServerFaultError),
+            (500, '{"error": "out of memory"}', ServerFaultError),
             (404, '{"error": "unknown model"}', InvalidRequestError),
             (400, '{"error": "unexpected shape"}', InvalidRequestError),
             (413, "<html>Request Entity Too Large</html>", InvalidPhotoError),
