@@ -131,7 +131,7 @@ def test_secrets_are_in_secrets_alone() -> None:
     assert not any(r["kind"] == "Secret" for r in rendered(*EVERYTHING))
 
 
-def test_no_pod_has_more_rights_than_in_compose() -> None:
+def test_pods_have_the_rights_and_limits_of_compose() -> None:
     service = yaml.safe_load((ROOT / "docker-compose.prod.yml").read_text())["services"][
         "model_api"
     ]
@@ -153,6 +153,10 @@ def test_no_pod_has_more_rights_than_in_compose() -> None:
     volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
     assert service["tmpfs"] == ["/tmp:size=64m,mode=1777"]
     assert volumes["tmp"] == {"medium": "Memory", "sizeLimit": "64Mi"}
+    check, probe = service["healthcheck"], container["readinessProbe"]
+    assert (check["interval"], check["timeout"]) == ("5s", "8s")
+    assert (probe["periodSeconds"], probe["timeoutSeconds"]) == (5, 8)
+    assert check["retries"] == probe["failureThreshold"]
     assert service["shm_size"] == "256m"
     assert volumes["shm"] == {"medium": "Memory", "sizeLimit": "256Mi"}
     assert service["mem_limit"] == "${MEMORY:-3g}"
@@ -202,6 +206,15 @@ def test_services_reach_the_servers_alone() -> None:
     _, own, _ = only(resources, "NetworkPolicy")["spec"]["ingress"]
     selector = own["from"][0]["podSelector"]["matchLabels"]
     assert all(selects(selector, each) for each in labels.values()), "promotions and tests"
+
+
+def test_ports_name_their_protocol() -> None:
+    """Without it, Kubernetes 1.20 refuses what Helm 4 applies on the server."""
+    resources = rendered(*EVERYTHING)
+    ports = [port for r in resources if r["kind"] == "Service" for port in r["spec"]["ports"]]
+    for container in pods(resources)["Deployment"]["containers"]:
+        ports += container["ports"]
+    assert {port["protocol"] for port in ports} == {"TCP"}
 
 
 def test_prometheus_reads_each_pod_once_as_the_job_of_the_alerts() -> None:
