@@ -84,9 +84,8 @@ def broken_version() -> None:
 
 def task_killed() -> None:
     before = running()
-    kill(
-        call("docker", "inspect", "--format", "{{.Status.ContainerStatus.ContainerID}}", before[0])
-    )
+    container = "{{.Status.ContainerStatus.ContainerID}}"
+    kill(call("docker", "inspect", "--format", container, before[0]).strip())
     eventually(lambda: len(running()) == 2 and running() != before, 120)
 
 
