@@ -83,10 +83,11 @@ def broken_version() -> None:
 
 
 def task_killed() -> None:
-    before = running()
+    task, _ = running()
     container = "{{.Status.ContainerStatus.ContainerID}}"
-    kill(call("docker", "inspect", "--format", container, before[0]).strip())
-    eventually(lambda: len(running()) == 2 and running() != before, 120)
+    kill(call("docker", "inspect", "--format", container, task).strip())
+    eventually(lambda: task not in running(), 30)
+    eventually(lambda: len(running()) == 2, 120)
 
 
 def scaled() -> None:
