@@ -13,6 +13,7 @@ import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from supervisor.options import Options
@@ -22,6 +23,7 @@ IMAGE_SERVER = Path("/opt/tritonserver")
 WHEEL_PYTHONS = ((3, 10), (3, 12))
 WHEEL_GLIBC = (2, 35)
 STORES = ("s3://", "gs://", "as://")
+STORE_TIMEOUT = 10.0  # seconds
 
 
 class ServeError(RuntimeError):
@@ -53,7 +55,7 @@ def check_platform() -> None:
 
 
 def check_repository(options: Options) -> None:
-    """Raises: ServeError if a folder holds no model; Triton itself checks an object store."""
+    """Raises: ServeError if a folder holds no model, or an object store cannot be reached."""
     given, folder = options.model_repository, options.model_folder
     if folder is None:
         if not given.startswith(STORES):
@@ -61,6 +63,7 @@ def check_repository(options: Options) -> None:
                 f"MODEL_REPOSITORY must be a folder, or in a bucket at {' or '.join(STORES)}, "
                 f"got {given}"
             )
+        check_store(given)
         return
     config = folder / "config.pbtxt"
     try:
@@ -74,6 +77,36 @@ def check_repository(options: Options) -> None:
         raise ServeError(
             f"{config} cannot be read: {error.strerror}; let user {os.getuid()} read "
             "MODEL_REPOSITORY and all that is in it"
+        ) from error
+
+
+def store_location(repository: str) -> str:
+    """A bucket's location as Triton takes it: with the S3 server, unless that is AWS's own.
+
+    Triton ignores AWS_ENDPOINT_URL.
+    """
+    endpoint, bucket = os.environ.get("AWS_ENDPOINT_URL"), repository[len("s3://") :]
+    if endpoint and repository.startswith("s3://") and "://" not in bucket:
+        return f"s3://{endpoint}/{bucket}"
+    return repository
+
+
+def check_store(repository: str) -> None:
+    """Connect to the S3 server that a location names, once.
+
+    Triton itself would try until START_SECONDS have passed, and give no reason. Raises: ServeError.
+    """
+    endpoint = store_location(repository)[len("s3://") :]
+    if "://" not in endpoint:
+        return
+    try:
+        server = urlsplit(endpoint)
+        port = server.port or {"http": 80, "https": 443}[server.scheme]
+        socket.create_connection((server.hostname or "", port), STORE_TIMEOUT).close()
+    except (OSError, ValueError, LookupError) as error:
+        raise ServeError(
+            f"the object store of {repository} cannot be reached at {endpoint}: {error}; "
+            "check MODEL_REPOSITORY, AWS_ENDPOINT_URL and the network"
         ) from error
 
 

@@ -64,6 +64,25 @@ class TestRefusals:
         assert code == 1
         assert f"must be a folder, or in a bucket at s3:// or gs:// or as://, got {given}" in output
 
+    @pytest.mark.parametrize(
+        ("endpoint", "reason"),
+        [
+            ("http://127.0.0.1:1", "Connection refused"),
+            ("https://nowhere.invalid", "Name or service not known"),
+            ("http://127.0.0.1:port", "Port could not be cast"),
+            ("ftp://127.0.0.1", "'ftp'"),
+        ],
+    )
+    def test_object_store_that_is_away(self, endpoint: str, reason: str) -> None:
+        """By the variable that other S3 clients take, and in Triton's own form."""
+        bucket = {"MODEL_REPOSITORY": "s3://bucket/models", "AWS_ENDPOINT_URL": endpoint}
+        for environment in (bucket, {"MODEL_REPOSITORY": f"s3://{endpoint}/bucket/models"}):
+            code, output = ended(**environment)
+            assert code == 1
+            assert f"cannot be reached at {endpoint}/bucket/models: " in output
+            assert reason in output
+            assert output.count("\n") == 1
+
     def test_port_that_only_root_may_use(self) -> None:
         command = ["setpriv", "--bounding-set=-net_bind_service", sys.executable, str(SERVE)]
         result = subprocess.run(
