@@ -72,8 +72,11 @@ class Watch:
         """Judge a failed golden photo: why the server must be ended, or None to keep watching."""
         if not self.ready:
             # Check liveness first: in the other order, a server that finishes loading between the
-            # two calls would look as if it had refused the version.
+            # two calls would look as if it had refused the version. A server that loads does not
+            # listen yet; one that found no repository does, and stays so.
             live = self.api.confirms("/v2/health/live")
+            if live is False:
+                return Verdict("the model repository was refused, for the reasons above", False)
             served = live and self.api.confirms(f"/v2/models/{MODEL}/ready")
             if live and served is False:
                 problem = self._fall_back()
