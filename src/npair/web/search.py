@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from npair.client import PIXEL, NpairClient
-from npair.client_files import encoded_photo
+from npair.client.formats import encoded_photo
 from npair.gallery.gallery import Gallery, Hit, PhotoGoneError
 from npair.serving.preprocess import Limits, Preprocessing, decode
 
