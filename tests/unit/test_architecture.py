@@ -56,6 +56,7 @@ LIBRARIES = {
     "serving/colour": {"numpy", "PIL"},
     "client/__init__": set(),
     "client/client": {"numpy"},
+    "client/environment": set(),
     "client/errors": {"tritonclient"},
     "client/pool": set(),
     "client/results": {"numpy"},

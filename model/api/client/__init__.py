@@ -20,7 +20,7 @@ runs its commands. Exceptions::
 Wrong arguments raise ValueError or TypeError, unreadable photos OSError.
 """
 
-from .client import DEFAULT_URL, PIXEL, THRESHOLD_PARAMETERS, AsyncNpairClient, NpairClient
+from .client import DEFAULT_URL, PIXEL, AsyncNpairClient, NpairClient
 from .errors import (
     AccessDeniedError,
     InvalidPhotoError,
@@ -33,7 +33,14 @@ from .errors import (
     UnreachableError,
     VersionGoneError,
 )
-from .results import Embedded, Embeddings, Thresholds, Vectors
+from .results import (
+    THRESHOLD_PARAMETERS,
+    Configuration,
+    Embedded,
+    Embeddings,
+    Thresholds,
+    Vectors,
+)
 from .stream import IN_FLIGHT, EmbeddingStream, Photo, Readable
 from .transports import GrpcTransport, HttpTransport, Transport
 
@@ -44,6 +51,7 @@ __all__ = [
     "THRESHOLD_PARAMETERS",
     "AccessDeniedError",
     "AsyncNpairClient",
+    "Configuration",
     "Embedded",
     "EmbeddingStream",
     "Embeddings",

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from .client import DEFAULT_URL, NpairClient, log
+from .environment import from_environment
 from .errors import (
     AccessDeniedError,
     InvalidPhotoError,
@@ -81,10 +82,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
             parents=[shared],
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}. {more}",
-            epilog="NPAIR_API_KEY is sent as a bearer token. For https:// and grpcs://, NPAIR_CA"
-            " names certificates (PEM) to trust, NPAIR_CERT and NPAIR_KEY a certificate to show and"
-            " its key. Exit codes: 0 done, 1 a photo was left out, 2 wrong usage, 3 the server"
-            " failed.",
+            epilog="NPAIR_API_KEY, or the content of the file NPAIR_API_KEY_FILE, is sent as a"
+            " bearer token. For https:// and grpcs://, NPAIR_CA names certificates (PEM) to trust,"
+            " NPAIR_CERT and NPAIR_KEY a certificate to show and its key. Exit codes: 0 done, 1 a"
+            " photo was left out, 2 wrong usage, 3 the server failed.",
         )
         added.set_defaults(command=partial(run, command), prog=added.prog)
         return added
@@ -186,19 +187,6 @@ class Retries(logging.Handler):
         if text not in self._said:
             self._said.add(text)
             say(text)
-
-
-def from_environment() -> dict[str, Any]:
-    """NpairClient's ca, cert and api_key, as far as the environment has them.
-
-    NPAIR_CERT may hold the key, too, in place of NPAIR_KEY. NPAIR_API_KEY is not an option, since
-    other users of the machine can read command lines.
-    """
-    certificate = os.environ.get("NPAIR_CERT")
-    cert = (certificate, os.environ.get("NPAIR_KEY") or certificate) if certificate else None
-    ca, api_key = os.environ.get("NPAIR_CA"), os.environ.get("NPAIR_API_KEY")
-    given = {"ca": ca, "cert": cert, "api_key": api_key}
-    return {name: value for name, value in given.items() if value}
 
 
 def embed(client: NpairClient, options: Options) -> int:

@@ -29,7 +29,7 @@ from .errors import (
     VersionGoneError,
 )
 from .pool import Pool
-from .results import Embeddings, Thresholds
+from .results import Configuration, Embeddings, Thresholds
 from .stream import EmbeddingStream, Photo, read
 from .transports import GrpcTransport, HttpTransport, StrPath, Transport, tls_context
 
@@ -39,8 +39,6 @@ log = logging.getLogger("npair.client")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 MAX_SEARCHES = 8  # new connections on which to look for another server behind the same address
-# Parameters of the model's configuration: the version that was measured, and its thresholds.
-THRESHOLD_PARAMETERS = ("thresholds_version", "threshold_far_1_percent", "threshold_far_01_percent")
 # The smallest PNG: one white pixel.
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
@@ -144,23 +142,20 @@ class NpairClient:
         """Raise an NpairError with the reason if the model does not embed a photo."""
         self._infer([PIXEL], self.version, retries)
 
+    def configuration(self) -> Configuration:
+        """Get thresholds and manifest hashes by one request. Raises: NpairErrors."""
+        return Configuration(self._call(lambda transport: transport.parameters(), self.retries))
+
     def thresholds(self) -> Thresholds | None:
         """Get the served version's similarity thresholds, or None. Raises: NpairErrors."""
-        parameters = self._parameters()
-        version, *cosines = map(parameters.get, THRESHOLD_PARAMETERS)
-        if not version:
-            return None
-        return Thresholds(version, *(float(cosine) if cosine else None for cosine in cosines))
+        return self.configuration().thresholds()
 
     def manifest_sha256(self, version: str) -> str | None:
         """Get the hash that tells a served version from others of its number, or None.
 
         Raises: NpairErrors.
         """
-        parameters = self._parameters()
-        if parameters.get("manifest_version") == version:
-            return parameters.get("manifest_sha256")
-        return parameters.get(f"manifest_sha256_{version}")  # still served beside a newer version
+        return self.configuration().manifest_sha256(version)
 
     def versions(self) -> list[str]:
         """Get the served versions of the model; none if the server does not tell."""
@@ -200,9 +195,6 @@ class NpairClient:
         A refused or unreadable photo becomes a result with a reason.
         """
         return EmbeddingStream(self, images)
-
-    def _parameters(self) -> dict[str, str]:
-        return self._call(lambda transport: transport.parameters(), self.retries)
 
     def _infer(self, photos: Sequence[bytes], version: str | None, retries: int) -> Embeddings:
         """Embed one batch in one request."""

@@ -24,7 +24,7 @@ from urllib.parse import quote, unquote_to_bytes
 import lancedb
 import numpy as np
 
-from npair.client import NpairClient, Photo, Vectors, VersionGoneError
+from npair.client import Configuration, NpairClient, Photo, Vectors, VersionGoneError
 
 POINTER = "current.json"
 MADE_BY = ("model", "version", "manifest_sha256")
@@ -53,6 +53,13 @@ class Hit(NamedTuple):
     columns: dict[str, str]
 
 
+class Query(NamedTuple):
+    """A photo's vector, float32 [128], and the configuration of the server that embedded it."""
+
+    vector: Vectors
+    configuration: Configuration
+
+
 class Gallery:
     """A gallery to search. model, version, manifest_sha256: the origin of its vectors."""
 
@@ -75,7 +82,6 @@ class Gallery:
         with readable(self.folder):
             self._built_from = read_pointer(self.folder).get("photos")
             self.table = database(self.folder).open_table(name)
-            self._revision = self.table.version
             metadata = self.table.schema.metadata
             made_by = (metadata[key.encode()].decode() for key in MADE_BY)
             self.model, self.version, self.manifest_sha256 = made_by
@@ -84,25 +90,23 @@ class Gallery:
         with readable(self.folder):
             return int(self.table.count_rows())
 
-    def stale(self) -> bool:
-        """Tell whether a build has changed the gallery since it was opened.
-
-        Changed rows of the same version are found without opening it again; vectors of another
-        version are not. Raises: GalleryError.
-        """
-        with readable(self.folder):
-            return self._name() != self.table.name or self.table.version != self._revision
-
     def search(self, photo: Photo, client: NpairClient, k: int = 5) -> list[Hit]:
         """Return the k most similar photos, nearest first, or all if there are fewer.
 
         The client's server embeds the photo with the gallery's version, even if the client is
         pinned to another.
-        Raises: GalleryError if the server does not serve that version or the gallery is damaged,
-        ValueError if k < 1, client.NpairError, OSError if the photo cannot be read.
+        Raises: ValueError if k < 1, and as ``query`` does.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
+        return self.nearest(self.query(photo, client).vector, k)
+
+    def query(self, photo: Photo, client: NpairClient) -> Query:
+        """Embed a photo with the gallery's version, for ``nearest``.
+
+        Raises: GalleryError if the server does not serve that version or the gallery is damaged,
+        client.NpairError, OSError if the photo cannot be read.
+        """
         if (name := self._name()) != self.table.name:  # another version was built since
             self._open(name)
         if client.model != self.model:
@@ -112,13 +116,13 @@ class Gallery:
             )
         with pinned_to(self.version, client) as pinned:
             vector = pinned.embed(photo).vectors[0]
-            served = pinned.manifest_sha256(self.version) or ""
-        if served != self.manifest_sha256:
+            configuration = pinned.configuration()
+        if (configuration.manifest_sha256(self.version) or "") != self.manifest_sha256:
             raise GalleryError(
                 f"the gallery in {self.folder} is of another version {self.version} than is served;"
                 " build it anew"
             )
-        return self.nearest(vector, k)
+        return Query(vector, configuration)
 
     def nearest(self, vector: Vectors, k: int) -> list[Hit]:
         """Return the k rows most similar to a vector of the gallery's version, float32 [128].
@@ -229,5 +233,5 @@ def pinned_to(version: str, client: NpairClient) -> Iterator[NpairClient]:
         try:
             yield pinned
         except VersionGoneError as error:
-            reason = f"{error}; build the gallery by that one: npair index build"
-            raise GalleryError(reason) from error
+            remedy = "rebuild the gallery with the served version: npair index build"
+            raise GalleryError(f"{error}; {remedy}") from error

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from npair.client import PIXEL, NpairClient
+from npair.client import PIXEL, Configuration, NpairClient
 from npair.client.formats import encoded_photo
 from npair.gallery.gallery import Gallery, Hit, PhotoGoneError
 from npair.serving.preprocess import Limits, Preprocessing, decode
@@ -76,11 +76,10 @@ class Search:
     def info(self) -> Info:
         gallery = self._gallery()
         labels = gallery.table.search().select(["label"]).to_arrow()["label"]
-        threshold = self._threshold(gallery)
         return Info(
             model=gallery.model,
             version=gallery.version,
-            threshold=threshold,
+            threshold=_threshold(self.client.configuration(), gallery),
             photos=len(labels),
             labels=len(labels.unique()),
         )
@@ -93,14 +92,19 @@ class Search:
 
     def by_photo(self, photo: bytes, k: int, threshold: float | None) -> Neighbours:
         gallery = self._gallery()
-        return self._neighbours(gallery, gallery.search(photo, self.client, k), threshold)
+        query = gallery.query(photo, self.client)
+        if threshold is None:
+            threshold = _threshold(query.configuration, gallery)
+        return _neighbours(gallery, gallery.nearest(query.vector, k), threshold)
 
     def by_id(self, photo_id: str, k: int, threshold: float | None) -> Neighbours:
         """Search by a photo of the gallery, which is left out itself, as are copies of it."""
         gallery = self._gallery()
         found = gallery.nearest(gallery.vector(photo_id), k + COPIES)
         others = [hit for hit in found if hit.id != photo_id]
-        return self._neighbours(gallery, others[:k], threshold)
+        if threshold is None:
+            threshold = _threshold(self.client.configuration(), gallery)
+        return _neighbours(gallery, others[:k], threshold)
 
     def thumbnail(self, photo_id: str) -> Thumbnail:
         path = self._gallery().photo(photo_id)
@@ -113,17 +117,19 @@ class Search:
     def _gallery(self) -> Gallery:
         return Gallery(self.folder, self.photos)
 
-    def _threshold(self, gallery: Gallery) -> float | None:
-        thresholds = self.client.thresholds()
-        known = thresholds is not None and thresholds.version == gallery.version
-        return thresholds.far_1_percent if thresholds and known else None
 
-    def _neighbours(
-        self, gallery: Gallery, found: list[Hit], threshold: float | None
-    ) -> Neighbours:
-        if threshold is None:
-            threshold = self._threshold(gallery)
-        neighbours = [
+def _threshold(configuration: Configuration, gallery: Gallery) -> float | None:
+    thresholds = configuration.thresholds()
+    known = thresholds is not None and thresholds.version == gallery.version
+    return thresholds.far_1_percent if thresholds and known else None
+
+
+def _neighbours(gallery: Gallery, found: list[Hit], threshold: float | None) -> Neighbours:
+    return Neighbours(
+        model=gallery.model,
+        version=gallery.version,
+        threshold=threshold,
+        neighbours=[
             Neighbour(
                 id=hit.id,
                 label=hit.label,
@@ -133,13 +139,8 @@ class Search:
                 columns=hit.columns,
             )
             for hit in found
-        ]
-        return Neighbours(
-            model=gallery.model,
-            version=gallery.version,
-            threshold=threshold,
-            neighbours=neighbours,
-        )
+        ],
+    )
 
 
 @functools.lru_cache(maxsize=512)  # 20 kB each
