@@ -21,10 +21,10 @@ from npair.publishing import version_folder as artifact
 from npair.publishing.drawings import write_dataset
 from npair.publishing.graphs import ENGINES, REFERENCE
 from npair.publishing.publish import check_libraries
-from npair.releasing import ReleaseError, RepositoryError
+from npair.releasing import ReleaseError
 from npair.releasing.config import new_config, with_release
 from npair.releasing.release import check_pins, client_parameters
-from npair.releasing.repository import open_repository
+from npair.releasing.repository import RepositoryError, open_repository
 from npair.serving.manifest import Comparison, Manifest, VersionError
 from npair.training.checkpoint import load_network
 from npair.training.run import RunError

@@ -24,12 +24,11 @@ from supervisor.options import Options
 from support.models import ROOT, SHIPPED, rewrite_manifest
 from support.servers import free_ports, lines_until_ready, start
 
-from npair.releasing import ReleaseError, RepositoryError
+from npair.releasing import ReleaseError
 from npair.releasing.config import with_release
 from npair.releasing.control import Server
 from npair.releasing.release import check_server, client_parameters, promote, rollback
-from npair.releasing.repository import Repository, open_repository
-from npair.releasing.store import Store
+from npair.releasing.repository import Repository, RepositoryError, Store, open_repository
 
 SECRET = "test"
 PUBLISHER = """
@@ -342,8 +341,7 @@ def test_what_is_no_repository(endpoint: str, place: str, reason: str) -> None:
 @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs"), ("s3", "fsspec")])
 def test_what_is_missing_is_named(scheme: str, package: str) -> None:
     code = f"""import sys; sys.modules[{package!r}] = None
-from npair.releasing import RepositoryError
-from npair.releasing.repository import open_repository
+from npair.releasing.repository import RepositoryError, open_repository
 try:
     open_repository("{scheme}://bucket/models/npair")
 except RepositoryError as error:

@@ -20,11 +20,11 @@ from tritonclient.utils import InferenceServerException
 
 from npair import cli
 from npair.client import HttpTransport, NpairClient, VersionGoneError
-from npair.releasing import ReleaseError, RepositoryError
+from npair.releasing import ReleaseError
 from npair.releasing.config import parameters, pinned
 from npair.releasing.control import Server
 from npair.releasing.release import check_server, promote, retire, rollback
-from npair.releasing.repository import open_repository
+from npair.releasing.repository import RepositoryError, open_repository
 from npair.releasing.versions import listing, versions
 
 
@@ -231,7 +231,7 @@ class TestPromote:
                 return 0.0
 
         failures = r"\(a does not load 1; c does not load 1\): c does not load 2"
-        reason = rf"going back to version 1 failed, too {failures}"
+        reason = rf"going back to version 1 failed as well {failures}"
         with pytest.raises(ReleaseError, match=reason):
             promote(
                 open_repository(models),

@@ -122,9 +122,11 @@ class TestSearch:
         strict = call(web, "/search?threshold=0.9999&k=2", photo).json
         assert [each["same_product"] for each in strict["neighbours"]] == [True, False]
 
-    def test_the_server_is_asked_for_its_configuration_once(
+    def test_a_search_asks_for_the_servers_configuration_once(
         self, web: str, photo: bytes, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """A version's threshold never changes, so that only the first search asks for it."""
+        call(web, "/search", photo)
         asked: list[dict[str, str]] = []
         ask = HttpTransport.parameters
 

@@ -1,4 +1,4 @@
-"""The exceptions of the client, and what they are made from: HTTP, gRPC, Triton, sockets."""
+"""The client's exceptions, and the tables that map the errors of HTTP, gRPC and Triton to them."""
 
 from __future__ import annotations
 

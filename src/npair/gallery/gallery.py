@@ -24,7 +24,7 @@ from urllib.parse import quote, unquote_to_bytes
 import lancedb
 import numpy as np
 
-from npair.client import Configuration, NpairClient, Photo, Vectors, VersionGoneError
+from npair.client import NpairClient, Photo, Vectors, VersionGoneError
 
 POINTER = "current.json"
 MADE_BY = ("model", "version", "manifest_sha256")
@@ -51,13 +51,6 @@ class Hit(NamedTuple):
     label: str
     photo: str
     columns: dict[str, str]
-
-
-class Query(NamedTuple):
-    """A photo's vector, float32 [128], and the configuration of the server that embedded it."""
-
-    vector: Vectors
-    configuration: Configuration
 
 
 class Gallery:
@@ -95,18 +88,11 @@ class Gallery:
 
         The client's server embeds the photo with the gallery's version, even if the client is
         pinned to another.
-        Raises: ValueError if k < 1, and as ``query`` does.
+        Raises: GalleryError if the server does not serve that version or the gallery is damaged,
+        ValueError if k < 1, client.NpairError, OSError if the photo cannot be read.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        return self.nearest(self.query(photo, client).vector, k)
-
-    def query(self, photo: Photo, client: NpairClient) -> Query:
-        """Embed a photo with the gallery's version, for ``nearest``.
-
-        Raises: GalleryError if the server does not serve that version or the gallery is damaged,
-        client.NpairError, OSError if the photo cannot be read.
-        """
         if (name := self._name()) != self.table.name:  # another version was built since
             self._open(name)
         if client.model != self.model:
@@ -116,13 +102,13 @@ class Gallery:
             )
         with pinned_to(self.version, client) as pinned:
             vector = pinned.embed(photo).vectors[0]
-            configuration = pinned.configuration()
-        if (configuration.manifest_sha256(self.version) or "") != self.manifest_sha256:
+            served = pinned.manifest_sha256(self.version) or ""
+        if served != self.manifest_sha256:
             raise GalleryError(
                 f"the gallery in {self.folder} is of another version {self.version} than is served;"
                 " build it anew"
             )
-        return Query(vector, configuration)
+        return self.nearest(vector, k)
 
     def nearest(self, vector: Vectors, k: int) -> list[Hit]:
         """Return the k rows most similar to a vector of the gallery's version, float32 [128].

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Protocol
-
-from npair.releasing import RepositoryError
-from npair.releasing.folder import Folder
-from npair.releasing.store import Store
+from typing import Any, Protocol
 
 MODEL = "npair"  # the only name that serve.py, clients and dashboards know
 STORES = ("s3", "gs")  # the extras of pyproject.toml with their fsspec implementations
+
+
+class RepositoryError(RuntimeError):
+    """The repository cannot be used; the message says what to do."""
 
 
 class Repository(Protocol):
@@ -63,6 +71,272 @@ class Repository(Protocol):
         """
 
 
+class Folder(Repository):
+    """A repository on a local disk, where versions appear and disappear atomically.
+
+    Triton takes every name that begins with a digit for a version, so unfinished folders begin
+    with "staging". Folders are locked by flock, which the kernel releases if the process dies.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.location = folder, str(folder)
+        self.name = Path(os.path.abspath(folder)).name  # noqa: PTH100 - keeps the name of a link
+
+    def read(self, path: str) -> bytes:
+        return (self.folder / path).read_bytes()
+
+    def write(self, path: str, content: bytes) -> None:
+        unfinished = self.folder / f"unfinished-{path}"
+        try:
+            unfinished.write_bytes(content)
+            unfinished.chmod(0o644)  # despite the umask: the server may run as another user
+            _sync(unfinished)
+            unfinished.replace(self.folder / path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        _sync(self.folder)
+
+    def delete(self, path: str) -> None:
+        (self.folder / path).unlink(missing_ok=True)
+        _sync(self.folder)
+
+    def names(self) -> set[str]:
+        return {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+
+    def versions(self) -> dict[int, bool]:
+        names = filter(str.isdecimal, self.names())
+        numbers = sorted(int(name) for name in names if (self.folder / name).is_dir())
+        return {number: (self.folder / f"{number}/manifest.json").is_file() for number in numbers}
+
+    def unfinished(self) -> list[str]:
+        return sorted(path.name for path in self.folder.glob("staging-*"))
+
+    def size(self, number: int) -> int:
+        paths = (self.folder / str(number)).rglob("*")
+        return sum(path.stat().st_size for path in paths if path.is_file())
+
+    @contextlib.contextmanager
+    def version(self, number: int) -> Iterator[Path]:
+        yield self.folder / str(number)
+
+    @contextlib.contextmanager
+    def new_version(self) -> Iterator[tuple[int, Path]]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._clean()
+        number = max(self.versions(), default=0) + 1
+        while (handle := self._claim(number)) is None:
+            number += 1
+        staging = self.folder / f"staging-{number}"
+        try:
+            yield number, staging
+            for path in (staging, *staging.rglob("*")):
+                path.chmod(0o755 if path.is_dir() else 0o644)  # despite the umask, as in write
+                _sync(path)
+            staging.rename(self.folder / str(number))
+            _sync(self.folder)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        finally:
+            os.close(handle)
+
+    def remove(self, number: int) -> None:
+        going = Path(tempfile.mkdtemp(prefix=f"staging-retired-{number}-", dir=self.folder))
+        (self.folder / str(number)).rename(going)
+        _sync(self.folder)
+        shutil.rmtree(going, ignore_errors=True)  # a publisher may be removing it as well
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            if not _lock(handle):
+                raise RepositoryError(
+                    f"another process releases or retires in {self.location}; wait for it, then"
+                    " try again"
+                )
+            yield
+        finally:
+            os.close(handle)
+
+    def _claim(self, number: int) -> int | None:
+        """Create and lock the staging folder of a number.
+
+        Returns: the open folder, or None if another publisher has or had it.
+        """
+        staging = self.folder / f"staging-{number}"
+        try:
+            staging.mkdir(exist_ok=True)
+            handle = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+        except (FileExistsError, FileNotFoundError):  # another publisher is removing it
+            return None
+        except PermissionError:
+            if not staging.exists():
+                raise
+            return None  # it belongs to another user
+        with contextlib.suppress(OSError):
+            if _lock_at(staging, handle) and os.access(staging, os.W_OK):
+                if not (self.folder / str(number)).exists():
+                    return handle
+                staging.rmdir()  # the number was published after it was chosen
+        os.close(handle)
+        return None
+
+    def _clean(self) -> None:
+        """Remove the staging folders of killed processes."""
+        for path in self.folder.glob("staging-*"):
+            with contextlib.suppress(OSError):
+                handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    if _lock_at(path, handle):
+                        shutil.rmtree(path)
+                finally:
+                    os.close(handle)
+
+
+class Store(Repository):
+    """A repository in an object store, where puts are atomic and listings consistent, but nothing
+    can be renamed.
+
+    Publishing puts an empty manifest.json first, if there is none, which claims the number, and
+    puts its content last, which completes the version. Removing deletes manifest.json last, so
+    that a free number has no files. A killed publisher leaves an incomplete version, which others
+    skip and ``remove`` deletes.
+    """
+
+    def __init__(self, location: str) -> None:
+        import fsspec  # noqa: PLC0415  # an optional extra
+
+        self.location = location.rstrip("/")
+        self.store, self.root = fsspec.url_to_fs(self.location, use_listings_cache=False)
+        self.name = self.root.rpartition("/")[2]
+
+    def read(self, path: str) -> bytes:
+        content: bytes = self._ask("cat_file", f"{self.root}/{path}")
+        return content
+
+    def write(self, path: str, content: bytes) -> None:
+        self._ask("pipe_file", f"{self.root}/{path}", content)
+
+    def delete(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._ask("rm_file", f"{self.root}/{path}")
+
+    def names(self) -> set[str]:
+        return {path.partition("/")[0] for path in self._files()}
+
+    def versions(self) -> dict[int, bool]:
+        files = self._files()
+        folders = {path.partition("/")[0] for path in files if "/" in path}
+        numbers = sorted(int(folder) for folder in folders if folder.isdecimal())
+        return {number: files.get(f"{number}/manifest.json", 0) > 0 for number in numbers}
+
+    def unfinished(self) -> list[str]:
+        return []  # unfinished versions have numbers
+
+    def size(self, number: int) -> int:
+        return sum(self._files(f"{number}/").values())
+
+    @contextlib.contextmanager
+    def version(self, number: int) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="npair-version-") as scratch:
+            paths = list(self._files(f"{number}/"))
+            sources, targets = ([f"{top}/{path}" for path in paths] for top in (self.root, scratch))
+            self._ask("get", sources, targets)
+            yield Path(scratch) / str(number)
+
+    @contextlib.contextmanager
+    def new_version(self) -> Iterator[tuple[int, Path]]:
+        number = max(self.versions(), default=0) + 1
+        while not self._create(f"{self.root}/{number}/manifest.json", b""):
+            number += 1
+        try:
+            with tempfile.TemporaryDirectory(prefix="npair-staging-") as staging:
+                yield number, Path(staging)
+                self._upload(Path(staging), number)
+        except BaseException:
+            with contextlib.suppress(OSError, RepositoryError):  # the store may be unreachable
+                self.remove(number)
+            raise
+
+    def remove(self, number: int) -> None:
+        manifest = f"{number}/manifest.json"
+        self.write(manifest, b"")  # incomplete from here on, and the number still claimed
+        for path in [*(self._files(f"{number}/").keys() - {manifest}), manifest]:
+            self._ask("rm_file", f"{self.root}/{path}")
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        # Beside the folder: Triton lists it to download it, and fails if a file has gone meanwhile.
+        lock = f"{self.root}.releasing"
+        now = datetime.now(timezone.utc).isoformat()
+        this = f"user {os.getuid()} on {socket.gethostname()}, process {os.getpid()}, since {now}"
+        holder = this if self._create(lock, this.encode()) else self._holder(lock)
+        # If an answer was lost and the library asked again, the lock exists and is this process's.
+        if holder != this:
+            raise RepositoryError(
+                f"{holder} releases or retires in {self.location}; wait for it, then try again; if"
+                f" it was killed, first delete {self.location}.releasing"
+            )
+        try:
+            yield
+        finally:
+            self._ask("rm_file", lock)
+
+    def _holder(self, lock: str) -> str:
+        try:
+            return str(self._ask("cat_file", lock).decode())
+        except FileNotFoundError:  # just released
+            return "another process"
+
+    def _upload(self, folder: Path, number: int) -> None:
+        sizes = {
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+        for name in sizes.keys() - {"manifest.json"}:
+            self._ask("put_file", str(folder / name), f"{self.root}/{number}/{name}")
+        sizes["manifest.json"] = 0
+        if self._files(f"{number}/") != {f"{number}/{name}": sizes[name] for name in sizes}:
+            raise RepositoryError(
+                f"version {number} did not arrive in {self.location} as it was sent; publish it"
+                " again"
+            )
+        self.write(f"{number}/manifest.json", (folder / "manifest.json").read_bytes())
+
+    def _create(self, path: str, content: bytes) -> bool:
+        """Create an object. Returns: False if it exists; of several callers, one gets True."""
+        try:
+            self._ask("pipe_file", path, content, mode="create")
+        except OSError:  # FileExistsError only from AWS and Google
+            if not self._ask("exists", path):
+                raise
+            return False
+        return True
+
+    def _files(self, prefix: str = "") -> dict[str, int]:
+        """Return sizes in bytes by path in the model's folder."""
+        found = self._ask("find", self.root, detail=True)
+        sizes = {
+            path.removeprefix(f"{self.root}/"): int(info["size"]) for path, info in found.items()
+        }
+        return {path: size for path, size in sizes.items() if path.startswith(prefix)}
+
+    def _ask(self, operation: str, *arguments: object, **options: object) -> Any:
+        """Call the store.
+
+        Raises: OSError for the store's refusals. Other errors, such as a lost connection or missing
+        credentials, differ between stores; they become RepositoryError.
+        """
+        try:
+            return getattr(self.store, operation)(*arguments, **options)
+        except OSError:
+            raise
+        except Exception as error:
+            raise RepositoryError(f"{self.location} cannot be reached: {error}") from error
+
+
 def open_repository(location: str | Path, *, start: bool = False) -> Repository:
     """Open a model's folder: a path, s3:// or gs://.
 
@@ -94,7 +368,31 @@ def open_repository(location: str | Path, *, start: bool = False) -> Repository:
 
 def _foreign(repository: Repository) -> list[str]:
     """Return the names of what neither a publisher nor a version control system has left."""
-    left = ("staging-", "unfinished-", ".")
-    return [
-        name for name in repository.names() if not name.isdecimal() and not name.startswith(left)
-    ]
+    left, names = ("staging-", "unfinished-", "."), repository.names()
+    return [name for name in names if not name.isdecimal() and not name.startswith(left)]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _lock_at(path: Path, handle: int) -> bool:
+    """Lock an open folder. Returns: whether it succeeded and the folder is still at this path.
+
+    Since it was opened, it may have been removed, and created anew by another publisher.
+    Raises: OSError if there is none at this path.
+    """
+    return _lock(handle) and os.path.samestat(path.stat(), os.fstat(handle))
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open folder until it is closed. Returns: False if it is locked already."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from npair.client import PIXEL, Configuration, NpairClient
+from npair.client import PIXEL, NpairClient
 from npair.client.formats import encoded_photo
 from npair.gallery.gallery import Gallery, Hit, PhotoGoneError
 from npair.serving.preprocess import Limits, Preprocessing, decode
@@ -72,14 +72,16 @@ class Search:
     folder: Path
     client: NpairClient
     photos: Path | None = None
+    _thresholds: dict[str, float | None] = field(default_factory=dict)  # by hash of the manifest
 
     def info(self) -> Info:
         gallery = self._gallery()
         labels = gallery.table.search().select(["label"]).to_arrow()["label"]
+        threshold = self._threshold(gallery)
         return Info(
             model=gallery.model,
             version=gallery.version,
-            threshold=_threshold(self.client.configuration(), gallery),
+            threshold=threshold,
             photos=len(labels),
             labels=len(labels.unique()),
         )
@@ -92,19 +94,14 @@ class Search:
 
     def by_photo(self, photo: bytes, k: int, threshold: float | None) -> Neighbours:
         gallery = self._gallery()
-        query = gallery.query(photo, self.client)
-        if threshold is None:
-            threshold = _threshold(query.configuration, gallery)
-        return _neighbours(gallery, gallery.nearest(query.vector, k), threshold)
+        return self._neighbours(gallery, gallery.search(photo, self.client, k), threshold)
 
     def by_id(self, photo_id: str, k: int, threshold: float | None) -> Neighbours:
         """Search by a photo of the gallery, which is left out itself, as are copies of it."""
         gallery = self._gallery()
         found = gallery.nearest(gallery.vector(photo_id), k + COPIES)
         others = [hit for hit in found if hit.id != photo_id]
-        if threshold is None:
-            threshold = _threshold(self.client.configuration(), gallery)
-        return _neighbours(gallery, others[:k], threshold)
+        return self._neighbours(gallery, others[:k], threshold)
 
     def thumbnail(self, photo_id: str) -> Thumbnail:
         path = self._gallery().photo(photo_id)
@@ -117,19 +114,24 @@ class Search:
     def _gallery(self) -> Gallery:
         return Gallery(self.folder, self.photos)
 
+    def _threshold(self, gallery: Gallery) -> float | None:
+        """Get the threshold of the gallery's version: ask once, since a version never changes."""
+        made_by = gallery.manifest_sha256
+        if made_by not in self._thresholds:
+            configuration = self.client.configuration()
+            thresholds = configuration.thresholds()
+            served = configuration.manifest_sha256(gallery.version) or ""
+            if not thresholds or (thresholds.version, served) != (gallery.version, made_by):
+                return None  # other vectors are served, at present
+            self._thresholds[made_by] = thresholds.far_1_percent
+        return self._thresholds[made_by]
 
-def _threshold(configuration: Configuration, gallery: Gallery) -> float | None:
-    thresholds = configuration.thresholds()
-    known = thresholds is not None and thresholds.version == gallery.version
-    return thresholds.far_1_percent if thresholds and known else None
-
-
-def _neighbours(gallery: Gallery, found: list[Hit], threshold: float | None) -> Neighbours:
-    return Neighbours(
-        model=gallery.model,
-        version=gallery.version,
-        threshold=threshold,
-        neighbours=[
+    def _neighbours(
+        self, gallery: Gallery, found: list[Hit], threshold: float | None
+    ) -> Neighbours:
+        if threshold is None:
+            threshold = self._threshold(gallery)
+        neighbours = [
             Neighbour(
                 id=hit.id,
                 label=hit.label,
@@ -139,8 +141,13 @@ def _neighbours(gallery: Gallery, found: list[Hit], threshold: float | None) -> 
                 columns=hit.columns,
             )
             for hit in found
-        ],
-    )
+        ]
+        return Neighbours(
+            model=gallery.model,
+            version=gallery.version,
+            threshold=threshold,
+            neighbours=neighbours,
+        )
 
 
 @functools.lru_cache(maxsize=512)  # 20 kB each
