@@ -91,7 +91,7 @@ def test(scratch: Path, stack: contextlib.ExitStack) -> None:
     step("break an image: it must not be promoted")
     spoiled = scratch / "spoiled"
     shutil.copytree(ROOT / "model/api", spoiled)
-    with (spoiled / "client.py").open("a") as file:
+    with (spoiled / "client/__init__.py").open("a") as file:
         file.write("\nraise ImportError('broken on purpose')\n")
     build(f"{REPOSITORY}:cpu-2", *options, context=spoiled)
     broken = push("cpu-2")

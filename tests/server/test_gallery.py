@@ -555,28 +555,12 @@ class TestVersions:
         assert len(opened.search(photos / "class 0/0.png", newer)) == 2
         assert opened.version == NEW
 
-    def test_an_open_gallery_tells_that_it_is_stale(
-        self, client: NpairClient, newer: NpairClient, tmp_path: Path
-    ) -> None:
-        photos, index = folders(tmp_path / "photos", classes=1, photos=2), tmp_path / "index"
-        for made_by in (client, newer):
-            build(photos, index, made_by, prune=True)
-            opened = Gallery(index)
-            build(photos, index, made_by)
-            assert not opened.stale(), "nothing has changed"
-            path = photo(photos / "new.png", len(opened))
-            build(photos, index, made_by)
-            assert opened.stale()
-            path.unlink()
-        build(photos, index, client, prune=True)
-        assert opened.stale()
-
     def test_unserved(self, client: NpairClient, newer: NpairClient, tmp_path: Path) -> None:
         path = photo(tmp_path / "photos/a.png")
         build(tmp_path / "photos", tmp_path / "index", newer)
         message = (
-            f"version {NEW} of model npair is not served, but {OLD} is; build the gallery by that"
-            " one: npair index"
+            f"version {NEW} of model npair is not served, but {OLD} is; rebuild the gallery with"
+            " the served version: npair index build"
         )
         with pytest.raises(GalleryError, match=message):
             Gallery(tmp_path / "index").search(path, client)

@@ -1,6 +1,6 @@
 """Checks before a server starts.
 
-Needs only the standard library, since make runs it on a bare machine, whatever its Python.
+Needs only the standard library, since make runs it on a bare machine with any Python 3.
 """
 
 from __future__ import annotations

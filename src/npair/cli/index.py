@@ -20,7 +20,8 @@ from npair.cli.options import (
     say,
 )
 from npair.client import PIXEL, InvalidPhotoError, NpairClient, NpairError
-from npair.client_cli import PATIENT_RETRIES, connected, reason_of
+from npair.client.cli import connected, reason_of
+from npair.client.pool import PATIENT_RETRIES
 
 NAMED = 5  # missing photos
 
@@ -115,7 +116,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from npair.client_files import Unread
+    from npair.client.photos import Unread
     from npair.data.files import shown
     from npair.gallery.gallery import Gallery
 

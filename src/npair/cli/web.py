@@ -14,7 +14,7 @@ from npair.cli.options import (
     number,
 )
 from npair.client import NpairClient
-from npair.client_cli import from_environment
+from npair.client.environment import from_environment
 
 
 def add_commands(commands: Commands) -> None:

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from npair.client import PIXEL, NpairClient, Vectors
-from npair.client_files import Unread
+from npair.client.photos import Unread
 from npair.data.catalogue import Catalogue, read_catalogue
 from npair.data.files import digest_of, parallel_map, shown
 from npair.gallery.gallery import (

@@ -75,7 +75,6 @@ class Gallery:
         with readable(self.folder):
             self._built_from = read_pointer(self.folder).get("photos")
             self.table = database(self.folder).open_table(name)
-            self._revision = self.table.version
             metadata = self.table.schema.metadata
             made_by = (metadata[key.encode()].decode() for key in MADE_BY)
             self.model, self.version, self.manifest_sha256 = made_by
@@ -83,15 +82,6 @@ class Gallery:
     def __len__(self) -> int:
         with readable(self.folder):
             return int(self.table.count_rows())
-
-    def stale(self) -> bool:
-        """Tell whether a build has changed the gallery since it was opened.
-
-        Changed rows of the same version are found without opening it again; vectors of another
-        version are not. Raises: GalleryError.
-        """
-        with readable(self.folder):
-            return self._name() != self.table.name or self.table.version != self._revision
 
     def search(self, photo: Photo, client: NpairClient, k: int = 5) -> list[Hit]:
         """Return the k most similar photos, nearest first, or all if there are fewer.
@@ -229,5 +219,5 @@ def pinned_to(version: str, client: NpairClient) -> Iterator[NpairClient]:
         try:
             yield pinned
         except VersionGoneError as error:
-            reason = f"{error}; build the gallery by that one: npair index build"
-            raise GalleryError(reason) from error
+            remedy = "rebuild the gallery with the served version: npair index build"
+            raise GalleryError(f"{error}; {remedy}") from error

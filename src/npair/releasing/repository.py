@@ -104,9 +104,8 @@ class Folder(Repository):
         return {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
 
     def versions(self) -> dict[int, bool]:
-        numbers = sorted(
-            int(name) for name in self.names() if name.isdecimal() and (self.folder / name).is_dir()
-        )
+        names = filter(str.isdecimal, self.names())
+        numbers = sorted(int(name) for name in names if (self.folder / name).is_dir())
         return {number: (self.folder / f"{number}/manifest.json").is_file() for number in numbers}
 
     def unfinished(self) -> list[str]:
@@ -271,12 +270,10 @@ class Store(Repository):
         # Beside the folder: Triton lists it to download it, and fails if a file has gone meanwhile.
         lock = f"{self.root}.releasing"
         now = datetime.now(timezone.utc).isoformat()
-        process = (
-            f"user {os.getuid()} on {socket.gethostname()}, process {os.getpid()}, since {now}"
-        )
-        holder = process if self._create(lock, process.encode()) else self._holder(lock)
+        this = f"user {os.getuid()} on {socket.gethostname()}, process {os.getpid()}, since {now}"
+        holder = this if self._create(lock, this.encode()) else self._holder(lock)
         # If an answer was lost and the library asked again, the lock exists and is this process's.
-        if holder != process:
+        if holder != this:
             raise RepositoryError(
                 f"{holder} releases or retires in {self.location}; wait for it, then try again; if"
                 f" it was killed, first delete {self.location}.releasing"
@@ -371,10 +368,8 @@ def open_repository(location: str | Path, *, start: bool = False) -> Repository:
 
 def _foreign(repository: Repository) -> list[str]:
     """Return the names of what neither a publisher nor a version control system has left."""
-    left = ("staging-", "unfinished-", ".")
-    return [
-        name for name in repository.names() if not name.isdecimal() and not name.startswith(left)
-    ]
+    left, names = ("staging-", "unfinished-", "."), repository.names()
+    return [name for name in names if not name.isdecimal() and not name.startswith(left)]
 
 
 def _sync(path: Path) -> None:

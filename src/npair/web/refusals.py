@@ -74,7 +74,7 @@ def _remedy(error: GalleryError | PermissionError, gallery: Path) -> str:
 
 
 class Reason(BaseModel):
-    """What was wrong. param: the part of the request that was. code: for programs."""
+    """The reason. param: the part of the request that is wrong. code: for programs."""
 
     message: str
     type: str

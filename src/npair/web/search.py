@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from npair.client import PIXEL, NpairClient
-from npair.client_files import encoded_photo
+from npair.client.formats import encoded_photo
 from npair.gallery.gallery import Gallery, Hit, PhotoGoneError
 from npair.serving.preprocess import Limits, Preprocessing, decode
 
@@ -72,6 +72,7 @@ class Search:
     folder: Path
     client: NpairClient
     photos: Path | None = None
+    _thresholds: dict[str, float | None] = field(default_factory=dict)  # by hash of the manifest
 
     def info(self) -> Info:
         gallery = self._gallery()
@@ -114,9 +115,16 @@ class Search:
         return Gallery(self.folder, self.photos)
 
     def _threshold(self, gallery: Gallery) -> float | None:
-        thresholds = self.client.thresholds()
-        known = thresholds is not None and thresholds.version == gallery.version
-        return thresholds.far_1_percent if thresholds and known else None
+        """Get the threshold of the gallery's version: ask once, since a version never changes."""
+        made_by = gallery.manifest_sha256
+        if made_by not in self._thresholds:
+            configuration = self.client.configuration()
+            thresholds = configuration.thresholds()
+            served = configuration.manifest_sha256(gallery.version) or ""
+            if not thresholds or (thresholds.version, served) != (gallery.version, made_by):
+                return None  # other vectors are served, at present
+            self._thresholds[made_by] = thresholds.far_1_percent
+        return self._thresholds[made_by]
 
     def _neighbours(
         self, gallery: Gallery, found: list[Hit], threshold: float | None
