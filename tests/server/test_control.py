@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import os
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +137,47 @@ class TestHostsOfSeveralServers:
             monkeypatch.setattr(Server, "load", load)
             rollback(repository, [servers[0], servers[2]])
             assert (servers[0].serving(), servers[2].serving()) == ([1], [1])
+
+    def test_a_name_stands_for_all_servers_that_have_it_or_get_it(
+        self, standing: Standing, tmp_path: Path
+    ) -> None:
+        """The resolver is the machine's, with a file of hosts that only the command sees."""
+        models, first, _ = standing
+        hosts, port = tmp_path / "hosts", first.parts.port
+        hosts.write_text("127.0.0.1 npair-pods localhost\n127.0.0.2 npair-pods\n")
+        private = ["unshare", "--map-root-user", "--mount", "sh", "-euc"]
+        private += ['mount --bind "$1" /etc/hosts; shift; exec "$@"', "sh", str(hosts)]
+        if subprocess.run([*private, "true"], check=False).returncode != 0:
+            pytest.skip("this machine lets no process have mounts of its own")
+        with contextlib.ExitStack() as stack:
+            for address in ("127.0.0.2", "127.0.0.3"):
+                process = start(
+                    **free_ports() | {"HTTP_PORT": str(port)},
+                    BIND_ADDRESS=address,
+                    MODEL_REPOSITORY=str(models.parent),
+                    NPAIR_CONTROL_SECRET=SECRET,
+                )
+                stack.callback(process.wait, 30)
+                stack.callback(process.terminate)
+                lines_until_ready(process)
+            url = f"http://npair-pods:{port}"
+            command = [*private, sys.executable, "-m", "npair", "promote", "2", "--url", url]
+            promotion = subprocess.Popen(
+                [*command, "--repository", models, "--settle", "5"],
+                env=os.environ | {"NPAIR_CONTROL_SECRET": SECRET},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert promotion.stdout is not None
+            changed = f"served by {url} (127.0.0.1), {url} (127.0.0.2)"
+            assert promotion.stdout.readline() == f"version 2 is {changed}\n"
+            third = Server(url, "npair", address="127.0.0.3")
+            assert third.serving() == [1]
+            with hosts.open("a") as file:
+                file.write("127.0.0.3 npair-pods\n")
+            assert promotion.stdout.read() == f"and served by {url} (127.0.0.3)\n"
+            assert promotion.wait(30) == 0
+            assert third.serving() == [2]
 
     def test_tls_is_by_name(
         self, tmp_path: Path, resolve: Resolve, monkeypatch: pytest.MonkeyPatch

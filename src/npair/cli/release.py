@@ -7,6 +7,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 from npair.cli.options import (
@@ -48,6 +49,15 @@ def add_commands(commands: Commands) -> None:
         "switch back to the version that was served before",
         extra="release",
     )
+    for command in (promote, rollback):
+        command.add_argument(
+            "--settle",
+            type=number(float, least=0, most=1e9),
+            default=15.0,
+            metavar="SECONDS",
+            help="how long servers that join under a name of several addresses are changed as well"
+            " (%(default)g)",
+        )
     versions = add_command(commands, "versions", _versions, "list versions and their state")
     versions.add_argument("--json", action="store_true", help="print JSON")
     retire = add_command(commands, "retire", _retire, "remove a version that is not served")
@@ -62,7 +72,8 @@ def _promote(arguments: argparse.Namespace) -> int:
 
     repository, servers = _connect(arguments)
     promote(repository, arguments.version, servers, keep=arguments.keep)
-    print(f"version {arguments.version} is {_served_by(servers)}")
+    print(f"version {arguments.version} is {_served_by(servers)}", flush=True)
+    _settle(arguments, repository, servers)
     return 0
 
 
@@ -70,7 +81,9 @@ def _rollback(arguments: argparse.Namespace) -> int:
     from npair.releasing.release import rollback
 
     repository, servers = _connect(arguments)
-    print(f"version {rollback(repository, servers)} is {_served_by(servers)} again")
+    version = rollback(repository, servers)
+    print(f"version {version} is {_served_by(servers)} again", flush=True)
+    _settle(arguments, repository, servers)
     return 0
 
 
@@ -91,17 +104,39 @@ def _retire(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _settle(
+    arguments: argparse.Namespace, repository: Repository, servers: Sequence[Server]
+) -> None:
+    """Change servers that join under a name which stands for several, such as pods."""
+    from npair.releasing.release import bring_along
+
+    if len(servers) > len(_urls(arguments)):
+        find = partial(_servers, arguments, repository)
+        if joined := bring_along(repository, servers, find, arguments.settle):
+            print(f"and {_served_by(joined)}")
+
+
 def _connect(arguments: argparse.Namespace) -> tuple[Repository, list[Server]]:
     """Open the repository and find all servers at the addresses given."""
-    from npair.releasing.control import Server, control_secret
     from npair.releasing.repository import open_repository
 
-    repository, secret = open_repository(arguments.repository), control_secret()
+    repository = open_repository(arguments.repository)
+    return repository, _servers(arguments, repository)
+
+
+def _servers(arguments: argparse.Namespace, repository: Repository) -> list[Server]:
+    from npair.releasing.control import Server, control_secret
+
+    secret = control_secret()
     found = [
         Server.all_of(url, repository.name, secret=secret, timeout=arguments.timeout)
-        for url in ([default_url()] if arguments.urls is None else arguments.urls)
+        for url in _urls(arguments)
     ]
-    return repository, [server for servers in found for server in servers]
+    return [server for servers in found for server in servers]
+
+
+def _urls(arguments: argparse.Namespace) -> list[str]:
+    return [default_url()] if arguments.urls is None else arguments.urls
 
 
 def _served_by(servers: Sequence[Server]) -> str:

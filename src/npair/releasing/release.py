@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from npair.client import THRESHOLD_PARAMETERS
 from npair.releasing import ReleaseError
@@ -55,6 +56,36 @@ def rollback(repository: Repository, servers: Sequence[Server]) -> int:
             )
         _serve(repository, history[-1], servers, keep=None, history=history[:-1])
         return history[-1]
+
+
+def bring_along(
+    repository: Repository,
+    servers: Sequence[Server],
+    find: Callable[[], list[Server]],
+    seconds: float,
+) -> list[Server]:
+    """Have servers that join within some seconds of a change load what config.pbtxt pins.
+
+    They may have read it just before it changed.
+    servers: those that have changed. find: returns all that there are.
+    Returns: those that joined. Raises: ReleaseError if one of them still fails at the end;
+    RepositoryError, ConfigError.
+    """
+    joined: list[Server] = []
+    deadline = time.monotonic() + seconds
+    while True:
+        known = {server.url for server in (*servers, *joined)}
+        new = [server for server in find() if server.url not in known]
+        failed = _load_pinned(repository, new) if new else {}
+        joined += [server for server in new if server not in failed]
+        if time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    if failed:
+        raise ReleaseError(
+            f"not all servers that joined have changed: {'; '.join(failed.values())}"
+        )
+    return joined
 
 
 def retire(repository: Repository, number: int, servers: Sequence[Server]) -> None:
@@ -195,6 +226,17 @@ def _serve(
             kind = ReleaseError if isinstance(error, Exception) else type(error)
             reason = str(error) or kind.__name__
             raise kind(f"version {number} is not served, and {restored}: {reason}") from error
+
+
+def _load_pinned(repository: Repository, servers: Sequence[Server]) -> dict[Server, str]:
+    """Load and check what config.pbtxt pins. Returns: the reason for each server that failed."""
+
+    def load(server: Server) -> None:
+        server.load()
+        server.check(folder)
+
+    with repository.exclusive(), repository.version(pinned(_config(repository))[-1]) as folder:
+        return try_all(load, servers)
 
 
 def _restore(
