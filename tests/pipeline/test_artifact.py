@@ -175,7 +175,8 @@ def test_a_failed_conversion_leaves_the_log_as_it_was(tmp_path: Path) -> None:
 
     class Unknown(torch.nn.Module):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            return torch.special.airy_ai(pixels.float()).mean((1, 2))
+            values: torch.Tensor = torch.special.airy_ai(pixels.float())
+            return values.mean((1, 2))
 
     pixels = np.zeros((2, 8, 8, 3), np.uint8)
     program = torch.export.export(Unknown(), (torch.from_numpy(pixels),))
