@@ -166,7 +166,7 @@ class NpairClient:
     def embed(self, images: Photo | Iterable[Photo]) -> Embeddings:
         """Embed one photo or many: paths, encoded bytes or open binary files.
 
-        One version makes all vectors: if it is replaced during the call, and not pinned, start over.
+        One version makes all vectors: if it is not pinned, and is replaced meanwhile, start over.
         Raises: InvalidPhotoError that names every refused photo, other NpairErrors, OSError for an
         unreadable file, ValueError if there is no photo.
         """
