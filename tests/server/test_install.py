@@ -25,7 +25,7 @@ import npair
 BIN = Path(sys.executable).parent
 REPOSITORY = SHIPPED.parent
 TRAIN = "train --data {dataset} --run run --epochs 1 --size 64 --crop-size 48 --network"
-# For each extra, a command that needs it and what that says once it is installed.
+# For each extra, a command that needs it, and its output once the extra is installed.
 CALLS = {
     "evaluate": ("evaluate --data {dataset} --url {url} --report x.html", "report: x.html"),
     "release": ("verify --repository {repository}", "golden set off by"),
@@ -37,6 +37,15 @@ CALLS = {
     "gs": ("versions --offline --repository gs://bucket/models/npair", "it has no config.pbtxt"),
 }
 OTHERS = {"dev", "photos", "heic", "web"}  # no command needs one of these alone
+# Extras that share an environment, since each brings what the ones before it lack.
+TOGETHER = [
+    ("evaluate",),
+    ("release",),
+    ("tune",),
+    ("train", "pretrained"),
+    ("index",),
+    ("s3", "gs"),
+]
 
 Result = subprocess.CompletedProcess[str]
 
@@ -145,34 +154,34 @@ def test_every_extra_is_tried(wheel: Path) -> None:
     (built,) = importlib.metadata.distributions(path=[str(wheel)])
     extras = set(built.metadata.get_all("Provides-Extra") or ())
     assert {*CALLS, *OTHERS} == extras
+    assert [*CALLS] == [extra for extras in TOGETHER for extra in extras]
     assert {parser.get_default("extra") for _, parser in commands()} <= {*extras, "", None}
 
 
-@pytest.mark.parametrize("extra", CALLS)
+@pytest.mark.parametrize("extras", TOGETHER, ids=", ".join)
 def test_a_command_names_its_extra_and_runs_with_it(
-    extra: str,
+    extras: tuple[str, ...],
     environment: Environment,
     dataset: Path,
     url: str,
     stores: dict[str, str],
 ) -> None:
-    call, expected = CALLS[extra]
     checkpoint = environment.here / "checkpoint"
-    if extra == "pretrained":
+    if "pretrained" in extras:
         architectures.checkpoint(checkpoint, architectures.ARCHITECTURES["vit"])
-        environment.install("npair[train]")
     places = {"dataset": dataset, "url": url, "repository": REPOSITORY, "checkpoint": checkpoint}
-    command = call.format(**places).split()
-    refused = environment.npair(*command, **stores)
-    printed = re.search(r"pip install '(.+)'", refused.stderr)
-    assert refused.returncode == 1
-    assert printed, refused.stderr
-    assert printed[1] == f"npair[{extra}]"
+    for extra in extras:
+        call, expected = CALLS[extra]
+        command = call.format(**places).split()
+        refused = environment.npair(*command, **stores)
+        printed = re.search(r"pip install '(.+)'", refused.stderr)
+        assert refused.returncode == 1
+        assert printed, refused.stderr
+        assert printed[1] == f"npair[{extra}]"
 
-    environment.install(printed[1])
-    environment.check_helps()
-    done = environment.npair(*command, **stores)
-    assert expected in done.stdout + done.stderr
-    if extra == "train":  # publishing a network takes minutes
-        imported = environment.run("python", "-c", "import npair.publishing.publish")
-        assert imported.returncode == 0, imported.stderr
+        environment.install(printed[1])
+        done = environment.npair(*command, **stores)
+        assert expected in done.stdout + done.stderr
+        if extra == "train":  # publishing a network takes minutes
+            imported = environment.run("python", "-c", "import npair.publishing.publish")
+            assert imported.returncode == 0, imported.stderr

@@ -38,7 +38,7 @@ Answer = TypeVar("Answer")
 log = logging.getLogger("npair.client")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-MAX_SEARCHES = 8  # new connections on which to look for another server behind the same address
+MAX_RECONNECTS = 8  # to look for another server behind the same address
 # The smallest PNG: one white pixel.
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
@@ -166,7 +166,7 @@ class NpairClient:
     def embed(self, images: Photo | Iterable[Photo]) -> Embeddings:
         """Embed one photo or many: paths, encoded bytes or open binary files.
 
-        One version makes all vectors: if it is replaced meanwhile, and is not pinned, start over.
+        One version makes all vectors: if it is not pinned, and is replaced meanwhile, start over.
         Raises: InvalidPhotoError that names every refused photo, other NpairErrors, OSError for an
         unreadable file, ValueError if there is no photo.
         """
@@ -218,7 +218,7 @@ class NpairClient:
 
         Not after a timeout: the server may still be at work, and a retry would add to its load.
         """
-        attempt, searches = 0, MAX_SEARCHES if retries else 0
+        attempt, rounds = 0, MAX_RECONNECTS if retries else 0
         with self._pool.lend() as transport:
             while True:
                 try:
@@ -227,24 +227,24 @@ class NpairClient:
                     self._pool.check_open()
                     served = self._versions(transport) if version else None
                     if isinstance(error, VersionGoneError) or (served and version not in served):
-                        if not searches:
+                        if not rounds:
                             raise self._gone(version, served) from error
-                        searches -= 1
+                        rounds -= 1
                     elif attempt == retries or isinstance(error, InvalidRequestError):
                         raise
                     else:
                         log.info("%s does not answer (%s); trying again", self.url, error)
                         self._pool.back_off(attempt)
                         attempt += 1
-                self._search(transport, version)
+                self._reconnect(transport, version)
 
-    def _search(self, transport: Transport, version: str | None) -> None:
+    def _reconnect(self, transport: Transport, version: str | None) -> None:
         """Reconnect until a server has the version (any, if None), or nobody tells for a second.
 
         Raises: VersionGoneError if all servers have other versions.
         """
         others, began = set[str](), time.monotonic()
-        for _ in range(MAX_SEARCHES):
+        for _ in range(MAX_RECONNECTS):
             transport.reconnect()
             self._pool.check_open()
             served = self._versions(transport)
