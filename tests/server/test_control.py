@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.models import SHIPPED
 from support.releases import SECRET, Standing, pins
 from support.servers import free_ports, lines_until_ready, start
 from support.tls import certificate
 
 from npair.releasing import ReleaseError
 from npair.releasing.control import Server
-from npair.releasing.release import check_server, promote, rollback
+from npair.releasing.release import bring_along, check_server, promote, rollback
 from npair.releasing.repository import open_repository
 
 Resolve = Callable[..., None]
@@ -178,6 +179,12 @@ class TestHostsOfSeveralServers:
             assert promotion.stdout.read() == f"and served by {url} (127.0.0.3)\n"
             assert promotion.wait(30) == 0
             assert third.serving() == [2]
+
+    def test_a_server_that_joins_and_does_not_answer_is_named(self) -> None:
+        gone = Server("http://127.0.0.1:9", "npair", secret=SECRET)
+        reason = r"^not all servers that joined have changed: http://127\.0\.0\.1:9 does not answer"
+        with pytest.raises(ReleaseError, match=reason):
+            bring_along(open_repository(SHIPPED.parent), [], lambda: [gone], 0)
 
     def test_tls_is_by_name(
         self, tmp_path: Path, resolve: Resolve, monkeypatch: pytest.MonkeyPatch

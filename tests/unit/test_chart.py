@@ -204,6 +204,15 @@ def test_services_reach_the_servers_alone() -> None:
     assert all(selects(selector, each) for each in labels.values()), "promotions and tests"
 
 
+def test_ports_name_their_protocol() -> None:
+    """Without it, Kubernetes 1.20 refuses what Helm 4 applies on the server."""
+    resources = rendered(*EVERYTHING)
+    ports = [port for r in resources if r["kind"] == "Service" for port in r["spec"]["ports"]]
+    for container in pods(resources)["Deployment"]["containers"]:
+        ports += container["ports"]
+    assert {port["protocol"] for port in ports} == {"TCP"}
+
+
 def test_prometheus_reads_each_pod_once_as_the_job_of_the_alerts() -> None:
     resources = rendered("--set=monitoring.serviceMonitor=true,fullnameOverride=other")
     monitor = only(resources, "ServiceMonitor")["spec"]

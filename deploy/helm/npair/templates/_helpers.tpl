@@ -79,7 +79,7 @@ capabilities: {drop: [ALL]}
   image: {{ .Values.proxy.image }}
   command: [nginx, -g, daemon off;]
   ports:
-    - {name: https, containerPort: 8443}
+    - {name: https, protocol: TCP, containerPort: 8443}
   readinessProbe:
     tcpSocket: {port: https}
     periodSeconds: 5
