@@ -33,8 +33,8 @@ ARROWS = {
         "client_files",
     },
     "publishing": {"training", "networks", "scoring", "releasing", "serving", "data"},
-    "releasing": {"serving", "client"},
-    "gallery": {"client", "client_files", "data"},
+    "releasing": {"serving", "client", "objects"},
+    "gallery": {"client", "client_files", "data", "objects"},
     "web": {"gallery", "serving", "client", "client_files"},
     "training": {"networks", "scoring", "data"},
     "scoring": {"data"},
@@ -44,6 +44,7 @@ ARROWS = {
     "client": set(),
     "client_cli": {"client", "client_files"},
     "client_files": {"client"},
+    "objects": set(),
 }
 # The only module of releasing that publishing may use: it knows neither repositories nor servers.
 RELEASING_FOR_PUBLISHING = {"verify"}

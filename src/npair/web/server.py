@@ -14,7 +14,8 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
-from npair.gallery.gallery import Gallery, GalleryError
+from npair.gallery.gallery import Gallery
+from npair.gallery.location import GalleryError
 from npair.web.app import create_app
 from npair.web.search import Search
 
