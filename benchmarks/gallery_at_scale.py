@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -66,13 +66,13 @@ def main() -> None:
     print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns), flush=True)
     queries, exact = nearest(arguments.vectors)
     for place in arguments.places:
-        with (
-            tempfile.TemporaryDirectory(prefix="npair-", dir=arguments.scratch) as scratch,
-            seaweed(Path(scratch)) if place == "S3" else nullcontext({}) as environment,
-        ):
-            os.environ.update(environment)
+        with ExitStack() as stack:
+            scratch = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="npair-", dir=arguments.scratch)
+            )
             where: Where = Path(scratch) / "gallery"
             if place == "S3":
+                os.environ.update(stack.enter_context(seaweed(Path(scratch))))
                 where = "s3://gallery/large"
                 Objects(where).store.mkdir("gallery")
             stored = fill(where, arguments.vectors)
@@ -92,7 +92,8 @@ def drawn(block: int, count: int, rows: int) -> Vectors:
     centre = rng.integers(len(own), size=rows)
     vectors = rng.standard_normal((rows, DIMENSION), dtype=np.float32)
     vectors += own[centre] + shared[centre // 20]
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
 
 
 @cache
@@ -157,7 +158,7 @@ def index(where: Where, kind: str, count: int) -> tuple[float, float]:
     began = time.perf_counter()
     build.index(opened)
     seconds = time.perf_counter() - began
-    return seconds, (opened.list_indices()[0].size_bytes or 0) / 1e6
+    return seconds, (next(iter(opened.list_indices())).size_bytes or 0) / 1e6
 
 
 def searched(where: Where, queries: Vectors, exact: list[set[int]]) -> list[str]:

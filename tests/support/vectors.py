@@ -16,7 +16,8 @@ DIMENSION = 128
 def units(count: int, seed: int = 0) -> Vectors:
     """Draw unit vectors, float32 [count, 128]."""
     vectors = np.random.default_rng(seed).standard_normal((count, DIMENSION), dtype=np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
 
 
 def bulk_file(
