@@ -22,7 +22,7 @@ from tqdm import tqdm
 from npair.client import Vectors
 from npair.gallery.build import create, finish
 from npair.gallery.gallery import IMPORTED, Gallery, place_of
-from npair.gallery.location import GalleryError, Where, locate, writable
+from npair.gallery.location import GalleryError, Where, locate, readable, writable
 from npair.objects import Objects, StoreError
 
 ORIGIN = ("model", "version", "manifest")
@@ -62,7 +62,8 @@ def import_vectors(source: Where, folder: Where, *, switch: bool = False) -> Imp
     location = locate(folder)
     location.prepare()
     with location.exclusive():
-        tag, pointer = location.tag(), location.pointer()
+        with readable(location):
+            tag, pointer = location.tag(), location.pointer()
         table: lancedb.table.Table | None = None
         fresh = False
         for file in tqdm(files.paths, "import", unit="file", disable=None):
@@ -228,18 +229,31 @@ def _store(
     *,
     fresh: bool,
 ) -> None:
-    """Store a file's rows in one step. fresh: the table holds nothing but earlier files."""
+    """Store a file's rows in one step. fresh: the table holds nothing but earlier files.
+
+    Raises: what ``rest`` raises, and LanceDB's errors.
+    """
+    raised: list[GalleryError] = []
 
     def all_rows() -> Iterator[pa.RecordBatch]:
         yield first
-        yield from rest
+        try:
+            yield from rest
+        except GalleryError as error:  # LanceDB would make a traceback of it
+            raised.append(error)
+            raise
 
     reader = pa.RecordBatchReader.from_batches(first.schema, all_rows())
-    if fresh:
-        table.add(reader)
-    else:
-        merge = table.merge_insert("photo").when_matched_update_all()
-        merge.when_not_matched_insert_all().execute(reader)
+    try:
+        if fresh:
+            table.add(reader)
+        else:
+            merge = table.merge_insert("photo").when_matched_update_all()
+            merge.when_not_matched_insert_all().execute(reader)
+    except (OSError, RuntimeError, ValueError):
+        if raised:
+            raise raised[0] from None
+        raise
 
 
 def _refuse_other(gallery: Gallery, origin: tuple[str, ...]) -> None:
