@@ -31,8 +31,8 @@ ARROWS = {
         "client",
     },
     "publishing": {"training", "networks", "scoring", "releasing", "serving", "data"},
-    "releasing": {"serving", "client"},
-    "gallery": {"client", "data"},
+    "releasing": {"serving", "client", "objects"},
+    "gallery": {"client", "data", "objects"},
     "web": {"gallery", "serving", "client"},
     "training": {"networks", "scoring", "data"},
     "scoring": {"data"},
@@ -40,6 +40,7 @@ ARROWS = {
     "data": {"serving"},
     "serving": set(),
     "client": set(),
+    "objects": set(),
 }
 # The only module of releasing that publishing may use: it knows neither repositories nor servers.
 RELEASING_FOR_PUBLISHING = {"verify"}

@@ -29,6 +29,13 @@ def add_commands(commands: Commands) -> None:
     add_moved_photos(web)
     add_server(web)
     web.add_argument(
+        "--refresh",
+        type=number(float, least=0),
+        metavar="SECONDS",
+        help="how old at most the gallery may be that a search sees (0 for a folder, 5 for s3://,"
+        " where each look is a request)",
+    )
+    web.add_argument(
         "--host",
         default="127.0.0.1",
         help="address to listen on (%(default)s); any other than loopback needs a key of at least"
@@ -54,6 +61,6 @@ def _web(arguments: argparse.Namespace) -> int:
     from npair.web.server import serve
 
     client = NpairClient(arguments.url, retries=1, **from_environment())
-    search = Search(arguments.index, client, arguments.photos)
+    search = Search(arguments.index, client, arguments.photos, arguments.refresh)
     serve(search, host=arguments.host, port=arguments.port, allowed=arguments.allow_host)
     return 0

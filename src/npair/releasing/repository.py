@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
+
+from npair.objects import Objects
 
 MODEL = "npair"  # the only name that serve.py, clients and dashboards know
 STORES = ("s3", "gs")  # the extras of pyproject.toml with their fsspec implementations
@@ -194,7 +196,7 @@ class Folder(Repository):
                     os.close(handle)
 
 
-class Store(Repository):
+class Store(Objects, Repository):
     """A repository in an object store, where puts are atomic and listings consistent, but nothing
     can be renamed.
 
@@ -204,16 +206,11 @@ class Store(Repository):
     skip and ``remove`` deletes.
     """
 
+    error = RepositoryError
+
     def __init__(self, location: str) -> None:
-        import fsspec  # noqa: PLC0415  # an optional extra
-
-        self.location = location.rstrip("/")
-        self.store, self.root = fsspec.url_to_fs(self.location, use_listings_cache=False)
+        super().__init__(location)
         self.name = self.root.rpartition("/")[2]
-
-    def read(self, path: str) -> bytes:
-        content: bytes = self._ask("cat_file", f"{self.root}/{path}")
-        return content
 
     def write(self, path: str, content: bytes) -> None:
         self._ask("pipe_file", f"{self.root}/{path}", content)
@@ -305,16 +302,6 @@ class Store(Repository):
             )
         self.write(f"{number}/manifest.json", (folder / "manifest.json").read_bytes())
 
-    def _create(self, path: str, content: bytes) -> bool:
-        """Create an object. Returns: False if it exists; of several callers, one gets True."""
-        try:
-            self._ask("pipe_file", path, content, mode="create")
-        except OSError:  # FileExistsError only from AWS and Google
-            if not self._ask("exists", path):
-                raise
-            return False
-        return True
-
     def _files(self, prefix: str = "") -> dict[str, int]:
         """Return sizes in bytes by path in the model's folder."""
         found = self._ask("find", self.root, detail=True)
@@ -322,19 +309,6 @@ class Store(Repository):
             path.removeprefix(f"{self.root}/"): int(info["size"]) for path, info in found.items()
         }
         return {path: size for path, size in sizes.items() if path.startswith(prefix)}
-
-    def _ask(self, operation: str, *arguments: object, **options: object) -> Any:
-        """Call the store.
-
-        Raises: OSError for the store's refusals. Other errors, such as a lost connection or missing
-        credentials, differ between stores; they become RepositoryError.
-        """
-        try:
-            return getattr(self.store, operation)(*arguments, **options)
-        except OSError:
-            raise
-        except Exception as error:
-            raise RepositoryError(f"{self.location} cannot be reached: {error}") from error
 
 
 def open_repository(location: str | Path, *, start: bool = False) -> Repository:

@@ -13,7 +13,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from npair.client import environment
-from npair.gallery.gallery import Gallery, GalleryError
+from npair.gallery.gallery import Gallery
+from npair.gallery.location import GalleryError
 from npair.web.app import create_app
 from npair.web.search import Search
 
