@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import npair
 from npair import client_cli
-from npair.cli import data, evaluate, index, publish, release, train, tune, web
+from npair.cli import bulk, data, evaluate, index, publish, release, train, tune, web
 from npair.client import NpairError
 
 EXIT_PIPE = 128 + signal.SIGPIPE  # as a shell reports a command that SIGPIPE ended
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     whole.set_defaults(extra="")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
     client_cli.add_commands(commands)
-    for group in (data, train, evaluate, publish, release, index, tune, web):
+    for group in (data, train, evaluate, publish, release, index, tune, web, bulk):
         group.add_commands(commands)
     return whole
 

@@ -1,0 +1,159 @@
+"""A bulk job: pieces of a list through actors of a Ray cluster into an output."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by ray when it is imported
+
+import ray
+import ray.data
+from ray.data.checkpoint import CheckpointConfig
+from ray.data.datasource import FilenameProvider
+
+from npair.bulk import BulkError
+from npair.bulk.actor import Embed
+from npair.bulk.lists import open_source
+from npair.bulk.output import About, Output, Progress
+from npair.bulk.progress import Counter, shown_progress
+from npair.bulk.schema import PREFIX
+from npair.bulk.source import Source
+from npair.bulk.storage import absolute
+from npair.bulk.version import Version
+from npair.serving.engine import cores
+
+
+class Names(FilenameProvider):
+    """Names files by job and task, from which Ray's checkpoints know what to delete."""
+
+    def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
+        return f"{PREFIX}{write_uuid}-{task_index:08}.parquet"
+
+
+def run(
+    photos: str,
+    version_folder: str,
+    out: str,
+    *,
+    precision: str = "fp32",
+    rows: int = 1000,
+    address: str | None = None,
+    actors: int | None = None,
+    say: Callable[[str], None] = print,
+) -> About:
+    """Embed a list into an output, or continue with what is left of it.
+
+    photos, version_folder, out: locations. precision: one of schema.PRECISIONS.
+    rows: photos of a piece, where the list has no parts of its own.
+    address: of the Ray cluster; by default, one is started on this machine. actors: by default, as
+    many as there are cores, but for one of a cluster's.
+    Returns: what the output holds, with its rows. Raises: BulkError.
+    """
+    version, output, source = Version.read(version_folder), Output(out), open_source(photos)
+    manifest = version.manifest
+    wanted = About(
+        manifest.model,
+        manifest.version,
+        version.manifest_sha256,
+        precision,
+        absolute(photos),
+        source.stamp,
+        source.unit,
+    )
+    about = output.about()
+    if about is None:
+        output.begin(wanted, source.pieces(rows))
+        about = wanted
+    refuse_mixture(output, about, wanted)
+    if about.rows is None:
+        progress = output.resume()
+        if progress.done:
+            say(f"{output.location}: {progress.done / progress.total:.0%} are done; continuing")
+        if progress.done < progress.total:
+            with cluster(address, actors) as count:
+                embed(version, source, output, progress, precision=precision, actors=count)
+        return output.complete(about)
+    output.tidy()
+    return about
+
+
+def refuse_mixture(output: Output, about: About, wanted: About) -> None:
+    """Raise BulkError if an output is of another version or another list."""
+    if (about.model, about.version, about.manifest) != (
+        wanted.model,
+        wanted.version,
+        wanted.manifest,
+    ):
+        raise BulkError(
+            f"{output.location} holds vectors of version {about.version} of {about.model}"
+            f" ({about.manifest[:12]}), not of version {wanted.version} of {wanted.model}"
+            f" ({wanted.manifest[:12]}); vectors of two versions are never mixed: name another"
+            " folder"
+        )
+    state = "unfinished" if about.rows is None else "complete"
+    if about.source != wanted.source or about.stamp != wanted.stamp:
+        same = about.source == wanted.source
+        raise BulkError(
+            f"{output.location} is {state}, with the list {about.source}"
+            f"{', which has changed since' if same else ''}; name another folder"
+        )
+    if about.precision != wanted.precision:
+        raise BulkError(
+            f"{output.location} is {state}, in {about.precision}; name another folder, or add"
+            f" --precision {about.precision}"
+        )
+
+
+@contextlib.contextmanager
+def cluster(address: str | None, actors: int | None) -> Iterator[int]:
+    """Connect to a Ray cluster, or start one on this machine. Yields: how many actors to run.
+
+    Raises: BulkError if there is no cluster at the address.
+    """
+    # One CPU more than actors: Ray reads, filters and writes on it.
+    local = {} if address else {"num_cpus": (actors or cores()) + 1, "include_dashboard": False}
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    except (ConnectionError, ValueError) as error:
+        raise BulkError(f"no Ray cluster at {address}: {error}") from error
+    try:
+        yield actors or max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
+    finally:
+        ray.shutdown()
+
+
+def embed(
+    version: Version,
+    source: Source,
+    output: Output,
+    progress: Progress,
+    *,
+    precision: str,
+    actors: int,
+) -> None:
+    """Run the pieces that are left through actors. Raises: BulkError."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.checkpoint_config = CheckpointConfig(
+        "piece",
+        output.checkpoints,
+        override_filesystem=output.system,
+        delete_checkpoint_on_success=False,  # only once the output is checked
+    )
+    counter = Counter.remote()
+    constructed = (ray.put(version), source, precision, counter)
+    pieces = ray.data.read_parquet(output.plan, filesystem=output.system)
+    rows = pieces.repartition(target_num_rows_per_block=1).map_batches(
+        Embed,
+        fn_constructor_args=constructed,
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=1,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+    )
+    with shown_progress(counter, progress, source.unit):
+        rows.write_parquet(output.path, filesystem=output.system, filename_provider=Names())
