@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,9 +38,11 @@ class Embed:
         self.stack, self.fault = contextlib.ExitStack(), ""
         try:
             self.embedder = self.stack.enter_context(self.version.embedder())
+            counter.start.remote()
         except Exception as error:  # published code has exception classes of its own
             # Raised by the first call, since Ray says more of an error there than of one here.
-            self.fault = f"{socket.gethostname()} cannot run the version: {error}"
+            reason = re.sub(r"\S*/npair-bulk-\S+: ", "", str(error))
+            self.fault = f"{socket.gethostname()} cannot run the version: {reason}"
 
     def __call__(self, pieces: pa.Table) -> pa.Table:
         """Embed pieces, the columns of output.PLAN. Returns: the columns of schema.schema."""
@@ -69,26 +72,22 @@ class Embed:
     def _rows(self, piece: int, ids: Sequence[str], answers: Sequence[Any]) -> pa.Table:
         """Make rows of embeddings, float32 [D], and of reasons."""
         kind = self.schema.field("vector").type
-        refused = np.array([not isinstance(answer, np.ndarray) for answer in answers])
         vectors = np.zeros((len(ids), kind.list_size), kind.value_type.to_pandas_dtype())
         reasons: list[str | None] = [None] * len(ids)
         for row, answer in enumerate(answers):
-            if refused[row]:
-                reasons[row] = str(answer)
-            else:
+            if isinstance(answer, np.ndarray):
                 vectors[row] = answer
+            else:
+                reasons[row] = str(answer)
+        model, version, manifest = self.made_by
         columns = {
             "id": ids,
-            "vector": pa.FixedSizeListArray.from_arrays(
-                pa.array(vectors.ravel()), kind.list_size, mask=pa.array(refused)
-            ),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), type=kind),
             "reason": reasons,
-            **{
-                name: [value] * len(ids)
-                for name, value in zip(
-                    ("model", "version", "manifest", "piece"), (*self.made_by, piece), strict=True
-                )
-            },
+            "model": [model] * len(ids),
+            "version": [version] * len(ids),
+            "manifest": [manifest] * len(ids),
+            "piece": [piece] * len(ids),
         }
         return pa.table(columns, schema=self.schema)
 

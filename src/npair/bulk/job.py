@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by ray when it is imported
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by Ray when it is imported
 
 import ray
 import ray.data
@@ -18,7 +22,7 @@ from npair.bulk import BulkError
 from npair.bulk.actor import Embed
 from npair.bulk.lists import open_source
 from npair.bulk.output import About, Output, Progress
-from npair.bulk.progress import Counter, shown_progress
+from npair.bulk.progress import Counter, Done, shown_progress
 from npair.bulk.schema import PREFIX
 from npair.bulk.source import Source
 from npair.bulk.storage import absolute
@@ -26,7 +30,7 @@ from npair.bulk.version import Version
 from npair.serving.engine import cores
 
 
-class Names(FilenameProvider):
+class Names(FilenameProvider):  # type: ignore[misc]  # Ray's types are skipped
     """Names files by job and task, from which Ray's checkpoints know what to delete."""
 
     def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
@@ -43,14 +47,14 @@ def run(
     address: str | None = None,
     actors: int | None = None,
     say: Callable[[str], None] = print,
-) -> About:
+) -> tuple[About, Done]:
     """Embed a list into an output, or continue with what is left of it.
 
     photos, version_folder, out: locations. precision: one of schema.PRECISIONS.
     rows: photos of a piece, where the list has no parts of its own.
     address: of the Ray cluster; by default, one is started on this machine. actors: by default, as
     many as there are cores, but for one of a cluster's.
-    Returns: what the output holds, with its rows. Raises: BulkError.
+    Returns: what the output holds, and what was embedded now. Raises: BulkError.
     """
     version, output, source = Version.read(version_folder), Output(out), open_source(photos)
     manifest = version.manifest
@@ -68,16 +72,18 @@ def run(
         output.begin(wanted, source.pieces(rows))
         about = wanted
     refuse_mixture(output, about, wanted)
-    if about.rows is None:
-        progress = output.resume()
-        if progress.done:
-            say(f"{output.location}: {progress.done / progress.total:.0%} are done; continuing")
-        if progress.done < progress.total:
-            with cluster(address, actors) as count:
-                embed(version, source, output, progress, precision=precision, actors=count)
-        return output.complete(about)
-    output.tidy()
-    return about
+    if about.rows is not None:
+        output.tidy()
+        return about, Done()
+    progress, done = output.resume(), Done()
+    if progress.done:
+        say(f"{progress.done / progress.total:.0%} of {output.location} are done; continuing")
+    if progress.done < progress.total:
+        with quiet() as stderr, cluster(address, actors) as count:
+            done = embed(
+                version, source, output, progress, precision=precision, actors=count, stderr=stderr
+            )
+    return output.complete(about), done
 
 
 def refuse_mixture(output: Output, about: About, wanted: About) -> None:
@@ -111,19 +117,40 @@ def refuse_mixture(output: Output, about: About, wanted: About) -> None:
 def cluster(address: str | None, actors: int | None) -> Iterator[int]:
     """Connect to a Ray cluster, or start one on this machine. Yields: how many actors to run.
 
-    Raises: BulkError if there is no cluster at the address.
+    Raises: BulkError if there is none, or for the error of an actor.
     """
     # One CPU more than actors: Ray reads, filters and writes on it.
     local = {} if address else {"num_cpus": (actors or cores()) + 1, "include_dashboard": False}
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
-    except (ConnectionError, ValueError) as error:
-        raise BulkError(f"no Ray cluster at {address}: {error}") from error
+        ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **local)
+    except Exception as error:  # Ray raises no other class if a node does not start in time
+        where = f"Ray at {address} cannot be reached" if address else "Ray does not start"
+        raise BulkError(f"{where}: {error}") from error
     try:
         yield actors or max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
+    except ray.exceptions.RayError as error:
+        ours = re.search(r"BulkError: (.*)", str(error))
+        raise BulkError(ours[1] if ours else f"Ray: {error}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command continues") from None
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[TextIO]:
+    """Send what Ray's processes and libraries write on stderr nowhere. Yields: stderr for npair.
+
+    Ray has it in its own logs, below /tmp/ray.
+    """
+    sys.stderr.flush()
+    with os.fdopen(os.dup(2), "w") as kept, Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield kept
+        finally:
+            os.dup2(kept.fileno(), 2)
 
 
 def embed(
@@ -134,7 +161,8 @@ def embed(
     *,
     precision: str,
     actors: int,
-) -> None:
+    stderr: TextIO,
+) -> Done:
     """Run the pieces that are left through actors. Raises: BulkError."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
@@ -155,5 +183,7 @@ def embed(
         num_cpus=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
     )
-    with shown_progress(counter, progress, source.unit):
+    with shown_progress(counter, progress, source.unit, stderr):
         rows.write_parquet(output.path, filesystem=output.system, filename_provider=Names())
+    done: Done = ray.get(counter.read.remote())
+    return done

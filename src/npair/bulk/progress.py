@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import ray
 from tqdm import tqdm
@@ -19,11 +18,17 @@ TERMINAL_SECONDS, LOG_SECONDS = 0.5, 60.0  # between two lines: of a terminal, o
 
 
 class Done(NamedTuple):
-    """What actors have embedded. size: in the source's unit."""
+    """What actors have embedded. size: in the source's unit. seconds: since one was ready."""
 
     photos: int = 0
     refused: int = 0
     size: int = 0
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Photos per second, 0 as long as it is not known."""
+        return self.photos / self.seconds if self.seconds else 0.0
 
 
 @ray.remote(num_cpus=0)
@@ -31,40 +36,48 @@ class Counter:
     """Sums what the actors have done."""
 
     def __init__(self) -> None:
-        self.done = Done()
+        self.done, self.began = Done(), 0.0
 
-    def add(self, *done: int) -> None:
-        """Add the fields of Done."""
-        self.done = Done(*map(sum, zip(self.done, done, strict=True)))
+    def start(self) -> None:
+        """Begin to count seconds, unless another actor has."""
+        self.began = self.began or time.monotonic()
+
+    def add(self, photos: int, refused: int, size: int) -> None:
+        before = self.done
+        self.done = Done(
+            before.photos + photos,
+            before.refused + refused,
+            before.size + size,
+            time.monotonic() - self.began,
+        )
 
     def read(self) -> Done:
         return self.done
 
 
-def line(done: Done, progress: Progress, unit: str, seconds: float) -> str:
+def line(done: Done, progress: Progress, unit: str) -> str:
     """Describe how far a job is. progress: when it began."""
-    size = progress.done + done.size
-    rate = done.size / seconds
-    left = tqdm.format_interval((progress.total - size) / rate) if rate else "?"
-    share = (
-        f"{size:,} of {progress.total:,} photos"
-        if unit == "photos"
-        else f"{size / progress.total:.1%}"
-    )
-    return f"{share}, {done.photos / seconds:,.0f} photos/s, {left} left, {done.refused:,} refused"
+    size, total = progress.done + done.size, progress.total
+    share = f"{size:,} of {total:,} photos" if unit == "photos" else f"{size / total:.1%}"
+    left = (total - size) * done.seconds / done.size if done.seconds else 0
+    time_left = f", {tqdm.format_interval(left)} left" * bool(left)
+    return f"{share}, {done.rate:,.0f} photos/s{time_left}, {done.refused:,} refused"
 
 
 @contextlib.contextmanager
-def shown_progress(counter: Any, progress: Progress, unit: str) -> Iterator[None]:
-    """Show a line on stderr: in place on a terminal, else a line a minute."""
-    terminal, ended, began = sys.stderr.isatty(), threading.Event(), time.monotonic()
+def shown_progress(counter: Any, progress: Progress, unit: str, stream: TextIO) -> Iterator[None]:
+    """Show a line in place on a terminal, or a line a minute in a log."""
+    terminal, ended = stream.isatty(), threading.Event()
 
     def show() -> None:
         while not ended.wait(TERMINAL_SECONDS if terminal else LOG_SECONDS):
-            done = ray.get(counter.read.remote())
-            text = line(done, progress, unit, time.monotonic() - began)
-            print(CLEAR + text if terminal else text, end="" if terminal else "\n", file=sys.stderr)
-            sys.stderr.flush()
+            text = line(ray.get(counter.read.remote()), progress, unit)
+            print(
+                f"{CLEAR}{text}" if terminal else text,
+                end="" if terminal else "\n",
+                file=stream,
+                flush=True,
+            )
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
@@ -73,5 +86,4 @@ def shown_progress(counter: Any, progress: Progress, unit: str) -> Iterator[None
     finally:
         ended.set()
         thread.join()
-        if terminal:
-            print(end=CLEAR, file=sys.stderr, flush=True)
+        print(end=CLEAR if terminal else "", file=stream, flush=True)

@@ -60,7 +60,7 @@ def add_commands(commands: Commands) -> None:
 def _bulk(arguments: argparse.Namespace) -> int:
     from npair.bulk.job import run
 
-    about = run(
+    about, done = run(
         arguments.photos,
         arguments.version,
         arguments.out,
@@ -70,8 +70,9 @@ def _bulk(arguments: argparse.Namespace) -> int:
         actors=arguments.actors,
         say=say,
     )
+    now = {**done._asdict(), "photos_per_second": round(done.rate, 1)}
     if arguments.json:
-        print(json.dumps({"out": arguments.out, **dataclasses.asdict(about)}))
+        print(json.dumps({"out": arguments.out, **dataclasses.asdict(about), "now": now}))
     else:
         print(
             f"{about.rows:,} rows in {arguments.out}, embedded by version {about.version} of"
