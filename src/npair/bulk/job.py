@@ -29,6 +29,11 @@ from npair.bulk.storage import absolute
 from npair.bulk.version import Version
 from npair.serving.engine import cores
 
+# CPUs that Ray counts beside those of the actors: one for its filter of what is written already,
+# one for tasks that read pieces and write rows. If the actors had all, the job would never end.
+SPARE = 2
+WRITING = {"num_cpus": 0.1}  # a writing task waits for the store
+
 
 class Names(FilenameProvider):  # type: ignore[misc]  # Ray's types are skipped
     """Names files by job and task, from which Ray's checkpoints know what to delete."""
@@ -53,7 +58,7 @@ def run(
     photos, version_folder, out: locations. precision: one of schema.PRECISIONS.
     rows: photos of a piece, where the list has no parts of its own.
     address: of the Ray cluster; by default, one is started on this machine. actors: by default, as
-    many as there are cores, but for one of a cluster's.
+    many as there are cores, and two less than the CPUs of a cluster.
     Returns: what the output holds, and what was embedded now. Raises: BulkError.
     """
     version, output, source = Version.read(version_folder), Output(out), open_source(photos)
@@ -119,16 +124,20 @@ def cluster(address: str | None, actors: int | None) -> Iterator[int]:
 
     Raises: BulkError if there is none, or for the error of an actor.
     """
-    # One CPU more than actors: Ray reads, filters and writes on it.
-    local = {} if address else {"num_cpus": (actors or cores()) + 1, "include_dashboard": False}
+    local = {"num_cpus": (actors or cores()) + SPARE, "include_dashboard": False}
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **local)
+        ray.init(
+            address,
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            **({} if address else local),
+        )
     except Exception as error:  # Ray raises no other class if a node does not start in time
         where = f"Ray at {address} cannot be reached" if address else "Ray does not start"
         raise BulkError(f"{where}: {error}") from error
     try:
-        yield actors or max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
+        yield actors or max(1, int(ray.cluster_resources().get("CPU", 0)) - SPARE)
     except ray.exceptions.RayError as error:
         ours = re.search(r"BulkError: (.*)", str(error))
         raise BulkError(ours[1] if ours else f"Ray: {error}") from error
@@ -184,6 +193,11 @@ def embed(
         compute=ray.data.ActorPoolStrategy(size=actors),
     )
     with shown_progress(counter, progress, source.unit, stderr):
-        rows.write_parquet(output.path, filesystem=output.system, filename_provider=Names())
+        rows.write_parquet(
+            output.path,
+            filesystem=output.system,
+            filename_provider=Names(),
+            ray_remote_args=WRITING,
+        )
     done: Done = ray.get(counter.read.remote())
     return done

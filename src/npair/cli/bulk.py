@@ -51,7 +51,7 @@ def add_commands(commands: Commands) -> None:
     bulk.add_argument(
         "--actors",
         type=number(int, least=1),
-        help="processes that embed, of one core each (cores of this machine, or one less than a"
+        help="processes that embed, of one core each (cores of this machine, or two less than a"
         " cluster's)",
     )
     bulk.add_argument("--json", action="store_true", help="print JSON")
