@@ -31,7 +31,7 @@ import tarfile
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -192,14 +192,15 @@ def rates(scratch: Path, paths: dict[str, Path], rounds: int) -> None:
         "shards on this disk": (shards, scratch / "rate"),
     }
     with contextlib.ExitStack() as stack:
-        requests = lambda: 0  # noqa: E731
+        requests: Callable[[], int] = int  # no S3, no requests
         if shutil.which("weed"):
             requests = stack.enter_context(seaweed(scratch / "s3"))
             upload(scratch / "list.parquet", shards, paths)
             lists["paths in S3"] = ("s3://lists/list.parquet", "s3://vectors/paths")
             lists["shards in S3"] = ("s3://photos/shards", "s3://vectors/shards")
-        plain, jobs = [], {name: [] for name in lists}
-        counted = {}
+        plain: list[float] = []
+        jobs: dict[str, list[Run]] = {name: [] for name in lists}
+        counted: dict[str, int] = {}
         for number in range(rounds):
             plain.append(multiprocessed(paths))
             for name, (photos, out) in lists.items():

@@ -166,12 +166,12 @@ def test_outputs_are_not_mixed(photos: Path, tmp_path: Path) -> None:
     rewrite_manifest(other, version=14)
     (tmp_path / "others").mkdir()
     (tmp_path / "others/1.png").write_bytes(PNG)
-    for arguments, reason in [
+    for (named, version), reason in [
         ((photos, other), r"holds vectors of version 13 .* not of version 14 .* never mixed"),
         ((tmp_path / "others", SHIPPED), f"is unfinished, with the list {photos};"),
     ]:
         with pytest.raises(BulkError, match=reason):
-            run(*map(str, arguments), str(out))
+            run(str(named), str(version), str(out))
     with pytest.raises(BulkError, match=r"is unfinished, in fp32; .* --precision fp32"):
         run(str(photos), str(SHIPPED), str(out), precision="fp16")
     shutil.rmtree(Output(str(out)).state)
@@ -188,7 +188,7 @@ def test_what_cannot_be_used(photos: Path, tmp_path: Path, bucket: str) -> None:
     shutil.copytree(SHIPPED, damaged, ignore=shutil.ignore_patterns("__pycache__"))
     (damaged / "network.bin").write_bytes(b"")
     out = tmp_path / "out"
-    for arguments, reason in [
+    for (named, version, place), reason in [
         ((tmp_path / "empty", SHIPPED, out), "does not exist, or holds no photos"),
         ((tmp_path / "missing", SHIPPED, out), "does not exist, or holds no photos"),
         ((photos, tmp_path / "version", out), "is no version's folder: it has no manifest.json"),
@@ -199,4 +199,4 @@ def test_what_cannot_be_used(photos: Path, tmp_path: Path, bucket: str) -> None:
         ((photos, SHIPPED, "ftp://host/out"), "ftp://host/out cannot be used"),
     ]:
         with pytest.raises(BulkError, match=reason):
-            run(*map(str, arguments))
+            run(str(named), str(version), str(place))

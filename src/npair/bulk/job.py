@@ -181,7 +181,7 @@ def embed(
         override_filesystem=output.system,
         delete_checkpoint_on_success=False,  # only once the output is checked
     )
-    counter = Counter.remote()
+    counter = ray.remote(num_cpus=0)(Counter).remote()
     constructed = (ray.put(version), source, precision, counter)
     pieces = ray.data.read_parquet(output.plan, filesystem=output.system)
     rows = pieces.repartition(target_num_rows_per_block=1).map_batches(

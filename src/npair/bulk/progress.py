@@ -31,9 +31,8 @@ class Done(NamedTuple):
         return self.photos / self.seconds if self.seconds else 0.0
 
 
-@ray.remote(num_cpus=0)
 class Counter:
-    """Sums what the actors have done."""
+    """Sums what the actors have done; itself an actor."""
 
     def __init__(self) -> None:
         self.done, self.began = Done(), 0.0

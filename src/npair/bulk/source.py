@@ -29,14 +29,15 @@ class Photo(NamedTuple):
 
 
 class Source(Protocol):
-    """A list of photos. It travels to other machines, so it holds no open file.
+    """A list of photos. It travels to other machines, so it holds no open file."""
 
-    unit: what the sizes of pieces count, "photos" or "bytes".
-    stamp: changes if the list changes; empty if the pieces hold the list.
-    """
+    @property
+    def unit(self) -> str:
+        """What the sizes of pieces count: "photos" or "bytes"."""
 
-    unit: str
-    stamp: str
+    @property
+    def stamp(self) -> str:
+        """Changes if the list changes; empty if the pieces hold the list."""
 
     def pieces(self, rows: int) -> Iterator[Piece]:
         """Cut the list, into pieces of so many rows if it has no parts of its own.

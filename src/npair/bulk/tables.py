@@ -148,10 +148,11 @@ def cut(location: str, batches: Any, columns: tuple[str, str], rows: int) -> Ite
         if columns[1] == "path":
             waiting.append(pa.table({"ids": cells[columns[0]], "paths": cells["path"]}))
     refuse_copies(location, pa.chunked_array(seen, pa.string()))
-    table = pa.concat_tables(waiting) if waiting else []
-    for start in range(0, len(table), rows):
-        part = table.slice(start, rows)
-        yield Piece(len(part), part.to_pydict())
+    if waiting:
+        table = pa.concat_tables(waiting)
+        for start in range(0, len(table), rows):
+            part = table.slice(start, rows)
+            yield Piece(len(part), part.to_pydict())
 
 
 def refuse_copies(location: str, ids: pa.ChunkedArray) -> None:
