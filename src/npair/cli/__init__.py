@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 
 import npair
-from npair.cli import data, evaluate, index, publish, release, train, tune, web
+from npair.cli import bulk, data, evaluate, index, publish, release, train, tune, web
 from npair.client import NpairError
 from npair.client import cli as client_commands
 
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     whole.set_defaults(extra="")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
     client_commands.add_commands(commands)
-    for group in (data, train, evaluate, publish, release, index, tune, web):
+    for group in (data, train, evaluate, publish, release, index, tune, web, bulk):
         group.add_commands(commands)
     return whole
 
