@@ -131,7 +131,7 @@ def test_secrets_are_in_secrets_alone() -> None:
     assert not any(r["kind"] == "Secret" for r in rendered(*EVERYTHING))
 
 
-def test_no_pod_has_more_rights_than_in_compose() -> None:
+def test_pods_have_the_rights_and_limits_of_compose() -> None:
     service = yaml.safe_load((ROOT / "docker-compose.prod.yml").read_text())["services"][
         "model_api"
     ]
@@ -153,6 +153,10 @@ def test_no_pod_has_more_rights_than_in_compose() -> None:
     volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
     assert service["tmpfs"] == ["/tmp:size=64m,mode=1777"]
     assert volumes["tmp"] == {"medium": "Memory", "sizeLimit": "64Mi"}
+    check, probe = service["healthcheck"], container["readinessProbe"]
+    assert (check["interval"], check["timeout"]) == ("5s", "8s")
+    assert (probe["periodSeconds"], probe["timeoutSeconds"]) == (5, 8)
+    assert check["retries"] == probe["failureThreshold"]
     assert service["shm_size"] == "256m"
     assert volumes["shm"] == {"medium": "Memory", "sizeLimit": "256Mi"}
     assert service["mem_limit"] == "${MEMORY:-3g}"
