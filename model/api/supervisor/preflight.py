@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from supervisor.options import Options
 
 IMAGE_SERVER = Path("/opt/tritonserver")
-# By machine, the oldest and the newest Python for the wheel and the packages of requirements.txt.
-# The wheel's Python backend is built for numpy 1, which Python 3.13 has no build of; gevent has none
-# for 3.10 on Arm.
+# By machine: the oldest and newest Python for the wheel and requirements.txt. The wheel's Python
+# backend is built for numpy 1, which Python 3.13 has no build of; gevent has none for 3.10 on Arm.
 WHEEL_PYTHONS = {"x86_64": ((3, 10), (3, 12)), "aarch64": ((3, 11), (3, 12))}
 WHEEL_GLIBC = (2, 35)
 STORES = ("s3://", "gs://", "as://")
