@@ -26,7 +26,8 @@ from image.engine import TOOLS, engine, install_tools
 
 IMAGE = "npair-arm64"
 HTTP, GRPC = 18430, 18431
-READY_WITHIN = 1800  # seconds
+READY_WITHIN = 3600  # seconds
+PROCESSOR = "neoverse-n1"  # as in Graviton 2 and Ampere Altra
 # Of model/api/test_model_api.py; the others send thousands of photos, or many megapixels.
 TESTS = (
     "TestContract and not (phones_size or many_batches or largest_batch)"
@@ -106,7 +107,7 @@ def server(name: str, *options: str) -> Iterator[None]:
     """
     run("docker", "run", "--detach", "--name", name, "--platform", "linux/arm64", "--read-only",
         "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
-        "--env", f"START_SECONDS={READY_WITHIN}", "--publish", f"127.0.0.1:{HTTP}:8000",
+        "--env", f"START_SECONDS={READY_WITHIN}", "--env", f"QEMU_CPU={PROCESSOR}", "--publish", f"127.0.0.1:{HTTP}:8000",
         "--publish", f"127.0.0.1:{GRPC}:8001", *options, IMAGE,
         stdout=subprocess.DEVNULL)  # fmt: skip
     try:
