@@ -105,11 +105,12 @@ def server(name: str, *options: str) -> Iterator[None]:
 
     It must stop in order.
     """
+    environment = {"START_SECONDS": READY_WITHIN, "QEMU_CPU": PROCESSOR}
     run("docker", "run", "--detach", "--name", name, "--platform", "linux/arm64", "--read-only",
         "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
-        "--env", f"START_SECONDS={READY_WITHIN}", "--env", f"QEMU_CPU={PROCESSOR}", "--publish", f"127.0.0.1:{HTTP}:8000",
-        "--publish", f"127.0.0.1:{GRPC}:8001", *options, IMAGE,
-        stdout=subprocess.DEVNULL)  # fmt: skip
+        *(f"--env={variable}={value}" for variable, value in environment.items()),
+        f"--publish=127.0.0.1:{HTTP}:8000", f"--publish=127.0.0.1:{GRPC}:8001",
+        *options, IMAGE, stdout=subprocess.DEVNULL)  # fmt: skip
     try:
         began = time.monotonic()
         wait_for(f"the server {name}", lambda: embed(HTTP) == 200, READY_WITHIN)
