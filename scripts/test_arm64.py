@@ -24,6 +24,7 @@ from image.checks import embed
 from image.commands import ROOT, output, run, step, wait_for
 from image.engine import TOOLS, engine, install_tools
 
+MODEL = ROOT / "model_repository/npair"
 IMAGE = "npair-arm64"
 HTTP, GRPC = 18430, 18431
 READY_WITHIN = 3600  # seconds
@@ -81,7 +82,7 @@ def test(scratch: Path, stack: contextlib.ExitStack) -> None:
         print(output("docker", "exec", "image", "uname", "-m").strip())
         step("embed the golden photos by the wheel's client")
         for url in (f"http://127.0.0.1:{HTTP}", f"grpc://127.0.0.1:{GRPC}"):
-            run(python, ROOT / "scripts/check_golden.py", url, ROOT / "model_repository/npair")
+            run(python, ROOT / "scripts/check_golden.py", url, MODEL)
         step("test it as a black box")
         urls = {
             "NPAIR_URL": f"http://127.0.0.1:{HTTP}",
@@ -95,7 +96,12 @@ def test(scratch: Path, stack: contextlib.ExitStack) -> None:
     with server("wheel", "--tmpfs", "/opt/tritonserver", "--volume", f"{site}:/wheel:ro",
                 "--env", "PYTHONPATH=/wheel"):  # fmt: skip
         url = f"http://127.0.0.1:{HTTP}"
-        run(python, ROOT / "scripts/check_golden.py", url, ROOT / "model_repository/npair")
+        run(python, ROOT / "scripts/check_golden.py", url, MODEL)
+    step("tell what OpenVINO makes of the graphs")
+    (version,) = (path.parent.name for path in MODEL.glob("*/manifest.json"))
+    run("docker", "run", "--rm", "--platform", "linux/arm64", "--env", f"QEMU_CPU={PROCESSOR}",
+        "--volume", f"{ROOT}/benchmarks/precisions.py:/precisions.py:ro", IMAGE,
+        "python", "/precisions.py", f"/models/npair/{version}")  # fmt: skip
     step("done")
 
 
