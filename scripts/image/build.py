@@ -90,7 +90,8 @@ def stand_in_of(scratch: Path, root: Path, wheel: Path, architecture: str) -> tu
         wheel / "tritonserver/python_backend_stubs/3.11/triton_python_backend_stub",
         server / "backends/python",
     )
-    shutil.copy(next(wheel.parent.glob("nvidia_pytriton-*.dist-info/licenses/LICENSE")), server)
+    # In the folder itself, or in one that newer builds of wheels have.
+    shutil.copy(next(wheel.parent.glob("nvidia_pytriton-*.dist-info/**/LICENSE")), server)
     shutil.copytree(
         wheel.parent / "nvidia_pytriton.libs",
         server / "lib",
