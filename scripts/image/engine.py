@@ -24,10 +24,10 @@ ENGINE = (
 TOOLS = ("runc", "skopeo", "debootstrap", "docker-compose", "iproute2", "apache2-utils")
 
 
-def install_tools() -> None:
+def install_tools(*tools: str) -> None:
     """Install what the engine and the pipeline call, unless it is installed."""
     step("install the tools")
-    missing = [tool for tool in TOOLS if not installed(tool)]
+    missing = [tool for tool in tools if not installed(tool)]
     if missing:
         run("apt-get", "update", "-qq")
         run("apt-get", "install", "-qqy", "--no-install-recommends", *missing)
@@ -45,10 +45,8 @@ def installed(package: str) -> bool:
     )
 
 
-@contextlib.contextmanager
-def engine(scratch: Path) -> Iterator[None]:
-    """Run a separate Docker engine; set PATH, DOCKER_HOST and DOCKER_CONFIG to use it."""
-    step("start an engine")
+def unpack_engine(scratch: Path) -> None:
+    """Unpack the engine and its tools; set PATH and DOCKER_CONFIG to use them."""
     packages, lists = scratch / "packages", scratch / "apt"
     for folder in (packages, lists / "lists/partial", lists / "cache/archives/partial"):
         folder.mkdir(parents=True)
@@ -73,8 +71,15 @@ def engine(scratch: Path) -> Iterator[None]:
     plugins.mkdir(parents=True)
     (plugins / "docker-buildx").symlink_to(programs / "libexec/docker/cli-plugins/docker-buildx")
     os.environ["PATH"] = f"{programs}/bin:{programs}/sbin:{os.environ['PATH']}"
-    os.environ["DOCKER_HOST"] = f"unix://{scratch}/docker.sock"
     os.environ["DOCKER_CONFIG"] = str(scratch / "docker")
+
+
+@contextlib.contextmanager
+def engine(scratch: Path) -> Iterator[None]:
+    """Run a separate Docker engine; set PATH, DOCKER_HOST and DOCKER_CONFIG to use it."""
+    step("start an engine")
+    unpack_engine(scratch)
+    os.environ["DOCKER_HOST"] = f"unix://{scratch}/docker.sock"
     folders = [f"--{name}={scratch / name}" for name in ("data-root", "exec-root")]
     command = [
         "dockerd",
