@@ -40,9 +40,9 @@ def tags(repository: str) -> set[str]:
     try:
         listed = run("skopeo", "list-tags", *_options(repository), f"docker://{repository}")
     except CommandError as error:
-        if "name unknown" in str(error) or "repository name not known" in str(error):
-            return set()
-        raise
+        if not re.search(r"name unknown|404 \(Not Found\)", str(error)):
+            raise
+        return set()
     return set(json.loads(listed)["Tags"])
 
 
