@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 from image.commands import ROOT, background, output, run, status, step, wait_for
-from image.engine import install_tools, unpack_engine
+from image.engine import install_tools, unpack
 
 PLATFORMS = ("linux/amd64", "linux/arm64")
 REFUSED = 3  # release.py's exit code
@@ -48,7 +48,7 @@ class DryRun:
     def __init__(self, scratch: Path, stack: contextlib.ExitStack) -> None:
         self.scratch, self.clone, self.pages = scratch, scratch / "clone", scratch / "pages"
         install_tools("skopeo")
-        unpack_engine(scratch)
+        unpack(scratch, "docker-cli", "docker-buildx", "docker-registry")
         step("start a registry and an index")
         self.registry, self.index = (f"127.0.0.1:{port}" for port in _free_ports(2))
         config = {

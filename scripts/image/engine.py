@@ -45,8 +45,8 @@ def installed(package: str) -> bool:
     )
 
 
-def unpack_engine(scratch: Path) -> None:
-    """Unpack the engine and its tools; set PATH and DOCKER_CONFIG to use them."""
+def unpack(scratch: Path, *wanted: str) -> None:
+    """Unpack packages of Debian trixie; set PATH and DOCKER_CONFIG to use them."""
     packages, lists = scratch / "packages", scratch / "apt"
     for folder in (packages, lists / "lists/partial", lists / "cache/archives/partial"):
         folder.mkdir(parents=True)
@@ -63,7 +63,7 @@ def unpack_engine(scratch: Path) -> None:
     }
     flags = [f"-o={name}={value}" for name, value in apt.items()]
     run("apt-get", *flags, "update", "-qq")
-    run("apt-get", *flags, "-qq", "download", *ENGINE, cwd=packages)
+    run("apt-get", *flags, "-qq", "download", *wanted, cwd=packages)
     for package in packages.iterdir():
         run("dpkg-deb", "--extract", package, scratch / "engine")
     programs = scratch / "engine/usr"
@@ -78,7 +78,7 @@ def unpack_engine(scratch: Path) -> None:
 def engine(scratch: Path) -> Iterator[None]:
     """Run a separate Docker engine; set PATH, DOCKER_HOST and DOCKER_CONFIG to use it."""
     step("start an engine")
-    unpack_engine(scratch)
+    unpack(scratch, *ENGINE)
     os.environ["DOCKER_HOST"] = f"unix://{scratch}/docker.sock"
     folders = [f"--{name}={scratch / name}" for name in ("data-root", "exec-root")]
     command = [
