@@ -124,7 +124,11 @@ class DryRun:
         third = f"{major}.{minor + 2}.0"
         self.next(third)
         try:
-            self.release(f"v{third}", CHECK_URL=f"http://{self.index}/none/", PUBLISH_URL="http://127.0.0.1:9/")
+            self.release(
+                f"v{third}",
+                CHECK_URL=f"http://{self.index}/none/",
+                PUBLISH_URL="http://127.0.0.1:9/",
+            )
         except subprocess.CalledProcessError:
             promoted = self.names()[third]
         else:
@@ -271,7 +275,9 @@ def _outputs(text: str) -> dict[str, str]:
 
 def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        sockets = [
+            stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)
+        ]
         return [bound.getsockname()[1] for bound in sockets]
 
 

@@ -48,12 +48,12 @@ def tags(repository: str) -> set[str]:
 
 def digest(image: str) -> str:
     """Get the digest of what a name like REPOSITORY:TAG means now."""
-    return str(_inspect(image, ".Manifest")["digest"])
+    return str(inspect(image, ".Manifest")["digest"])
 
 
 def configs(image: str) -> dict[str, dict[str, Any]]:
     """Get an image's configuration for each platform, like linux/amd64."""
-    found = _inspect(image, ".Image")
+    found = inspect(image, ".Image")
     if "architecture" in found:  # of one platform
         found = {f"{found['os']}/{found['architecture']}": found}
     return found
@@ -129,18 +129,19 @@ def check_digest(text: str) -> None:
         raise Refusal(f"{text!r} is no digest: did the job that makes it end well?")
 
 
+def inspect(image: str, template: str) -> dict[str, Any]:
+    """Get a part of what docker buildx imagetools knows of an image, like ".Provenance"."""
+    found = run(
+        "docker", "buildx", "imagetools", "inspect", "--format", f"{{{{json {template}}}}}", image
+    )
+    return dict(json.loads(found))
+
+
 def _released(tag: str) -> Version | None:
     try:
         return parse(tag.removeprefix("cpu-")) if tag.startswith("cpu-") else None
     except Refusal:
         return None
-
-
-def _inspect(image: str, template: str) -> dict[str, Any]:
-    found = run(
-        "docker", "buildx", "imagetools", "inspect", "--format", f"{{{{json {template}}}}}", image
-    )
-    return dict(json.loads(found))
 
 
 def _options(repository: str) -> list[str]:

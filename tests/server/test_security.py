@@ -329,7 +329,7 @@ class TestRelease:
 
     def test_the_image_is_above_it_and_nothing_lowers_it(self) -> None:
         assert (
-            re.findall(r"^ARG TRITON_IMAGE=.*:(.*)-py3$", self.DOCKERFILE, re.MULTILINE)[0]
+            re.findall(r"^FROM .*/tritonserver:(.*)-py3 AS nvidia$", self.DOCKERFILE, re.MULTILINE)[0]
             >= self.FLOOR
         )
         for path in [
