@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from distribution import project, registry
-from distribution.project import ROOT, Refusal
+from distribution.project import ROOT, RefusedError
 from distribution.registry import CommandError, run
 
 
@@ -22,7 +22,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     try:
         arguments.run(arguments)
-    except Refusal as refusal:
+    except RefusedError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 3
     except CommandError as error:
@@ -51,26 +51,26 @@ def check(arguments: argparse.Namespace) -> None:
     tag = arguments.tag
     released = project.of_tag(tag)
     if released != project.current():
-        raise Refusal(
+        raise RefusedError(
             f"the tag is {tag}, and this checkout is {project.current()}: "
             f"run scripts/release.py prepare {released}, commit, and tag that"
         )
     project.section(released)
     head = _git("rev-parse", "HEAD")
     if _git("rev-parse", f"{tag}^{{commit}}") != head:
-        raise Refusal(f"{tag} is another commit than this checkout, {head}")
+        raise RefusedError(f"{tag} is another commit than this checkout, {head}")
     if changes := _git("status", "--porcelain"):
-        raise Refusal(f"this checkout has changes:\n{changes}")
+        raise RefusedError(f"this checkout has changes:\n{changes}")
     image = ""
     if f"cpu-{released}" in registry.tags(arguments.image):
         image = registry.digest(name := f"{arguments.image}:cpu-{released}")
         if (built := registry.revisions(name)) != {head}:
-            raise Refusal(
+            raise RefusedError(
                 f"{name} was built from {', '.join(sorted(built))}, and {tag} is {head}: "
                 "a tag never moves. Release the next version"
             )
     if _has_page(tag):
-        raise Refusal(f"{released} is released, and a version is released once")
+        raise RefusedError(f"{released} is released, and a version is released once")
     print(f"version={released}\nimage={image}")
 
 
@@ -102,7 +102,7 @@ def page(arguments: argparse.Namespace) -> None:
     released = project.of_tag(arguments.tag)
     files = sorted(arguments.dist.glob(f"npair-{released}*"))
     if [path.suffix for path in files] != [".whl", ".gz"]:
-        raise Refusal(f"{arguments.dist} does not hold one wheel and one sdist of {released}")
+        raise RefusedError(f"{arguments.dist} does not hold one wheel and one sdist of {released}")
     sums = arguments.dist / "SHA256SUMS"
     sums.write_text(
         "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files)
@@ -118,7 +118,7 @@ def _notes(released: project.Version, image: str, sums: str) -> str:
     name = f"{image.partition('@')[0]}:cpu-{released}"
     digest = registry.digest(name)
     if digest != image.partition("@")[2]:
-        raise Refusal(f"{name} is {digest}, not what was tested, {image}")
+        raise RefusedError(f"{name} is {digest}, not what was tested, {image}")
     platforms = ", ".join(sorted(registry.configs(name)))
     _, text = project.section(released)
     return (

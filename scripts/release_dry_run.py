@@ -23,6 +23,7 @@ from pathlib import Path
 
 from image.commands import ROOT, background, output, run, status, step, wait_for
 from image.engine import install_tools, unpack
+from image.registry import open_registry
 
 PLATFORMS = ("linux/amd64", "linux/arm64")
 REFUSED = 3  # release.py's exit code
@@ -50,34 +51,24 @@ class DryRun:
         install_tools("skopeo")
         unpack(scratch, "docker-cli", "docker-buildx", "docker-registry")
         step("start a registry and an index")
-        self.registry, self.index = (f"127.0.0.1:{port}" for port in _free_ports(2))
-        config = {
-            "version": 0.1,
-            "log": {"level": "error", "accesslog": {"disabled": True}},
-            "storage": {"filesystem": {"rootdirectory": str(scratch / "registry")}},
-            "http": {"addr": self.registry},
-        }
-        (scratch / "registry.json").write_text(json.dumps(config))  # JSON is YAML
         packages, programs = scratch / "index", scratch / "bin"
         for folder in (packages, programs, self.pages):
             folder.mkdir()
         (programs / "gh").write_text(GH.format(pages=self.pages))
         (programs / "gh").chmod(0o755)
-        port = self.index.partition(":")[2]
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        self.index = f"http://127.0.0.1:{port}"
         serve = [sys.executable, "-m", "pypiserver", "run", "--interface", "127.0.0.1"]
         serve += ["--port", port, "--passwords", ".", "--authenticate", ".", "--disable-fallback"]
         stack.enter_context(background([*serve, packages], scratch / "index.log"))
-        registry = ["docker-registry", "serve", scratch / "registry.json"]
-        stack.enter_context(background(registry, scratch / "registry.log"))
-        for address, path in ((self.registry, "/v2/"), (self.index, "/simple/")):
-            host, _, number = address.partition(":")
-            wait_for(address, lambda a=(host, int(number), "GET", path): status(*a) == 200)  # type: ignore[misc]
-        self.image = f"{self.registry}/tester/npair_model_api"
+        wait_for("the index", lambda: status("127.0.0.1", port, "GET", "/simple/") == 200)
+        self.image = f"{stack.enter_context(open_registry(scratch))}/tester/npair_model_api"
         os.environ |= {
             "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "UV": "uv",
-            "PUBLISH_URL": f"http://{self.index}/",
-            "CHECK_URL": f"http://{self.index}/simple/",
+            "PUBLISH_URL": f"{self.index}/",
+            "CHECK_URL": f"{self.index}/simple/",
             "UV_PUBLISH_USERNAME": "tester",
             "UV_PUBLISH_PASSWORD": "none",
             "GIT_AUTHOR_NAME": "tester",
@@ -126,7 +117,7 @@ class DryRun:
         try:
             self.release(
                 f"v{third}",
-                CHECK_URL=f"http://{self.index}/none/",
+                CHECK_URL=f"{self.index}/none/",
                 PUBLISH_URL="http://127.0.0.1:9/",
             )
         except subprocess.CalledProcessError:
@@ -155,7 +146,8 @@ class DryRun:
         refused = subprocess.run(
             ["scripts/publish.sh"], cwd=self.clone, capture_output=True, text=True, check=False
         )
-        assert refused.returncode != 0 and "do not match" in refused.stderr, refused.stderr
+        assert refused.returncode != 0, "PyPI's files were replaced"
+        assert "do not match" in refused.stderr, refused.stderr
         step("done")
 
     def release(self, tag: str, **variables: str) -> None:
@@ -218,7 +210,7 @@ class DryRun:
         print(f"cpu-{version} is {self.digest(f'cpu-{version}')}, for {', '.join(platforms)}")
         folder = self.scratch / "downloaded"
         pip = [sys.executable, "-m", "pip", "--quiet", "download", "--no-deps", "--dest", folder]
-        run(*pip, "--index-url", f"http://{self.index}/simple/", f"npair=={version}")
+        run(*pip, "--index-url", f"{self.index}/simple/", f"npair=={version}")
         page = self.pages / f"v{version}"
         run("sha256sum", "--check", "--quiet", "SHA256SUMS", cwd=page)
         for path in (*folder.iterdir(), *sorted(page.iterdir())):
@@ -271,14 +263,6 @@ def _write_image(folder: Path, platform: str, commit: str, name: str) -> str:
 
 def _outputs(text: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in text.splitlines())
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [
-            stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)
-        ]
-        return [bound.getsockname()[1] for bound in sockets]
 
 
 if __name__ == "__main__":

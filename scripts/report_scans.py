@@ -64,10 +64,8 @@ def open_issue() -> str:
 
 def log() -> str:
     """Get a line that links to the run, empty outside GitHub."""
-    run_of = [
-        os.environ.get(f"GITHUB_{name}", "") for name in ("SERVER_URL", "REPOSITORY", "RUN_ID")
-    ]
-    server, repository, number = run_of
+    names = ("SERVER_URL", "REPOSITORY", "RUN_ID")
+    server, repository, number = (os.environ.get(f"GITHUB_{name}", "") for name in names)
     return f"\n[Log]({server}/{repository}/actions/runs/{number})\n" if number else ""
 
 

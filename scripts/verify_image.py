@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from distribution import registry
-from distribution.project import ROOT, Refusal
+from distribution.project import ROOT, RefusedError
 from distribution.registry import REVISION, CommandError, run
 
 BASES = {"TRITON_IMAGE": "npair.triton-image", "BASE_IMAGE": "npair.base-image"}
@@ -38,13 +38,11 @@ def main() -> int:
         if check is attested:
             command.add_argument("--commit", help="what it must be built from")
         else:
-            command.add_argument(
-                "options", nargs="*", help="more for docker buildx build, after --"
-            )
+            command.add_argument("options", nargs="*", help="for docker buildx build, after --")
     arguments = whole.parse_args()
     try:
         arguments.check(arguments)
-    except Refusal as refusal:
+    except RefusedError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 3
     except CommandError as error:
@@ -62,15 +60,17 @@ def attested(arguments: argparse.Namespace) -> None:
         labels = config["config"].get("Labels") or {}
         commit = labels.get(REVISION)
         if arguments.commit not in (None, commit):
-            raise Refusal(f"{name} was built from {commit}, not from {arguments.commit}")
+            raise RefusedError(f"{name} was built from {commit}, not from {arguments.commit}")
         packages = sboms[name].get("packages", [])
         if not packages:
-            raise Refusal(f"{name}: its SBOM lists no package")
+            raise RefusedError(f"{name}: its SBOM lists no package")
         sources = _sources(provenances[name])
         for label in BASES.values():
             digest = str(labels.get(label)).rpartition("@sha256:")[2]
             if digest not in sources:
-                raise Refusal(f"{name} says {label} {labels.get(label)}; its provenance does not")
+                raise RefusedError(
+                    f"{name} says {label} {labels.get(label)}; its provenance does not"
+                )
         print(f"{name}: commit {commit}, {len(packages)} packages, {len(sources)} sources:")
         for digest, source in sources.items():
             print(f"  {source} sha256:{digest}")
@@ -84,18 +84,18 @@ def reproduced(arguments: argparse.Namespace) -> None:
     here = MACHINES[platform.machine()]
     config = registry.configs(arguments.image).get(here)
     if config is None:
-        raise Refusal(f"{arguments.image} is not for this machine, {here}")
+        raise RefusedError(f"{arguments.image} is not for this machine, {here}")
     labels = config["config"].get("Labels") or {}
     head = run("git", "-C", ROOT, "rev-parse", "HEAD").strip()
     if labels.get(REVISION) != head:
-        raise Refusal(
+        raise RefusedError(
             f"it was built from {labels.get(REVISION)}, and this checkout is {head}: "
             f"git checkout {labels.get(REVISION)}"
         )
     options = list(arguments.options)
     for argument, label in BASES.items():
         if label not in labels:
-            raise Refusal(f"it has no label {label}, so its base images are unknown")
+            raise RefusedError(f"it has no label {label}, so its base images are unknown")
         options += ["--build-arg", f"{argument}={labels[label]}"]
     with tempfile.TemporaryDirectory() as folder:
         layers = _build(Path(folder) / "image.tar", here, options)
@@ -103,7 +103,7 @@ def reproduced(arguments: argparse.Namespace) -> None:
     for number, (first, second) in enumerate(zip(found, layers, strict=False)):
         print(f"{number:2} {first} {'again' if first == second else 'is now ' + second}")
     if found != layers:
-        raise Refusal("another build has other layers: have Ubuntu's packages changed since?")
+        raise RefusedError("another build has other layers: have Ubuntu's packages changed since?")
     print(f"all {len(layers)} layers are the same")
 
 
@@ -126,7 +126,7 @@ def _by_platform(
         found = dict.fromkeys(configs, found)
     missing = [name for name in configs if kind not in found.get(name, {})]
     if missing:
-        raise Refusal(f"{', '.join(missing)}: no attestation of the kind {kind} came along")
+        raise RefusedError(f"{', '.join(missing)}: no attestation of the kind {kind} came along")
     return {name: found[name][kind] for name in configs}
 
 

@@ -20,7 +20,7 @@ _CHARTED = re.compile(r'^appVersion: "?([^"\s]+)"?$', re.MULTILINE)
 _HEADING = re.compile(r"^## (.+)\n", re.MULTILINE)
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """A release that must not go on. The message says why, and what to do."""
 
 
@@ -46,14 +46,14 @@ def parse(text: str) -> Version:
     """Read X.Y.Z or X.Y.ZrcN."""
     found = _VERSION.fullmatch(text)
     if found is None:
-        raise Refusal(f"{text!r} is no version: write X.Y.Z, or X.Y.ZrcN for a pre-release")
+        raise RefusedError(f"{text!r} is no version: write X.Y.Z, or X.Y.ZrcN for a pre-release")
     return Version(*(int(part) for part in found.groups() if part is not None))
 
 
 def of_tag(tag: str) -> Version:
     """Read the version that a git tag vX.Y.Z names."""
     if not tag.startswith("v"):
-        raise Refusal(f"{tag!r} is no tag of a release: these are vX.Y.Z or vX.Y.ZrcN")
+        raise RefusedError(f"{tag!r} is no tag of a release: these are vX.Y.Z or vX.Y.ZrcN")
     return parse(tag.removeprefix("v"))
 
 
@@ -74,16 +74,16 @@ def section(version: Version, root: Path = ROOT) -> tuple[str, str]:
             if version.final:
                 _check_day(found[1])
             if not text.strip():
-                raise Refusal(f"{CHANGELOG}: the section {heading!r} is empty")
+                raise RefusedError(f"{CHANGELOG}: the section {heading!r} is empty")
             return found[1], text.strip() + "\n"
     heading = f"{version} - YYYY-MM-DD" if version.final else "Unreleased"
-    raise Refusal(f"{CHANGELOG} has no section '## {heading}': run scripts/release.py prepare")
+    raise RefusedError(f"{CHANGELOG} has no section '## {heading}': run scripts/release.py prepare")
 
 
 def prepare(version: Version, root: Path = ROOT, today: date | None = None) -> list[str]:
     """Set the version everywhere, and date what is unreleased. Returns: the changed files."""
     if version <= current(root):
-        raise Refusal(f"{version} is not above the version of this checkout, {current(root)}")
+        raise RefusedError(f"{version} is not above the version of this checkout, {current(root)}")
     changed = [SOURCE]
     _replace(root / SOURCE, _ASSIGNED, f'__version__ = "{version}"')
     if (root / CHART).exists():
@@ -106,7 +106,7 @@ def chart_version(root: Path = ROOT) -> str | None:
 def _replace(path: Path, pattern: re.Pattern[str], text: str) -> None:
     changed, count = pattern.subn(text, path.read_text())
     if count != 1:
-        raise Refusal(f"{path}: {count} lines match {pattern.pattern!r}, in place of one")
+        raise RefusedError(f"{path}: {count} lines match {pattern.pattern!r}, in place of one")
     path.write_text(changed)
 
 
@@ -114,4 +114,4 @@ def _check_day(day: str) -> None:
     try:
         date.fromisoformat(day)
     except ValueError:
-        raise Refusal(f"{CHANGELOG}: {day!r} is no date like 2026-01-31") from None
+        raise RefusedError(f"{CHANGELOG}: {day!r} is no date like 2026-01-31") from None

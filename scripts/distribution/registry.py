@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distribution.project import Refusal, Version, parse
+from distribution.project import RefusedError, Version, parse
 
 PROMOTE = Path(__file__).resolve().parents[1] / "promote.sh"
 REVISION = "org.opencontainers.image.revision"
@@ -76,7 +76,7 @@ def join(image: str, parts: dict[str, str]) -> str:
         check_digest(part)
         held = set(configs(f"{repository}@{part}"))
         if held != {platform}:
-            raise Refusal(f"{part} is for {', '.join(sorted(held))}, not for {platform} alone")
+            raise RefusedError(f"{part} is for {', '.join(sorted(held))}, not for {platform} alone")
     sources = [f"{repository}@{part}" for part in parts.values()]
     run("docker", "buildx", "imagetools", "create", "--tag", image, *sources)
     return digest(image)
@@ -109,7 +109,7 @@ def promote_release(repository: str, wanted: str, version: Version) -> list[str]
     existing = tags(repository)
     name = f"{repository}:cpu-{version}"
     if f"cpu-{version}" in existing and (released := digest(name)) != wanted:
-        raise Refusal(
+        raise RefusedError(
             f"{name} is {released}, and a release never changes: not {wanted}. "
             "Release the next version"
         )
@@ -126,7 +126,7 @@ def promote(repository: str, wanted: str, names: Sequence[str]) -> None:
 
 def check_digest(text: str) -> None:
     if not DIGEST.fullmatch(text):
-        raise Refusal(f"{text!r} is no digest: did the job that makes it end well?")
+        raise RefusedError(f"{text!r} is no digest: did the job that makes it end well?")
 
 
 def inspect(image: str, template: str) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def inspect(image: str, template: str) -> dict[str, Any]:
 def _released(tag: str) -> Version | None:
     try:
         return parse(tag.removeprefix("cpu-")) if tag.startswith("cpu-") else None
-    except Refusal:
+    except RefusedError:
         return None
 
 

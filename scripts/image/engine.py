@@ -75,8 +75,12 @@ def unpack(scratch: Path, *wanted: str) -> None:
 
 
 @contextlib.contextmanager
-def engine(scratch: Path) -> Iterator[None]:
-    """Run a separate Docker engine; set PATH, DOCKER_HOST and DOCKER_CONFIG to use it."""
+def engine(scratch: Path, *, containerd: bool = False) -> Iterator[None]:
+    """Run a separate Docker engine; set PATH, DOCKER_HOST and DOCKER_CONFIG to use it.
+
+    containerd: keep images in containerd's store, without which builds have no attestations and
+    cannot set the times of files.
+    """
     step("start an engine")
     unpack(scratch, *ENGINE)
     os.environ["DOCKER_HOST"] = f"unix://{scratch}/docker.sock"
@@ -90,6 +94,9 @@ def engine(scratch: Path) -> Iterator[None]:
         "--iptables=false",  # no rules to leave behind; builds use the host's network
         "--ip6tables=false",
     ]
+    if containerd:
+        (scratch / "engine.json").write_text('{"features": {"containerd-snapshotter": true}}')
+        command.append(f"--config-file={scratch}/engine.json")
     bridge = Path("/sys/class/net/docker0")
     had_bridge = bridge.exists()
     with background(command, scratch / "dockerd.log"):

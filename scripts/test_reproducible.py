@@ -1,0 +1,111 @@
+"""Build the image twice on this machine alone, and compare every layer: make test-reproducible.
+
+The first build comes with attestations, as the workflow's does, and goes to a registry. Then
+scripts/verify_image.py checks these, builds the image again without a cache, and compares. NVIDIA's
+image, its base and the scanner that lists packages are stand-ins, in the registry, by digest.
+
+Needs: root on Debian 12 or 13 on x86-64, and the .venv of `make install`. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from image.build import WHEEL_RELEASE, build, stand_in, wheelhouse
+from image.commands import ROOT, output, run, step
+from image.engine import engine, install_tools
+from image.registry import open_registry
+
+# BuildKit's protocol for scanners: an in-toto statement about what is at the source.
+SCANNER = r"""FROM {base}
+RUN printf '%s\n' '#!/bin/sh' \
+  'list=$(dpkg-query --admindir="$BUILDKIT_SCAN_SOURCE/var/lib/dpkg" --show \
+    --showformat "{{\\"name\\":\\"\${{Package}}\\",\\"versionInfo\\":\\"\${{Version}}\\"}},")' \
+  'statement="{{\\"_type\\":\\"https://in-toto.io/Statement/v0.1\\",\\"subject\\":[]"' \
+  'statement="$statement,\\"predicateType\\":\\"https://spdx.dev/Document\\""' \
+  'statement="$statement,\\"predicate\\":{{\\"spdxVersion\\":\\"SPDX-2.3\\""' \
+  'echo "$statement,\\"packages\\":[${{list%,}}]}}}}" > "$BUILDKIT_SCAN_DESTINATION/sbom.spdx.json"' \
+  > /scan && chmod +x /scan
+CMD ["/scan"]
+"""
+
+
+def main() -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="npair-twice-", ignore_cleanup_errors=True) as folder,
+        contextlib.ExitStack() as stack,
+    ):
+        scratch = Path(folder)
+        install_tools("runc", "skopeo", "debootstrap", "iproute2")
+        stack.enter_context(engine(scratch, containerd=True))
+        registry = stack.enter_context(open_registry(scratch))
+        step("put stand-ins together")
+        triton, base = stand_in(scratch)
+        (scratch / "scanner").mkdir()
+        (scratch / "scanner/Dockerfile").write_text(SCANNER.format(base=base))
+        scanner = "npair-standin/scanner"
+        quiet = ("docker", "buildx", "build", "--quiet", "--tag", scanner, scratch / "scanner")
+        run(*quiet, stdout=subprocess.DEVNULL)
+        triton, base, scanner = (_pushed(name, registry) for name in (triton, base, scanner))
+        image = f"{registry}/tester/npair_model_api:cpu-1"
+        network = ["--network", "host", *stack.enter_context(wheelhouse(scratch))]
+        network += ["--build-arg", f"TRITON_FLOOR={WHEEL_RELEASE}"]
+        commit = output("git", "rev-parse", "HEAD").strip()
+        labels = {
+            "org.opencontainers.image.revision": commit,
+            "npair.triton-image": triton,
+            "npair.base-image": base,
+        }
+        options = [f"--label={name}={value}" for name, value in labels.items()]
+        options += [f"--build-arg=TRITON_IMAGE={triton}", f"--build-arg=BASE_IMAGE={base}"]
+        exported = f"type=image,name={image},push=true,unpack=false,store=false"
+
+        step("build and push the image without attestations: refused")
+        # Docker's own builder takes no type=registry with the times of files.
+        options += ["--output", f"{exported},rewrite-timestamp=true"]
+        build(image, *network, *options, "--provenance=false")
+        _verify("attested", image, refused="no attestation of the kind SLSA")
+
+        step("push it with attestations")
+        attest = ["--attest=type=provenance,mode=max", f"--attest=type=sbom,generator={scanner}"]
+        build(image, *network, *options, *attest)
+        _verify("attested", image, "--commit", commit)
+        _verify("attested", image, "--commit", "0" * 40, refused="was built from")
+
+        step("build it again, and compare")
+        _verify("reproduced", image, "--", *network)
+
+        step("change a file: refused")
+        spoiled = scratch / "spoiled"
+        run("cp", "--recursive", ROOT / "model/api", spoiled)
+        (spoiled / "client.py").open("a").write("\n")
+        build(image, *network, *options, *attest, context=spoiled)
+        _verify("reproduced", image, "--", *network, refused="other layers")
+        step("done")
+
+
+def _pushed(name: str, registry: str) -> str:
+    """Push a local image. Returns: its name there, with its digest."""
+    there = f"{registry}/{name}"
+    run("docker", "tag", name, there)
+    run("docker", "push", "--quiet", there, stdout=subprocess.DEVNULL)
+    inspect = ("docker", "buildx", "imagetools", "inspect", "--format", "{{.Manifest.Digest}}")
+    return f"{there}:latest@{output(*inspect, there).strip()}"
+
+
+def _verify(*arguments: str, refused: str = "") -> None:
+    command = [sys.executable, "scripts/verify_image.py", *arguments]
+    if not refused:
+        run(*command)
+        return
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    print(done.stderr.strip())
+    assert (done.returncode, refused in done.stderr) == (3, True), done
+
+
+if __name__ == "__main__":
+    main()
