@@ -21,16 +21,14 @@ from image.engine import engine, install_tools
 from image.registry import open_registry
 
 # BuildKit's protocol for scanners: an in-toto statement about what is at the source.
-SCANNER = r"""FROM {base}
-RUN printf '%s\n' '#!/bin/sh' \
-  'list=$(dpkg-query --admindir="$BUILDKIT_SCAN_SOURCE/var/lib/dpkg" --show \
-    --showformat "{{\\"name\\":\\"\${{Package}}\\",\\"versionInfo\\":\\"\${{Version}}\\"}},")' \
-  'statement="{{\\"_type\\":\\"https://in-toto.io/Statement/v0.1\\",\\"subject\\":[]"' \
-  'statement="$statement,\\"predicateType\\":\\"https://spdx.dev/Document\\""' \
-  'statement="$statement,\\"predicate\\":{{\\"spdxVersion\\":\\"SPDX-2.3\\""' \
-  'echo "$statement,\\"packages\\":[${{list%,}}]}}}}" > "$BUILDKIT_SCAN_DESTINATION/sbom.spdx.json"' \
-  > /scan && chmod +x /scan
-CMD ["/scan"]
+SCAN = r"""#!/bin/sh
+packages=$(dpkg-query --admindir="$BUILDKIT_SCAN_SOURCE/var/lib/dpkg" --show \
+  --showformat '{"name": "${Package}", "versionInfo": "${Version}"},')
+cat > "$BUILDKIT_SCAN_DESTINATION/sbom.spdx.json" <<END
+{"_type": "https://in-toto.io/Statement/v0.1", "subject": [],
+ "predicateType": "https://spdx.dev/Document",
+ "predicate": {"spdxVersion": "SPDX-2.3", "packages": [${packages%,}]}}
+END
 """
 
 
@@ -45,11 +43,14 @@ def main() -> None:
         registry = stack.enter_context(open_registry(scratch))
         step("put stand-ins together")
         triton, base = stand_in(scratch)
-        (scratch / "scanner").mkdir()
-        (scratch / "scanner/Dockerfile").write_text(SCANNER.format(base=base))
-        scanner = "npair-standin/scanner"
-        quiet = ("docker", "buildx", "build", "--quiet", "--tag", scanner, scratch / "scanner")
-        run(*quiet, stdout=subprocess.DEVNULL)
+        scanner, context = "npair-standin/scanner", scratch / "scanner"
+        context.mkdir()
+        (context / "scan").write_text(SCAN)
+        (context / "Dockerfile").write_text(
+            f'FROM {base}\nCOPY --chmod=755 scan /\nCMD ["/scan"]\n'
+        )
+        quiet = ("docker", "buildx", "build", "--quiet", "--tag", scanner)
+        run(*quiet, context, stdout=subprocess.DEVNULL)
         triton, base, scanner = (_pushed(name, registry) for name in (triton, base, scanner))
         image = f"{registry}/tester/npair_model_api:cpu-1"
         network = ["--network", "host", *stack.enter_context(wheelhouse(scratch))]

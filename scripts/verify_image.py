@@ -54,8 +54,8 @@ def main() -> int:
 def attested(arguments: argparse.Namespace) -> None:
     """Check that each architecture comes with an SBOM and a provenance that agree with it."""
     image, configs = arguments.image, registry.configs(arguments.image)
-    provenances = _by_platform(registry.inspect(image, ".Provenance"), "SLSA", configs)
-    sboms = _by_platform(registry.inspect(image, ".SBOM"), "SPDX", configs)
+    provenances = by_platform(registry.inspect(image, ".Provenance"), "SLSA", configs)
+    sboms = by_platform(registry.inspect(image, ".SBOM"), "SPDX", configs)
     for name, config in configs.items():
         labels = config["config"].get("Labels") or {}
         commit = labels.get(REVISION)
@@ -64,15 +64,15 @@ def attested(arguments: argparse.Namespace) -> None:
         packages = sboms[name].get("packages", [])
         if not packages:
             raise RefusedError(f"{name}: its SBOM lists no package")
-        sources = _sources(provenances[name])
+        origins = sources(provenances[name])
         for label in BASES.values():
             digest = str(labels.get(label)).rpartition("@sha256:")[2]
-            if digest not in sources:
+            if digest not in origins:
                 raise RefusedError(
                     f"{name} says {label} {labels.get(label)}; its provenance does not"
                 )
-        print(f"{name}: commit {commit}, {len(packages)} packages, {len(sources)} sources:")
-        for digest, source in sources.items():
+        print(f"{name}: commit {commit}, {len(packages)} packages, {len(origins)} sources:")
+        for digest, source in origins.items():
             print(f"  {source} sha256:{digest}")
 
 
@@ -119,9 +119,10 @@ def _build(archive: Path, here: str, options: list[str]) -> list[str]:
     return list(config["rootfs"]["diff_ids"])
 
 
-def _by_platform(
+def by_platform(
     found: dict[str, Any], kind: str, configs: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
+    """Get the attestations of one kind for each platform, of which all must have one."""
     if kind in found:  # of one platform
         found = dict.fromkeys(configs, found)
     missing = [name for name in configs if kind not in found.get(name, {})]
@@ -130,7 +131,7 @@ def _by_platform(
     return {name: found[name][kind] for name in configs}
 
 
-def _sources(provenance: dict[str, Any]) -> dict[str, str]:
+def sources(provenance: dict[str, Any]) -> dict[str, str]:
     """Get what a build took in, by SHA-256. SLSA 0.2 and 1.0 have other names for it."""
     found = provenance.get("materials")
     found = found or provenance.get("buildDefinition", {}).get("resolvedDependencies", [])
