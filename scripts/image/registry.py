@@ -24,7 +24,7 @@ def open_registry(scratch: Path) -> Iterator[str]:
         port = server.getsockname()[1]
     config = {
         "version": 0.1,
-        "log": {"level": "fatal", "accesslog": {"disabled": True}},
+        "log": {"level": "error", "accesslog": {"disabled": True}},
         "storage": {"filesystem": {"rootdirectory": str(scratch / "registry")}},
         "http": {"addr": f"127.0.0.1:{port}"},
     }
