@@ -19,7 +19,7 @@ WORKFLOWS := $(wildcard .github/workflows/*.yml)
 FORMS := $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-fast test-faults soak lint format lock dist image test-image test-reproducible release-dry-run bench
+.PHONY: help install serve test test-fast test-faults soak lint format lock dist image test-image test-reproducible test-upgrade release-dry-run bench
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -109,6 +109,9 @@ test-image: .venv/serve ## Build, push, test and promote the image on this machi
 
 test-reproducible: .venv/serve ## Build the image twice, and compare every layer (needs root on Debian)
 	$(BIN)/python scripts/test_reproducible.py
+
+test-upgrade: .venv/dev ## Try clients, servers, models and galleries of the release before this one, or of REVISIONS, beside these
+	$(BIN)/python -m pytest tests/upgrade $(ARGS)
 
 release-dry-run: .venv/dev ## Release this commit to a registry and an index on this machine alone (needs root on Debian)
 	$(BIN)/python scripts/release_dry_run.py

@@ -138,25 +138,19 @@ class TestNames:
         assert (done.returncode, done.stderr) == (2, f"not a tag: '{tag}'\n")
 
 
-class TestWorkflows:
-    """A workflow that skips a step must not end well."""
+@pytest.mark.parametrize("step", ["check", "page"])
+def test_a_tag_goes_the_way_of_the_dry_run(step: str) -> None:
+    workflow = (ROOT / ".github/workflows/release.yml").read_text()
+    assert f'scripts/release.py {step} "$GITHUB_REF_NAME"' in workflow
+    assert f'self.call("{step}", tag' in (ROOT / "scripts/release_dry_run.py").read_text()
 
-    RELEASE = (ROOT / ".github/workflows/release.yml").read_text()
 
-    @pytest.mark.parametrize("step", ["check", "page"])
-    def test_a_tag_goes_the_way_of_the_dry_run(self, step: str) -> None:
-        assert f'scripts/release.py {step} "$GITHUB_REF_NAME"' in self.RELEASE
-        assert f'self.call("{step}", tag' in (ROOT / "scripts/release_dry_run.py").read_text()
-
-    def test_actions_are_pinned_by_commit_alike(self) -> None:
-        used: dict[str, set[str]] = {}
-        for path in (ROOT / ".github/workflows").glob("*.yml"):
-            for action, pin in re.findall(r"uses: ([\w/-]+)@(.+)", path.read_text()):
-                used.setdefault(action, set()).add(pin)
-        assert used
-        for action, pins in used.items():
-            assert len(pins) == 1, action
-            assert re.fullmatch(r"[0-9a-f]{40} # v\S+", pins.pop()), action
+def test_uv_has_one_pin() -> None:
+    pins = re.findall(r'"(uv==[\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    locked = re.findall(
+        r"^(uv==\S+)", (ROOT / "scripts/requirements.txt").read_text(), re.MULTILINE
+    )
+    assert pins == locked
 
 
 class TestAttestations:
