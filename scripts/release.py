@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import sys
 from pathlib import Path
 
@@ -72,6 +73,17 @@ def check(arguments: argparse.Namespace) -> None:
     if _has_page(tag):
         raise RefusedError(f"{released} is released, and a version is released once")
     print(f"version={released}\nimage={image}")
+
+
+def bases(_: argparse.Namespace) -> None:
+    """Print the images that Dockerfile.cpu builds on, by the digests that their tags have now.
+
+    All architectures of a build take the same ones, and a build can be repeated from them.
+    """
+    for stage in ("nvidia", "ubuntu"):
+        line = re.compile(rf"^FROM (\S+) AS {stage}$", re.MULTILINE)
+        (image,) = line.findall((ROOT / "model/api/Dockerfile.cpu").read_text())
+        print(f"{stage}={image}@{registry.digest(image)}")
 
 
 def join(arguments: argparse.Namespace) -> None:
@@ -147,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
     image = "the image's name without a tag, like ghcr.io/OWNER/npair_model_api"
-    for run_it in (version, prepare, check, join, promote, page):
+    for run_it in (version, prepare, check, bases, join, promote, page):
         text = (run_it.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(run_it.__name__, help=text, description=text)
         command.set_defaults(run=run_it)

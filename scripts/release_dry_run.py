@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -38,6 +39,7 @@ esac
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("interrupted"))  # runs every finally block
     with (
         tempfile.TemporaryDirectory(prefix="npair-release-") as scratch,
         contextlib.ExitStack() as stack,

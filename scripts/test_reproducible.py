@@ -10,11 +10,14 @@ Needs: root on Debian 12 or 13 on x86-64, and the .venv of `make install`. Stand
 from __future__ import annotations
 
 import contextlib
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from distribution import registry
 from image.build import WHEEL_RELEASE, build, stand_in, wheelhouse
 from image.commands import ROOT, output, run, step
 from image.engine import engine, install_tools
@@ -33,6 +36,7 @@ END
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("interrupted"))  # runs every finally block
     with (
         tempfile.TemporaryDirectory(prefix="npair-twice-", ignore_cleanup_errors=True) as folder,
         contextlib.ExitStack() as stack,
@@ -40,62 +44,75 @@ def main() -> None:
         scratch = Path(folder)
         install_tools("runc", "skopeo", "debootstrap", "iproute2")
         stack.enter_context(engine(scratch, containerd=True))
-        registry = stack.enter_context(open_registry(scratch))
+        address = stack.enter_context(open_registry(scratch))
         step("put stand-ins together")
         triton, base = stand_in(scratch)
-        scanner, context = "npair-standin/scanner", scratch / "scanner"
-        context.mkdir()
-        (context / "scan").write_text(SCAN)
-        (context / "Dockerfile").write_text(
-            f'FROM {base}\nCOPY --chmod=755 scan /\nCMD ["/scan"]\n'
-        )
-        quiet = ("docker", "buildx", "build", "--quiet", "--tag", scanner)
-        run(*quiet, context, stdout=subprocess.DEVNULL)
-        triton, base, scanner = (_pushed(name, registry) for name in (triton, base, scanner))
-        image = f"{registry}/tester/npair_model_api:cpu-1"
-        network = ["--network", "host", *stack.enter_context(wheelhouse(scratch))]
-        network += ["--build-arg", f"TRITON_FLOOR={WHEEL_RELEASE}"]
-        commit = output("git", "rev-parse", "HEAD").strip()
-        labels = {
-            "org.opencontainers.image.revision": commit,
-            "npair.triton-image": triton,
-            "npair.base-image": base,
-        }
-        options = [f"--label={name}={value}" for name, value in labels.items()]
-        options += [f"--build-arg=TRITON_IMAGE={triton}", f"--build-arg=BASE_IMAGE={base}"]
-        exported = f"type=image,name={image},push=true,unpack=false,store=false"
-
-        step("build and push the image without attestations: refused")
-        # Docker's own builder takes no type=registry with the times of files.
-        options += ["--output", f"{exported},rewrite-timestamp=true"]
-        build(image, *network, *options, "--provenance=false")
-        _verify("attested", image, refused="no attestation of the kind SLSA")
-
-        step("push it with attestations")
-        attest = ["--attest=type=provenance,mode=max", f"--attest=type=sbom,generator={scanner}"]
-        build(image, *network, *options, *attest)
-        _verify("attested", image, "--commit", commit)
-        _verify("attested", image, "--commit", "0" * 40, refused="was built from")
-
-        step("build it again, and compare")
-        _verify("reproduced", image, "--", *network)
-
-        step("change a file: refused")
-        spoiled = scratch / "spoiled"
-        run("cp", "--recursive", ROOT / "model/api", spoiled)
-        (spoiled / "client.py").open("a").write("\n")
-        build(image, *network, *options, *attest, context=spoiled)
-        _verify("reproduced", image, "--", *network, refused="other layers")
-        step("done")
+        scanner = scanner_on(base, scratch)
+        bases = [_pushed(name, address) for name in (triton, base, scanner)]
+        options = ["--network", "host", *stack.enter_context(wheelhouse(scratch))]
+        options += ["--build-arg", f"TRITON_FLOOR={WHEEL_RELEASE}"]
+        check(f"{address}/tester/npair_model_api:cpu-1", *bases, options, scratch)
 
 
-def _pushed(name: str, registry: str) -> str:
+def scanner_on(base: str, scratch: Path) -> str:
+    """Build an image that lists Debian's packages for an SBOM. Returns: its name."""
+    name, context = "npair-standin/scanner", scratch / "scanner"
+    context.mkdir()
+    (context / "scan").write_text(SCAN)
+    (context / "Dockerfile").write_text(f'FROM {base}\nCOPY --chmod=755 scan /\nCMD ["/scan"]\n')
+    command = ("docker", "buildx", "build", "--quiet", "--tag", name, context)
+    run(*command, stdout=subprocess.DEVNULL)
+    return name
+
+
+def check(
+    image: str, triton: str, base: str, scanner: str, network: list[str], scratch: Path
+) -> None:
+    """Push the image, once as it must not be, and build it again."""
+    commit = output("git", "rev-parse", "HEAD").strip()
+    labels = {
+        "org.opencontainers.image.revision": commit,
+        "npair.triton-image": triton,
+        "npair.base-image": base,
+    }
+    options = [*network, *(f"--label={name}={value}" for name, value in labels.items())]
+    options += [f"--build-arg=TRITON_IMAGE={triton}", f"--build-arg=BASE_IMAGE={base}"]
+    # Docker's own builder takes no type=registry with the times of files.
+    exported = f"type=image,name={image},push=true,unpack=false,store=false"
+    options += ["--output", f"{exported},rewrite-timestamp=true"]
+    attest = ["--attest=type=provenance,mode=max", f"--attest=type=sbom,generator={scanner}"]
+
+    step("build and push the image without attestations: refused")
+    build(image, *options, "--provenance=false")
+    _verify("attested", image, refused="no attestation of the kind SLSA")
+
+    step("push it with attestations")
+    build(image, *options, *attest)
+    _verify("attested", image, "--commit", commit)
+    _verify("attested", image, "--commit", "0" * 40, refused="was built from")
+    joined, part = f"{image}-joined", f"linux/amd64={registry.digest(image)}"
+    run(sys.executable, "scripts/release.py", "join", joined, part)
+    _verify("attested", joined, "--commit", commit)
+
+    step("build it again, and compare")
+    _verify("reproduced", image, "--", *network)
+
+    step("change a file: refused")
+    spoiled = scratch / "spoiled"
+    shutil.copytree(ROOT / "model/api", spoiled)
+    with (spoiled / "client.py").open("a") as file:
+        file.write("\n")
+    build(image, *options, *attest, context=spoiled)
+    _verify("reproduced", image, "--", *network, refused="other layers")
+    step("done")
+
+
+def _pushed(name: str, address: str) -> str:
     """Push a local image. Returns: its name there, with its digest."""
-    there = f"{registry}/{name}"
+    there = f"{address}/{name}"
     run("docker", "tag", name, there)
     run("docker", "push", "--quiet", there, stdout=subprocess.DEVNULL)
-    inspect = ("docker", "buildx", "imagetools", "inspect", "--format", "{{.Manifest.Digest}}")
-    return f"{there}:latest@{output(*inspect, there).strip()}"
+    return f"{there}:latest@{registry.digest(there)}"
 
 
 def _verify(*arguments: str, refused: str = "") -> None:
