@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from distribution import registry
@@ -51,7 +52,7 @@ def main() -> None:
         bases = [_pushed(name, address) for name in (triton, base, scanner)]
         options = ["--network", "host", *stack.enter_context(wheelhouse(scratch))]
         options += ["--build-arg", f"TRITON_FLOOR={WHEEL_RELEASE}"]
-        check(f"{address}/tester/npair_model_api:cpu-1", *bases, options, scratch)
+        check(f"{address}/tester/npair_model_api:cpu-1", bases, options, scratch)
 
 
 def scanner_on(base: str, scratch: Path) -> str:
@@ -65,10 +66,12 @@ def scanner_on(base: str, scratch: Path) -> str:
     return name
 
 
-def check(
-    image: str, triton: str, base: str, scanner: str, network: list[str], scratch: Path
-) -> None:
-    """Push the image, once as it must not be, and build it again."""
+def check(image: str, bases: Sequence[str], network: list[str], scratch: Path) -> None:
+    """Push the image, once as it must not be, and build it again.
+
+    bases: NVIDIA's image, the final image's base, and the scanner, by digest.
+    """
+    triton, base, scanner = bases
     commit = output("git", "rev-parse", "HEAD").strip()
     labels = {
         "org.opencontainers.image.revision": commit,
