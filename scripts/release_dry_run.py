@@ -22,6 +22,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from distribution.project import parse
 from image.commands import ROOT, background, output, run, status, step, wait_for
 from image.engine import install_tools, unpack
 from image.registry import open_registry
@@ -81,10 +82,14 @@ class DryRun:
 
     def run(self) -> None:
         run("git", "clone", "--quiet", ROOT, self.clone)
-        first = self.call("version").strip()
-        major, minor, patch = (int(part) for part in first.split("."))
+        version = parse(self.call("version").strip())
+        major, minor, patch = version.major, version.minor, version.patch
+        first = f"{major}.{minor}.{patch}"
         step(f"release {first}")
-        self.git("tag", f"v{first}")
+        if version.final:
+            self.git("tag", f"v{first}")
+        else:
+            self.next(first)
         self.release(f"v{first}")
         self.show(first)
         assert self.names() == {first: {f"cpu-{first}", f"cpu-{major}.{minor}", f"cpu-{major}"}}

@@ -86,17 +86,17 @@ def release_tags(version: Version, existing: set[str]) -> list[str]:
     """Choose the names that a release gets.
 
     X.Y and X move forward alone: a patch of an older line must not pull them back, and
-    pre-releases leave them where they are.
+    pre-releases leave them where they are. The name that is given once comes last: if it is there,
+    so are the others.
     """
     chosen = [f"cpu-{version}"]
-    if not version.final:
-        return chosen
-    later = [other for other in map(_released, existing) if other and other.final]
-    later = [other for other in later if other > version and other.major == version.major]
-    if not any(other.minor == version.minor for other in later):
-        chosen.append(f"cpu-{version.major}.{version.minor}")
-    if not later:
-        chosen.append(f"cpu-{version.major}")
+    if version.final:
+        later = [other for other in map(_released, existing) if other and other.final]
+        later = [other for other in later if other > version and other.major == version.major]
+        if not any(other.minor == version.minor for other in later):
+            chosen.insert(0, f"cpu-{version.major}.{version.minor}")
+        if not later:
+            chosen.insert(0, f"cpu-{version.major}")
     return chosen
 
 

@@ -113,13 +113,13 @@ class TestNames:
     @pytest.mark.parametrize(
         ("version", "existing", "names"),
         [
-            ("1.2.3", "", "cpu-1.2.3 cpu-1.2 cpu-1"),
-            ("1.2.3", "cpu cpu-0123abc cpu-1.2.2 cpu-1.2", "cpu-1.2.3 cpu-1.2 cpu-1"),
-            ("1.2.3", "cpu-1.2.3 cpu-1.2 cpu-1", "cpu-1.2.3 cpu-1.2 cpu-1"),
+            ("1.2.3", "", "cpu-1 cpu-1.2 cpu-1.2.3"),
+            ("1.2.3", "cpu cpu-0123abc cpu-1.2.2 cpu-1.2", "cpu-1 cpu-1.2 cpu-1.2.3"),
+            ("1.2.3", "cpu-1.2.3 cpu-1.2 cpu-1", "cpu-1 cpu-1.2 cpu-1.2.3"),
             ("1.2.3", "cpu-1.2.10", "cpu-1.2.3"),
-            ("1.2.3", "cpu-1.3.0", "cpu-1.2.3 cpu-1.2"),
-            ("1.2.3", "cpu-2.0.0", "cpu-1.2.3 cpu-1.2 cpu-1"),
-            ("1.2.3", "cpu-1.3.0rc1", "cpu-1.2.3 cpu-1.2 cpu-1"),
+            ("1.2.3", "cpu-1.3.0", "cpu-1.2 cpu-1.2.3"),
+            ("1.2.3", "cpu-2.0.0", "cpu-1 cpu-1.2 cpu-1.2.3"),
+            ("1.2.3", "cpu-1.3.0rc1", "cpu-1 cpu-1.2 cpu-1.2.3"),
             ("1.3.0rc1", "cpu-1.2.3", "cpu-1.3.0rc1"),
         ],
     )  # fmt: skip
