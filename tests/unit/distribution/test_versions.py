@@ -67,7 +67,7 @@ class TestOnePlace:
             assert project.section(version)[0] <= str(date.today())
 
     def test_the_program_prints_it(self) -> None:
-        command = [ROOT / "scripts/release.py", "version"]
+        command = [str(ROOT / "scripts/release.py"), "version"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout == f"{npair.__version__}\n"
 
@@ -133,7 +133,7 @@ class TestNames:
 
     @pytest.mark.parametrize("tag", ["", "cpu-", "cpu 1"])
     def test_nor_to_a_name_that_was_not_filled_in(self, tag: str) -> None:
-        command = [ROOT / "scripts/promote.sh", "127.0.0.1:9/x", DIGEST, tag]
+        command = [str(ROOT / "scripts/promote.sh"), "127.0.0.1:9/x", DIGEST, tag]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (2, f"not a tag: '{tag}'\n")
 
@@ -155,7 +155,7 @@ def test_uv_has_one_pin() -> None:
 
 class TestAttestations:
     def test_each_platform_needs_its_own(self) -> None:
-        found = {"linux/amd64": {"SLSA": {}}, "linux/arm64": {}}
+        found: dict[str, Any] = {"linux/amd64": {"SLSA": {}}, "linux/arm64": {}}
         with pytest.raises(RefusedError, match=r"^linux/arm64: no attestation"):
             verify_image.by_platform(found, "SLSA", {name: {} for name in found})
 
