@@ -113,7 +113,8 @@ def _build(archive: Path, here: str, options: list[str]) -> list[str]:
     context = ROOT / "model/api"
     command = ["docker", "buildx", "build", "--no-cache", "--platform", here, "--provenance=false"]
     command += ["--build-context", f"model_repository={ROOT / 'model_repository'}"]
-    command += ["--output", f"type=oci,dest={archive},rewrite-timestamp=true"]
+    exported = f"type=oci,dest={archive},rewrite-timestamp=true,compression=uncompressed"
+    command += ["--output", exported]
     run(*command, "--file", context / "Dockerfile.cpu", *options, context)
     config = json.loads(run("skopeo", "inspect", "--config", "--raw", f"oci-archive:{archive}"))
     return list(config["rootfs"]["diff_ids"])

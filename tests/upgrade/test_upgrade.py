@@ -176,7 +176,7 @@ def test_the_earlier_gallery(earlier: Earlier, served: str, tmp_path: Path) -> N
         (folder / path.stem).mkdir(parents=True)
         shutil.copy(path, folder / path.stem)
     place = ("--index", gallery, "--url", served)
-    earlier.run("-m", "npair", "index", "build", folder, *place)
+    earlier.run("-c", "from npair.cli import main; main()", "index", "build", folder, *place)
     query = folder / "photo/photo.jpg"
     before = npair("index", "search", query, *place)
     assert before.splitlines()[0].split()[1] == "photo"
