@@ -49,7 +49,7 @@ def main() -> None:
         step("put stand-ins together")
         triton, base = stand_in(scratch)
         scanner = scanner_on(base, scratch)
-        bases = [_pushed(name, address) for name in (triton, base, scanner)]
+        bases = [_in_registry(name, address) for name in (triton, base, scanner)]
         options = ["--network", "host", *stack.enter_context(wheelhouse(scratch))]
         options += ["--build-arg", f"TRITON_FLOOR={WHEEL_RELEASE}"]
         check(f"{address}/tester/npair_model_api:cpu-1", bases, options, scratch)
@@ -112,11 +112,11 @@ def _push(image: str, scratch: Path, *options: str, context: Path = ROOT / "mode
     archive = scratch / "image.tar"
     exported = f"type=oci,dest={archive},rewrite-timestamp=true,compression=uncompressed"
     build(image, *options, "--output", exported, context=context)
-    copy = ("skopeo", "copy", "--quiet", "--all", "--dest-tls-verify=false")
+    copy = ("skopeo", "copy", "--quiet", "--all", "--preserve-digests", "--dest-tls-verify=false")
     run(*copy, f"oci-archive:{archive}", f"docker://{image}")
 
 
-def _pushed(name: str, address: str) -> str:
+def _in_registry(name: str, address: str) -> str:
     """Push a local image. Returns: its name there, with its digest."""
     there = f"{address}/{name}"
     run("docker", "tag", name, there)
