@@ -24,10 +24,10 @@ ENGINE = (
 TOOLS = ("runc", "skopeo", "debootstrap", "docker-compose", "iproute2", "apache2-utils")
 
 
-def install_tools() -> None:
+def install_tools(*tools: str) -> None:
     """Install what the engine and the pipeline call, unless it is installed."""
     step("install the tools")
-    missing = [tool for tool in TOOLS if not installed(tool)]
+    missing = [tool for tool in tools if not installed(tool)]
     if missing:
         run("apt-get", "update", "-qq")
         run("apt-get", "install", "-qqy", "--no-install-recommends", *missing)
@@ -45,10 +45,8 @@ def installed(package: str) -> bool:
     )
 
 
-@contextlib.contextmanager
-def engine(scratch: Path) -> Iterator[None]:
-    """Run a separate Docker engine; set PATH, DOCKER_HOST and DOCKER_CONFIG to use it."""
-    step("start an engine")
+def unpack(scratch: Path, *wanted: str) -> None:
+    """Unpack packages of Debian trixie; set PATH and DOCKER_CONFIG to use them."""
     packages, lists = scratch / "packages", scratch / "apt"
     for folder in (packages, lists / "lists/partial", lists / "cache/archives/partial"):
         folder.mkdir(parents=True)
@@ -65,7 +63,7 @@ def engine(scratch: Path) -> Iterator[None]:
     }
     flags = [f"-o={name}={value}" for name, value in apt.items()]
     run("apt-get", *flags, "update", "-qq")
-    run("apt-get", *flags, "-qq", "download", *ENGINE, cwd=packages)
+    run("apt-get", *flags, "-qq", "download", *wanted, cwd=packages)
     for package in packages.iterdir():
         run("dpkg-deb", "--extract", package, scratch / "engine")
     programs = scratch / "engine/usr"
@@ -73,8 +71,19 @@ def engine(scratch: Path) -> Iterator[None]:
     plugins.mkdir(parents=True)
     (plugins / "docker-buildx").symlink_to(programs / "libexec/docker/cli-plugins/docker-buildx")
     os.environ["PATH"] = f"{programs}/bin:{programs}/sbin:{os.environ['PATH']}"
-    os.environ["DOCKER_HOST"] = f"unix://{scratch}/docker.sock"
     os.environ["DOCKER_CONFIG"] = str(scratch / "docker")
+
+
+@contextlib.contextmanager
+def engine(scratch: Path, *, containerd: bool = False) -> Iterator[None]:
+    """Run a separate Docker engine; set PATH, DOCKER_HOST and DOCKER_CONFIG to use it.
+
+    containerd: keep images in containerd's store, without which builds have no attestations and
+    cannot set the times of files.
+    """
+    step("start an engine")
+    unpack(scratch, *ENGINE)
+    os.environ["DOCKER_HOST"] = f"unix://{scratch}/docker.sock"
     folders = [f"--{name}={scratch / name}" for name in ("data-root", "exec-root")]
     command = [
         "dockerd",
@@ -85,6 +94,9 @@ def engine(scratch: Path) -> Iterator[None]:
         "--iptables=false",  # no rules to leave behind; builds use the host's network
         "--ip6tables=false",
     ]
+    if containerd:
+        (scratch / "engine.json").write_text('{"features": {"containerd-snapshotter": true}}')
+        command.append(f"--config-file={scratch}/engine.json")
     bridge = Path("/sys/class/net/docker0")
     had_bridge = bridge.exists()
     with background(command, scratch / "dockerd.log"):
