@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
@@ -17,7 +19,7 @@ import s3fs
 from moto.server import ThreadedMotoServer
 from support import architectures
 from support.commands import commands
-from support.models import SHIPPED
+from support.models import ROOT, SHIPPED
 from support.servers import running
 
 import npair
@@ -91,13 +93,19 @@ class Environment:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    root = Path(npair.__file__).parents[2]
-    subprocess.run(
-        [BIN / "uv", "build", "--quiet", "--wheel", "--out-dir", folder, root], check=True
-    )
-    return next(folder.glob("*.whl"))
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the sdist and the wheel, unless NPAIR_DIST names the folder that has them."""
+    if built := os.environ.get("NPAIR_DIST"):
+        return Path(built).resolve()
+    folder = tmp_path_factory.mktemp("dist")
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    subprocess.run([ROOT / "scripts/build-dist.sh", folder], check=True, env=environment)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    return next(dist.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +115,12 @@ def url() -> Iterator[str]:
 
 
 @pytest.fixture
-def environment(tmp_path: Path, wheel: Path) -> Environment:
-    return Environment(wheel.with_name("venv"), tmp_path, wheel)
+def environment(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, wheel: Path
+) -> Environment:
+    folder = tmp_path_factory.getbasetemp() / "install"
+    folder.mkdir(exist_ok=True)
+    return Environment(folder / "venv", tmp_path, wheel)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +151,24 @@ def test_the_plain_package(environment: Environment, url: str) -> None:
     assert f'"version": "{SHIPPED.name}"' in embedded.stdout, embedded.stderr
     listed = environment.npair("versions", "--repository", str(REPOSITORY), NPAIR_URL=url)
     assert f"{SHIPPED.name} *     serving" in listed.stdout, listed.stderr
+
+
+def test_what_is_inside(dist: Path, wheel: Path) -> None:
+    """Both hold the package as git has it; the wheel was built from the sdist."""
+    listed = subprocess.run(
+        ["git", "ls-files", "src/npair"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    source = {name.removeprefix("src/") for name in listed.stdout.split()}
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert names == source
+        # A link in git, a file here.
+        assert archive.read("npair/client.py") == (ROOT / "model/api/client.py").read_bytes()
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as packed:
+        held = {name.partition("/")[2] for name in packed.getnames()}
+    assert {f"src/{name}" for name in source} <= held
+    assert {"CHANGELOG.md", "LICENSE", "NOTICE", "README.md"} <= held
+    assert not [name for name in held if name.startswith(("model_repository/", "tests/"))]
 
 
 def test_every_extra_is_tried(wheel: Path) -> None:
