@@ -103,7 +103,10 @@ def reproduced(arguments: argparse.Namespace) -> None:
     for number, (first, second) in enumerate(zip(found, layers, strict=False)):
         print(f"{number:2} {first} {'again' if first == second else 'is now ' + second}")
     if found != layers:
-        raise RefusedError("another build has other layers: have Ubuntu's packages changed since?")
+        raise RefusedError(
+            "another build has other layers: does Ubuntu have newer packages, or did a cache of an "
+            "earlier commit give some of these?"
+        )
     print(f"all {len(layers)} layers are the same")
 
 
