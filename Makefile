@@ -19,7 +19,7 @@ WORKFLOWS := $(wildcard .github/workflows/*.yml)
 FORMS := $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-fast test-faults soak lint format lock dist image test-image test-reproducible test-arm64 test-upgrade release-dry-run bench
+.PHONY: help install serve test test-fast test-faults soak lint format lock dist image test-image test-reproducible test-arm64 test-kubernetes test-swarm test-upgrade release-dry-run bench
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -123,6 +123,12 @@ test-upgrade: .venv/dev ## Try clients, servers, models and galleries of the rel
 
 release-dry-run: .venv/dev ## Release this commit to a registry and an index on this machine alone (needs root on Debian)
 	$(BIN)/python scripts/release_dry_run.py
+
+test-kubernetes: .venv/dev ## Change the chart's pods on a real cluster under load, CHANGES (2) times each (needs root on Debian 12; builds Kubernetes once)
+	$(BIN)/python scripts/with_cluster.py kubernetes $(BIN)/python -m pytest tests/clusters/test_kubernetes.py $(ARGS)
+
+test-swarm: .venv/dev ## Change the tasks of a real swarm under load, CHANGES (2) times each (needs root on Debian 12)
+	$(BIN)/python scripts/with_cluster.py swarm $(BIN)/python -m pytest tests/clusters/test_swarm.py $(ARGS)
 
 bench: .venv/dev ## Compare throughput, latency and memory with other servers' (needs wrk)
 	@PYTHONPATH=model/api $(BIN)/python benchmarks/bench.py $(ARGS)

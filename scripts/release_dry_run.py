@@ -24,7 +24,7 @@ from pathlib import Path
 
 from distribution.project import parse
 from image.commands import ROOT, background, output, run, status, step, wait_for
-from image.engine import install_tools, unpack
+from image.engine import install_tools, unpack, use
 from image.registry import open_registry
 
 PLATFORMS = ("linux/amd64", "linux/arm64")
@@ -53,6 +53,7 @@ class DryRun:
         self.scratch, self.clone, self.pages = scratch, scratch / "clone", scratch / "pages"
         install_tools("skopeo")
         unpack(scratch, "docker-cli", "docker-buildx", "docker-registry")
+        use(scratch, scratch / "docker")
         step("start a registry and an index")
         packages, programs = scratch / "index", scratch / "bin"
         for folder in (packages, programs, self.pages):

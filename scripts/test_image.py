@@ -52,7 +52,8 @@ def test(scratch: Path, stack: contextlib.ExitStack) -> None:
     if triton is None:
         step("put a stand-in for NVIDIA's image together")
         triton, base = stand_in(scratch)
-        options += stack.enter_context(wheelhouse(scratch))
+        pins = ("api/requirements.txt", "api/requirements-torch.txt", "web/requirements.txt")
+        options += stack.enter_context(wheelhouse(scratch, *pins))
     options += ["--build-arg", f"TRITON_IMAGE={triton}", "--build-arg", f"BASE_IMAGE={base}"]
 
     if "TRITON_IMAGE" not in os.environ:

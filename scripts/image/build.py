@@ -122,13 +122,14 @@ def stand_in_of(scratch: Path, root: Path, wheel: Path, architecture: str) -> tu
 
 
 @contextlib.contextmanager
-def wheelhouse(scratch: Path) -> Iterator[list[str]]:
+def wheelhouse(scratch: Path, *pinned: str) -> Iterator[list[str]]:
     """Serve pip's packages from this process, since a build may have no network.
 
+    pinned: the requirements of the build, as paths below model/.
     Yields: the build options that make pip use them.
     """
     wheels = scratch / "wheels"
-    for pins in ("api/requirements.txt", "api/requirements-torch.txt", "web/requirements.txt"):
+    for pins in pinned:
         run(
             sys.executable,
             "-m",

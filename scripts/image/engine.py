@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from image.commands import background, output, run, step, wait_for
+from image.packages import apt_get, install
 
 # Packages of Debian trixie. They are unpacked, since installing would start the servers. They also
 # run on bookworm, whose own engine does not support named build contexts.
@@ -27,51 +28,50 @@ TOOLS = ("runc", "skopeo", "debootstrap", "docker-compose", "iproute2", "apache2
 def install_tools(*tools: str) -> None:
     """Install what the engine and the pipeline call, unless it is installed."""
     step("install the tools")
-    missing = [tool for tool in tools if not installed(tool)]
-    if missing:
-        run("apt-get", "update", "-qq")
-        run("apt-get", "install", "-qqy", "--no-install-recommends", *missing)
+    install(*tools)
 
 
-def installed(package: str) -> bool:
-    return (
-        "install ok installed"
-        in subprocess.run(
-            ["dpkg-query", "--show", "--showformat", "${Status}", package],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout
-    )
-
-
-def unpack(scratch: Path, *wanted: str) -> None:
-    """Unpack packages of Debian trixie; set PATH and DOCKER_CONFIG to use them."""
-    packages, lists = scratch / "packages", scratch / "apt"
-    for folder in (packages, lists / "lists/partial", lists / "cache/archives/partial"):
-        folder.mkdir(parents=True)
-    sources = lists / "trixie.sources"
-    sources.write_text(
-        "Types: deb\nURIs: http://deb.debian.org/debian\nSuites: trixie\nComponents: main\n"
-        "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
-    )
-    apt = {"Dir::Etc::SourceList": sources, "Dir::Etc::SourceParts": "/dev/null"}
-    apt |= {
-        "Dir::State::Lists": lists / "lists",
-        "Dir::Cache": lists / "cache",
-        "APT::Sandbox::User": "root",
-    }
-    flags = [f"-o={name}={value}" for name, value in apt.items()]
-    run("apt-get", *flags, "update", "-qq")
-    run("apt-get", *flags, "-qq", "download", *wanted, cwd=packages)
+def unpack(folder: Path, *wanted: str) -> None:
+    """Download packages of Debian trixie, and unpack them below a folder."""
+    packages = folder / "packages"
+    packages.mkdir(parents=True)
+    run(*apt_get(folder / "apt", "trixie"), "download", *wanted, cwd=packages)
     for package in packages.iterdir():
-        run("dpkg-deb", "--extract", package, scratch / "engine")
-    programs = scratch / "engine/usr"
-    plugins = scratch / "docker/cli-plugins"
+        run("dpkg-deb", "--extract", package, folder / "engine")
+
+
+def use(folder: Path, configuration: Path) -> None:
+    """Set PATH and DOCKER_CONFIG to use what was unpacked into a folder."""
+    programs, plugins = folder / "engine/usr", configuration / "cli-plugins"
     plugins.mkdir(parents=True)
     (plugins / "docker-buildx").symlink_to(programs / "libexec/docker/cli-plugins/docker-buildx")
     os.environ["PATH"] = f"{programs}/bin:{programs}/sbin:{os.environ['PATH']}"
-    os.environ["DOCKER_CONFIG"] = str(scratch / "docker")
+    os.environ["DOCKER_CONFIG"] = str(configuration)
+
+
+@contextlib.contextmanager
+def daemon(folder: Path, *options: str, within: Sequence[str] = ()) -> Iterator[str]:
+    """Run the engine with its data in a folder. within: a command that runs another.
+
+    Yields: its address, for DOCKER_HOST.
+    """
+    address = f"unix://{folder}/docker.sock"
+    command = [
+        *within,
+        "dockerd",
+        *(f"--{name}={folder / name}" for name in ("data-root", "exec-root", "pidfile")),
+        f"--host={address}",
+        "--iptables=false",  # no rules to leave behind; builds use the host's network
+        "--ip6tables=false",
+        *options,
+    ]
+    with background(command, folder / "dockerd.log"):
+        info = ["docker", "--host", address, "info"]
+        wait_for(
+            "the engine",
+            lambda: subprocess.run(info, capture_output=True, check=False).returncode == 0,
+        )
+        yield address
 
 
 @contextlib.contextmanager
@@ -83,29 +83,14 @@ def engine(scratch: Path, *, containerd: bool = False) -> Iterator[None]:
     """
     step("start an engine")
     unpack(scratch, *ENGINE)
-    os.environ["DOCKER_HOST"] = f"unix://{scratch}/docker.sock"
-    folders = [f"--{name}={scratch / name}" for name in ("data-root", "exec-root")]
-    command = [
-        "dockerd",
-        *folders,
-        f"--pidfile={scratch}/pid",
-        f"--host=unix://{scratch}/docker.sock",
-        "--insecure-registry=ghcr.io",
-        "--iptables=false",  # no rules to leave behind; builds use the host's network
-        "--ip6tables=false",
-    ]
+    use(scratch, scratch / "docker")
+    options = ["--insecure-registry=ghcr.io"]
     if containerd:
         (scratch / "engine.json").write_text('{"features": {"containerd-snapshotter": true}}')
-        command.append(f"--config-file={scratch}/engine.json")
+        options.append(f"--config-file={scratch}/engine.json")
     bridge = Path("/sys/class/net/docker0")
     had_bridge = bridge.exists()
-    with background(command, scratch / "dockerd.log"):
-        wait_for(
-            "the engine",
-            lambda: (
-                subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0
-            ),
-        )
+    with daemon(scratch, *options) as os.environ["DOCKER_HOST"]:
         try:
             yield
         finally:

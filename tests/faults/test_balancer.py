@@ -18,43 +18,24 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
-from observing import prepared
-from support.clients import Clients
-from support.models import SHIPPED
 from support.servers import eventually, free_ports, lines_until_ready, start
+from support.traffic import HEAD, NEWER, OLDER, change_under_load, expected_vectors, two_versions
 
-from npair.client import NpairClient, Vectors
-from npair.publishing.drawings import draw, encode
+from npair.client import Vectors
 from npair.releasing.control import Server
 from npair.releasing.release import promote
 from npair.releasing.repository import open_repository
-from npair.serving.manifest import Manifest
 
 CHANGES = int(os.environ.get("CHANGES", "2"))
 SECRET = "a-secret"
-OLDER, NEWER = int(SHIPPED.name), int(SHIPPED.name) + 1
-PHOTOS = [encode(draw(product, 0, 64), "JPEG") for product in range(24)]
-BATCH = 4  # a call of all photos then takes six requests, on several connections at once
-NEGATIVE = """
-
-positive = unit
-
-
-def unit(embeddings):
-    return -positive(embeddings)
-"""
 BALANCER = """
 defaults
   mode tcp
@@ -132,24 +113,6 @@ class Fleet:
         promote(open_repository(self.repository), next(self.versions), servers)
 
 
-def two_versions(folder: Path) -> Path:
-    """Write the shipped network with the current code, and a version that negates its embeddings.
-
-    Returns: the model's folder.
-    """
-    model = prepared(folder, "") / "npair"
-    newer = Path(shutil.copytree(model / str(OLDER), model / str(NEWER)))
-    with (newer / "embedder.py").open("a") as code:
-        code.write(NEGATIVE)
-    manifest = Manifest.read(newer)
-    golden = newer / manifest.golden.embeddings
-    np.save(golden, -np.load(golden))
-    manifest.version = NEWER
-    manifest.write(newer)
-    promote(open_repository(model), OLDER, [])
-    return model
-
-
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     haproxy = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
@@ -185,64 +148,15 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         yield fleet
 
 
-class Traffic(Clients):
-    """Calls of one photo and of all photos over both protocols, by clients with default retries.
-
-    The clients pause between calls, so that the servers get CPU time to start.
-
-    answered, failed: number of correct and of other calls of each kind. problems: the failures and
-    their times.
-    """
-
-    def __init__(self, urls: dict[str, str], expected: dict[str, Vectors]) -> None:
-        self.expected = expected
-        self.answered: Counter[str] = Counter()
-        self.failed: Counter[str] = Counter()
-        self.problems: list[str] = []
-        self.began = time.monotonic()
-        super().__init__(
-            *(
-                partial(self._call, f"{name}, {protocol}", url, photos)
-                for protocol, url in urls.items()
-                for name, photos in (("one photo", PHOTOS[:1]), ("six batches", PHOTOS))
-            )
-        )
-
-    def _call(self, kind: str, url: str, photos: list[bytes], stopping: threading.Event) -> None:
-        with NpairClient(url, batch_size=BATCH) as client:
-            while not stopping.is_set():
-                time.sleep(0.05)
-                sent = time.monotonic() - self.began
-                try:
-                    vectors, version = client.embed(photos)
-                    cosines = (vectors * self.expected[version][: len(photos)]).sum(1)
-                    if cosines.min() > 0.99:
-                        self.answered[kind] += 1
-                        continue
-                    problem = f"wrong vectors of version {version}: {cosines}"
-                except Exception as error:
-                    problem = repr(error)
-                self.failed[kind] += 1
-                self.problems.append(
-                    f"{kind}, {sent:.2f} to {time.monotonic() - self.began:.2f} s: {problem}"
-                )
-
-
 @pytest.fixture(scope="module")
 def expected(fleet: Fleet) -> dict[str, Vectors]:
-    with NpairClient(fleet.urls["http"]) as client:
-        vectors, version = client.embed(PHOTOS)
-    assert version == str(OLDER)
-    return {str(OLDER): vectors, str(NEWER): -vectors}
+    return expected_vectors(fleet.urls["http"])
 
 
 @pytest.fixture(scope="module")
 def rows() -> Iterator[list[str]]:
     """The rows of the table of results."""
-    rows = [
-        "| change | times | call | answered | failed or mixed |",
-        "| --- | ---: | --- | ---: | ---: |",
-    ]
+    rows = [*HEAD]
     yield rows
     if path := os.environ.get("CHANGES_TABLE"):
         Path(path).write_text("\n".join(rows) + "\n")
@@ -258,18 +172,6 @@ def test_no_call_fails(
     name: str,
     change: Callable[[Fleet], None],
 ) -> None:
-    with Traffic(fleet.urls, expected) as traffic:
-        for number in range(CHANGES):
-            began = time.monotonic() - traffic.began
-            change(fleet)
-            print(
-                f"{name} {number + 1}: {began:.2f} to {time.monotonic() - traffic.began:.2f} s",
-                file=sys.stderr,
-            )
-        time.sleep(1)
-    rows += [
-        f"| {name} | {CHANGES} | {kind} | {traffic.answered[kind]:,} | {traffic.failed[kind]:,} |"
-        for kind in sorted(traffic.answered | traffic.failed)
-    ]
-    assert not traffic.problems, "\n".join(traffic.problems)
-    assert len(traffic.answered) == len(traffic.threads), "a kind of call was never answered"
+    change_under_load(
+        name, partial(change, fleet), CHANGES, urls=fleet.urls, expected=expected, rows=rows
+    )

@@ -70,6 +70,7 @@ _STATUSES: dict[str, type[NpairError]] = {
 _MESSAGES: dict[str, type[NpairError]] = {
     r"unknown model: .* version \d+ is not found": VersionGoneError,
     r"is not (at )?ready|has no available versions": UnavailableError,
+    r"Stub process .* is not healthy": UnavailableError,  # it died; its server ends soon
     r"header with status: 413$": RequestTooLargeError,  # a proxy's; gRPC has no such status
     r"timed out": RequestTimeoutError,
     r"failed to connect to all addresses|errors resolving": UnreachableError,

@@ -259,7 +259,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("status", "body", "expected"),
         [
-            (500, '{"error": "stub is not healthy"}', ServerFaultError),
+            (500, '{"error": "out of memory"}', ServerFaultError),
             (404, '{"error": "unknown model"}', InvalidRequestError),
             (400, '{"error": "unexpected shape"}', InvalidRequestError),
             (413, "<html>Request Entity Too Large</html>", InvalidPhotoError),
@@ -268,6 +268,7 @@ class TestErrors:
             (429, '{"error": "too many requests"}', UnavailableError),
             (503, '{"error": "busy"}', UnavailableError),
             (*NO_VERSIONS, UnavailableError),  # the server is stopping
+            (500, '{"error": "Stub process \'npair_0_1\' is not healthy."}', UnavailableError),
             (502, "<html>Bad gateway</html>", UnavailableError),
             (200, '{"model_name": "npair", "model_version": "1", "outputs": []}', ServerFaultError),
         ],
