@@ -26,14 +26,14 @@ import npair
 
 BIN = Path(sys.executable).parent
 REPOSITORY = SHIPPED.parent
-TRAIN = "train --data {dataset} --epochs 1 --size 64 --crop-size 48 --network"
+TRAIN = "train --data {dataset} --run {run} --epochs 1 --size 64 --crop-size 48 --network"
 # For each extra, a command that needs it, and its output once the extra is installed.
 CALLS = {
     "evaluate": ("evaluate --data {dataset} --url {url} --report x.html", "report: x.html"),
     "release": ("verify --repository {repository}", "golden set off by"),
     "tune": ("tune --data {dataset} --picture x.svg", "starts servers by serve.py of a checkout"),
-    "train": (f"{TRAIN} compact --run first", "report: first/report.html"),
-    "pretrained": (f"{TRAIN} {{checkpoint}} --run other", "report: other/report.html"),
+    "train": (f"{TRAIN} compact", "report: of-train/report.html"),
+    "pretrained": (f"{TRAIN} {{checkpoint}}", "report: of-pretrained/report.html"),
     "index": ("index build {dataset}/train --url {url}", "24 photos in gallery"),
     "bulk": (
         "bulk {dataset}/train --version {repository}/" + SHIPPED.name + " --out vectors --actors 1",
@@ -207,7 +207,7 @@ def test_a_command_names_its_extra_and_runs_with_it(
     places = {"dataset": dataset, "url": url, "repository": REPOSITORY, "checkpoint": checkpoint}
     for extra in extras:
         call, expected = CALLS[extra]
-        command = call.format(**places).split()
+        command = call.format(run=f"of-{extra}", **places).split()
         refused = environment.npair(*command, **stores)
         printed = re.search(r"pip install '(.+)'", refused.stderr)
         assert refused.returncode == 1

@@ -228,4 +228,4 @@ def test_pixels_are_scaled_as_by_pillow(
     assert np.abs(read(photo).decode(64, resample).astype(int) - expected).max() <= 2
     monkeypatch.setattr(scaling, "resizer", None)  # as on Arm
     scaled = read(photo).decode(64, resample).astype(int)
-    assert np.abs(scaled - expected).max() <= (mode == "CMYK")  # inverted later here
+    assert np.abs(scaled - expected).max() <= 2 * (mode == "CMYK")  # inverted later here
