@@ -77,8 +77,8 @@ class Search:
     folder: Where
     client: NpairClient
     photos: Path | None = None
-    _thresholds: dict[str, float | None] = field(default_factory=dict)  # by hash of the manifest
     refresh: float | None = None
+    _thresholds: dict[str, float | None] = field(default_factory=dict)  # by hash of the manifest
     _kept: list[Gallery] = field(default_factory=list)
     _opening: threading.Lock = field(default_factory=threading.Lock)
 
