@@ -23,7 +23,7 @@ from npair.bulk.actor import Embed
 from npair.bulk.lists import open_source
 from npair.bulk.output import About, Output, Progress
 from npair.bulk.progress import Counter, Done, shown_progress
-from npair.bulk.schema import PREFIX
+from npair.bulk.schema import DICTIONARIES, PREFIX
 from npair.bulk.source import Source
 from npair.bulk.storage import absolute
 from npair.bulk.version import Version
@@ -209,6 +209,7 @@ def embed(
             filesystem=output.system,
             filename_provider=Names(),
             ray_remote_args=WRITING,
+            use_dictionary=DICTIONARIES,
         )
     done: Done = ray.get(counter.read.remote())
     return done
