@@ -215,11 +215,14 @@ def rates(scratch: Path, paths: dict[str, Path], rounds: int) -> None:
         counted: dict[str, Requests] = {}
         for number in range(rounds):
             plain.append(multiprocessed(paths))
+            say(f"plain multiprocessing: {plain[-1]:.0f} photos/s")
             for name, (photos, out) in lists.items():
                 place = f"{out}{number}{name[:4]}"
                 before = requests()
                 jobs[name].append(finished(photos, place))
                 counted[name] = Requests(*np.subtract(requests(), before))
+                rate = jobs[name][-1].photos_per_second
+                say(f"{name}: {rate:.0f} photos/s, {rate / plain[-1]:.2f} of it, {counted[name]}")
                 shutil.rmtree(place, ignore_errors=True)
     base = median(plain)
     rows = [["plain multiprocessing, paths", f"{base:.0f}", "1", "", "", ""]]
@@ -290,10 +293,10 @@ def seaweed(folder: Path) -> Iterator[Any]:
     folder.mkdir()
     # Its gRPC ports are 10,000 above these.
     ports = dict(zip(("master", "volume", "filer", "s3", "metrics"), free_ports(), strict=False))
-    words = ["weed", "server", f"-dir={folder}", "-s3", "-ip=127.0.0.1", "-volume.max=8"]
+    words = ["weed", "server", f"-dir={folder}", "-s3", "-ip=127.0.0.1", "-volume.max=100"]
     words += [f"-master.port={ports['master']}", f"-volume.port={ports['volume']}"]
     words += [f"-filer.port={ports['filer']}", f"-s3.port={ports['s3']}"]
-    words += [f"-metricsPort={ports['metrics']}", "-master.volumeSizeLimitMB=1024"]
+    words += [f"-metricsPort={ports['metrics']}", "-master.volumeSizeLimitMB=128"]
     os.environ |= {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
         "AWS_ACCESS_KEY_ID": "any",
@@ -313,7 +316,7 @@ def seaweed(folder: Path) -> Iterator[Any]:
         deadline = time.monotonic() + 120
         while True:
             with contextlib.suppress(OSError):
-                urllib.request.urlopen(os.environ["AWS_ENDPOINT_URL"], timeout=1)
+                socket.create_connection(("127.0.0.1", ports["s3"]), timeout=1).close()
                 break
             if time.monotonic() > deadline:
                 sys.exit("weed does not start")

@@ -2,16 +2,23 @@
 
     PYTHONPATH=model/api .venv/bin/python benchmarks/capacity.py
 
-Prints a table in Markdown. Every option is a measured figure, and its default is that of the docs.
+Prints a table in Markdown. Options are figures of benchmarks/bulk.py, and their defaults those of
+the docs. Bytes of a row are measured here, from a piece of random vectors.
 """
 
 from __future__ import annotations
 
 import argparse
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from npair.bulk.schema import DICTIONARIES, PRECISIONS, schema
 from npair.releasing.tune import markdown
 
-CHECKPOINT_BYTES = 8  # of a row in the memory of Ray's filter: the number of its piece
+DIMENSION, PIECE = 128, 1000
+NUMBER = 8  # bytes of a piece's number, by which Ray's filter knows a row that is written
 
 
 def main() -> None:
@@ -21,38 +28,58 @@ def main() -> None:
     add = parser.add_argument
     add("--photos", type=float, default=1e9, help="(%(default)g)")
     add("--cores", type=int, default=1000, help="that embed (%(default)s)")
-    add("--rate", type=float, default=150.0, help="photos/s of a core (%(default)g)")
-    add("--by-path", type=float, default=2000.0, help="requests a thousand photos (%(default)g)")
-    add("--by-shard", type=float, default=2.0, help="requests a thousand photos (%(default)g)")
-    add("--fp32", type=float, default=530.0, help="bytes of a row (%(default)g)")
-    add("--fp16", type=float, default=275.0, help="bytes of a row (%(default)g)")
-    add("--megabytes", type=float, default=400.0, help="of an actor (%(default)g)")
-    add("--rows", type=float, default=1e8, help="of a job (%(default)g)")
-    arguments = parser.parse_args()
-    print(table(arguments))
+    add("--rate", type=float, required=True, help="photos/s of a core")
+    add("--by-path", type=float, required=True, help="reads of S3 a thousand photos, by paths")
+    add("--by-shard", type=float, required=True, help="the same in shards")
+    add("--writes", type=float, required=True, help="writes to S3 a thousand photos")
+    add("--megabytes", type=float, required=True, help="of memory for a core")
+    print(table(parser.parse_args()))
 
 
 def table(measured: argparse.Namespace) -> str:
-    photos, hours = measured.photos, measured.photos / measured.rate / 3600
+    photos, seconds = measured.photos, measured.photos / measured.rate
+    writes = f"{photos * measured.writes / 1000:.1e}"
     rows = [
-        ["core hours", f"{hours:,.0f}", f"photos / {measured.rate:.0f} a second"],
-        [f"hours on {measured.cores:,} cores", f"{hours / measured.cores:.1f}", ""],
-        ["requests to read, one photo each", f"{photos * measured.by_path / 1000:.1g}", "paths"],
-        ["requests to read, in shards", f"{photos * measured.by_shard / 1000:.1g}", "shards"],
-        ["vectors in fp32", f"{photos * measured.fp32 / 1e9:,.0f} GB", f"{measured.fp32:.0f} B"],
-        ["vectors in fp16", f"{photos * measured.fp16 / 1e9:,.0f} GB", f"{measured.fp16:.0f} B"],
+        ["core hours", f"{seconds / 3600:,.0f}"],
+        [f"hours on {measured.cores:,} cores", f"{seconds / 3600 / measured.cores:.1f}"],
         [
-            f"memory of {measured.cores:,} actors",
-            f"{measured.cores * measured.megabytes / 1000:,.0f} GB",
-            f"{measured.megabytes:.0f} MB",
+            f"memory of {measured.cores:,} cores",
+            f"{measured.cores * measured.megabytes / 1e3:,.0f} GB",
         ],
-        [
-            f"jobs of {measured.rows:.0g} rows",
-            f"{photos / measured.rows:.0f}",
-            f"{CHECKPOINT_BYTES * measured.rows / 1e9:.1f} GB for each to continue",
-        ],
+        ["reads of S3, by paths", f"{photos * measured.by_path / 1000:.1e}"],
+        ["reads of S3, in shards", f"{photos * measured.by_shard / 1000:.1e}"],
+        ["writes to S3", writes],
+        *(
+            [f"vectors in {precision}", f"{photos * row_bytes(precision) / 1e9:,.0f} GB"]
+            for precision in PRECISIONS
+        ),
+        ["memory to continue in one job", f"{photos * NUMBER / 1e9:.0f} GB for each filter"],
     ]
-    return markdown([f"{photos:.0e} photos", "", "from"], rows)
+    return markdown([f"{photos:.0e} photos", ""], rows)
+
+
+def row_bytes(precision: str) -> float:
+    """Bytes of a row in a file of one piece."""
+    columns = schema(DIMENSION, precision)
+    numbers = np.random.default_rng(0).standard_normal(PIECE * DIMENSION) / np.sqrt(DIMENSION)
+    vector = columns.field("vector").type
+    table = pa.table(
+        {
+            "id": [f"00000.tar/{row:09}.jpg" for row in range(PIECE)],
+            "vector": pa.FixedSizeListArray.from_arrays(
+                pa.array(numbers.astype(vector.value_type.to_pandas_dtype())), type=vector
+            ),
+            "reason": [None] * PIECE,
+            "model": ["npair"] * PIECE,
+            "version": [13] * PIECE,
+            "manifest": ["0" * 64] * PIECE,
+            "piece": [0] * PIECE,
+        },
+        schema=columns,
+    )
+    file = pa.BufferOutputStream()
+    pq.write_table(table, file, use_dictionary=DICTIONARIES)
+    return float(len(file.getvalue()) / PIECE)
 
 
 if __name__ == "__main__":

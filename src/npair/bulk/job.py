@@ -23,16 +23,17 @@ from npair.bulk.actor import Embed
 from npair.bulk.lists import open_source
 from npair.bulk.output import About, Output, Progress
 from npair.bulk.progress import Counter, Done, shown_progress
-from npair.bulk.schema import PREFIX
+from npair.bulk.schema import DICTIONARIES, PREFIX
 from npair.bulk.source import Source
 from npair.bulk.storage import absolute
 from npair.bulk.version import Version
 from npair.serving.engine import cores
 
-# CPUs that Ray counts beside those of the actors: one for its filter of what is written already,
-# one for tasks that read pieces and write rows. If the actors had all, the job would never end.
-SPARE = 2
-WRITING = {"num_cpus": 0.1}  # a writing task waits for the store
+# CPUs beside those of the actors: one for Ray's filter of what is written already, one for tasks
+# that read pieces and write rows, and more of these in a large cluster. If the actors had all, a
+# continued job would never end.
+SPARE, MANY = 2, 32
+WRITING = {"num_cpus": 0.25}  # a task that writes waits for the store
 
 
 class Names(FilenameProvider):  # type: ignore[misc]  # Ray's types are skipped
@@ -58,7 +59,7 @@ def run(
     photos, version_folder, out: locations. precision: one of schema.PRECISIONS.
     rows: photos of a piece, where the list has no parts of its own.
     address: of the Ray cluster; by default, one is started on this machine. actors: by default, as
-    many as there are cores, and two less than the CPUs of a cluster.
+    many as there are cores, or a few less than the CPUs of a cluster.
     Returns: what the output holds, and what was embedded now. Raises: BulkError.
     """
     version, output, source = Version.read(version_folder), Output(out), open_source(photos)
@@ -137,7 +138,8 @@ def cluster(address: str | None, actors: int | None) -> Iterator[int]:
         where = f"Ray at {address} cannot be reached" if address else "Ray does not start"
         raise BulkError(f"{where}: {error}") from error
     try:
-        yield actors or max(1, int(ray.cluster_resources().get("CPU", 0)) - SPARE)
+        found = int(ray.cluster_resources().get("CPU", 0))
+        yield actors or max(1, found - SPARE - found // MANY)
     except ray.exceptions.RayError as error:
         ours = re.search(r"BulkError: (.*)", str(error))
         raise BulkError(ours[1] if ours else f"Ray: {error}") from error
@@ -149,17 +151,26 @@ def cluster(address: str | None, actors: int | None) -> Iterator[int]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[TextIO]:
-    """Send what Ray's processes and libraries write on stderr nowhere. Yields: stderr for npair.
+    """Send nowhere what Ray's processes and libraries write on stdout and stderr.
 
-    Ray has it in its own logs, below /tmp/ray.
+    They write it into Ray's own logs as well, below /tmp/ray. Yields: stderr, for npair.
     """
+    sys.stdout.flush()
     sys.stderr.flush()
-    with os.fdopen(os.dup(2), "w") as kept, Path(os.devnull).open("w") as nowhere:
+    with (
+        os.fdopen(os.dup(1), "w") as stdout,
+        os.fdopen(os.dup(2), "w") as stderr,
+        Path(os.devnull).open("w") as nowhere,
+    ):
+        os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
         try:
-            yield kept
+            yield stderr
         finally:
-            os.dup2(kept.fileno(), 2)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stderr.fileno(), 2)
 
 
 def embed(
@@ -198,6 +209,7 @@ def embed(
             filesystem=output.system,
             filename_provider=Names(),
             ray_remote_args=WRITING,
+            use_dictionary=DICTIONARIES,
         )
     done: Done = ray.get(counter.read.remote())
     return done

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pyarrow as pa
 
 PREFIX = "part-"
+# Columns of few values. A dictionary of a vector's numbers would take half as much space again.
+DICTIONARIES = ["reason", "model", "version", "manifest", "piece"]
 PRECISIONS = {"fp32": pa.float32(), "fp16": pa.float16()}
 
 
