@@ -44,10 +44,14 @@ def start(stack: contextlib.ExitStack, scratch: Path, binaries: Path, images: Pa
 
 def kubelet(node: Machine, kubeconfig: Path, engine: str, cgroup: str) -> list[str]:
     """Return the command of a node's kubelet. cgroup: the parent of its pods' groups."""
-    folder = node.folder
-    for controller in Path("/sys/fs/cgroup").iterdir():
+    folder, groups = node.folder, Path("/sys/fs/cgroup")
+    for controller in groups.iterdir():
         with contextlib.suppress(OSError):
             (controller / cgroup).mkdir(parents=True, exist_ok=True)
+    # The weight that the pods of all nodes would have beside the machine's other processes if their
+    # groups were not below one.
+    weight = NODES * 1024 * len(os.sched_getaffinity(0))
+    (groups / "cpu" / cgroup).parent.joinpath("cpu.shares").write_text(str(weight))
     settings = {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
