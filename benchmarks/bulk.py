@@ -297,6 +297,8 @@ def seaweed(folder: Path) -> Iterator[Any]:
     words += [f"-master.port={ports['master']}", f"-volume.port={ports['volume']}"]
     words += [f"-filer.port={ports['filer']}", f"-s3.port={ports['s3']}"]
     words += [f"-metricsPort={ports['metrics']}", "-master.volumeSizeLimitMB=128"]
+    words += ["-volume.minFreeSpace=1", "-master.telemetry=false", "-s3.iam=false"]
+    words += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # else fixed ones
     os.environ |= {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
         "AWS_ACCESS_KEY_ID": "any",
@@ -311,19 +313,21 @@ def seaweed(folder: Path) -> Iterator[Any]:
         reads = sum(float(count) for kind, count in found if kind in ("GET", "HEAD", "LIST"))
         return Requests(reads, sum(float(count) for _, count in found) - reads)
 
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = folder / "weed.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=file, cwd=folder)
     try:
-        deadline = time.monotonic() + 120
-        while True:
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", ports["s3"]), timeout=1).close()
                 break
-            if time.monotonic() > deadline:
-                sys.exit("weed does not start")
             time.sleep(0.2)
+        else:
+            sys.exit(f"weed does not start: {log.read_text()[-1000:]}")
         yield requests
     finally:
-        process.terminate()
+        process.kill()  # it would wait for idle connections
         process.wait()
 
 
