@@ -20,6 +20,7 @@ def call(*command: str, stdin: str | None = None) -> str:
 
 def kill(container: str) -> None:
     """Kill all processes of a container at once, as the kernel does if memory runs out."""
+    assert len(container) == 64, f"not the id of a container: {container!r}"
     for path in Path("/proc").glob("[0-9]*/cgroup"):
         with suppress(OSError):
             if container in path.read_text():
