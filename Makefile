@@ -19,7 +19,7 @@ WORKFLOWS := $(wildcard .github/workflows/*.yml)
 FORMS := $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-fast test-faults soak lint format lock dist image test-image test-reproducible test-arm64 test-kubernetes test-swarm test-upgrade release-dry-run bench
+.PHONY: help install serve test test-fast test-faults soak lint format lock dist image test-image test-bulk test-reproducible test-arm64 test-kubernetes test-swarm test-upgrade release-dry-run bench
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -111,6 +111,9 @@ image: ## Build npair_model_api:cpu from NVIDIA's image, of 15 GB, with model_re
 
 test-image: .venv/serve ## Build, push, test and promote the image on this machine alone (needs root on Debian)
 	$(BIN)/python scripts/test_image.py
+
+test-bulk: .venv/dev ## Run bulk jobs on a real Ray, kill them and continue (minutes)
+	$(BIN)/python -m pytest tests/bulk $(ARGS)
 
 test-arm64: .venv/dev ## Build and test the image for Arm, emulated by QEMU (needs root on Debian, and half an hour)
 	$(BIN)/python scripts/test_arm64.py
