@@ -22,7 +22,7 @@ FORMS := $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 .PHONY: help install serve test test-fast test-faults soak lint format lock dist image test-image test-bulk test-reproducible test-arm64 test-kubernetes test-swarm test-upgrade release-dry-run bench
 
 help: ## List these targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 .venv/serve: $(PINS)
 	@$(PYTHON) model/api/serve.py --check
