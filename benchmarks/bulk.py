@@ -51,7 +51,7 @@ from npair.data.files import SUFFIXES
 from npair.releasing.tune import markdown, serving
 from npair.serving.engine import cores
 
-SHARD = 1000  # photos
+PIECE = 250  # photos of a piece, also in a shard
 LOADED: list[Any] = []  # the embedder and the limits of a process of plain multiprocessing
 BAD = {
     "empty.jpg": b"",
@@ -109,18 +109,17 @@ def listed(scratch: Path, photos: Sequence[Path], number: int) -> dict[str, Path
     return paths
 
 
-def command(photos: object, out: object, rows: int) -> list[str]:
-    words = ("bulk", photos, "--version", VERSION, "--out", out, "--rows", rows, "--json")
+def command(photos: object, out: object) -> list[str]:
+    words = ("bulk", photos, "--version", VERSION, "--out", out, "--rows", PIECE, "--json")
     return [sys.executable, "-m", "npair", *map(str, words)]
 
 
 def killed(scratch: Path, kills: int) -> list[str]:
     """Kill a job when a share of its pieces is written, and continue it to its end."""
-    rows = 250
-    pieces = -(-len(pq.read_table(scratch / "list.parquet")) // rows)
+    pieces = -(-len(pq.read_table(scratch / "list.parquet")) // PIECE)
     checkpoints = Path(Output(str(scratch / "out")).checkpoints)
     for kill in range(kills):
-        process = subprocess.Popen(command(scratch / "list.parquet", scratch / "out", rows))
+        process = subprocess.Popen(command(scratch / "list.parquet", scratch / "out"))
         while len(committed(checkpoints)) < pieces * (kill + 1) // (kills + 1):
             if process.poll() is not None:
                 return [f"the job ended by itself, with {process.returncode}"]
@@ -132,7 +131,7 @@ def killed(scratch: Path, kills: int) -> list[str]:
                 os.kill(pid, signal.SIGKILL)
         process.wait()
         say(f"killed {len(family)} processes, {len(committed(checkpoints))} of {pieces} pieces")
-    done = finished(scratch / "list.parquet", scratch / "out", rows)
+    done = finished(scratch / "list.parquet", scratch / "out")
     again = done.told["now"]["photos"]
     say(f"continued with {again} rows: {done.told['rows']} are written")
     return []
@@ -181,9 +180,9 @@ def compared(scratch: Path, paths: dict[str, Path]) -> list[str]:
     return wrong
 
 
-def finished(photos: object, out: Path | str, rows: int = SHARD) -> Run:
+def finished(photos: object, out: object) -> Run:
     """Run a job to its end."""
-    process = subprocess.Popen(command(photos, out, rows), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(photos, out), stdout=subprocess.PIPE, text=True)
     most = 0.0
     while process.poll() is None:
         most = max(most, proportional_memory(process.pid))
@@ -248,7 +247,7 @@ def rates(scratch: Path, paths: dict[str, Path], rounds: int) -> None:
 def write_shards(folder: Path, paths: dict[str, Path]) -> None:
     folder.mkdir()
     existing = [(name, path) for name, path in paths.items() if path.exists()]
-    for number, part in enumerate(grouped(existing, SHARD)):
+    for number, part in enumerate(grouped(existing, PIECE)):
         with tarfile.open(folder / f"{number:04}.tar", "w") as tar:
             for name, path in part:
                 member = tarfile.TarInfo(name)
@@ -263,7 +262,7 @@ def size(folder: Path) -> int:
 
 def multiprocessed(paths: dict[str, Path]) -> float:
     """Embed the list by processes of one core each. Returns: photos per second."""
-    parts = list(grouped(paths.values(), SHARD))
+    parts = list(grouped(paths.values(), PIECE))
     spawn = multiprocessing.get_context("spawn")
     ready = spawn.Barrier(cores() + 1)
     with spawn.Pool(cores(), initializer=_load, initargs=(ready,)) as pool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +27,7 @@ from support.photos import PNG
 
 from npair.bulk import BulkError
 from npair.bulk.job import run
+from npair.bulk.lists import open_source
 from npair.bulk.output import Output
 from npair.bulk.schema import schema
 from npair.releasing.verify import published_code
@@ -108,6 +112,26 @@ def test_killed_and_continued(photos: Path, bucket: str) -> None:
         command(f"{bucket}/photos", out), check=True, capture_output=True, text=True
     )
     assert "24 rows in s3://bucket/out" in again.stdout
+
+
+def test_requests_to_the_store(bucket: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Count what docs/scale.md reckons with: two for a path, two for a shard of a thousand."""
+    store = s3fs.S3FileSystem(skip_instance_cache=True)
+    shard = io.BytesIO()
+    with tarfile.open(fileobj=shard, mode="w") as tar:
+        for number in range(1000):
+            member = tarfile.TarInfo(f"{number}.png")
+            member.size = len(PNG)
+            tar.addfile(member, io.BytesIO(PNG))
+    store.pipe({"bucket/one/1.png": PNG, "bucket/shards/1.tar": shard.getvalue()})
+    for name, photos in {"one": 1, "shards": 1000}.items():
+        source = open_source(f"{bucket}/{name}")
+        (piece,) = source.pieces(ROWS)
+        caplog.clear()
+        with caplog.at_level("INFO", logger="werkzeug"):
+            assert len(list(source.photos(piece.content, 10**6))) == photos
+        methods = [re.findall("HEAD|GET|PUT|POST", line)[0] for line in caplog.messages]
+        assert methods == ["HEAD", "GET"]
 
 
 def committed(store: s3fs.S3FileSystem) -> list[str]:
