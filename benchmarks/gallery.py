@@ -37,7 +37,7 @@ from machine import ROOT, python_of, say
 from metrics_at_scale import resident_megabytes
 from packaging.requirements import Requirement
 
-from npair.gallery import build, gallery
+from npair.gallery import build, gallery, location
 
 DIMENSION, PER_CENTRE, QUERIES, WARM_UP, KS = 128, 40, 1000, 50, (5, 10)
 OWN = (
@@ -188,7 +188,7 @@ def label(row: int) -> str:
 
 
 def fill_lancedb(folder: Path, vectors: Vectors) -> None:
-    table = build.create(folder, ("npair", "1", "0"), DIMENSION)
+    table = build.create(location.Folder(folder), ("npair", "1", "0"), DIMENSION)
     for rows in blocks(vectors):
         table.add(
             [
@@ -197,7 +197,7 @@ def fill_lancedb(folder: Path, vectors: Vectors) -> None:
             ]
         )
     build.index(table)
-    (folder / gallery.POINTER).write_text(json.dumps({"table": table.name}))
+    (folder / location.POINTER).write_text(json.dumps({"table": table.name}))
 
 
 def open_lancedb(folder: Path) -> Search:

@@ -32,7 +32,7 @@ from machine import descendants, proportional_memory, pyplot
 from supervisor.procfs import shared_regions
 
 from npair.client import InvalidPhotoError, NpairClient, NpairError, Vectors
-from npair.client_files import SUFFIXES
+from npair.client.photos import SUFFIXES
 from npair.publishing.drawings import draw, encode
 from npair.releasing.tune import LocalServer, serving
 

@@ -87,6 +87,7 @@ def rows_of(
     if arguments.table:
         return rows
     done = {(row["variant"], row["seed"], row[part]) for row in rows}
+    commit = git_commit()  # of the code that runs; the rows that are written change the tree
     threads = max(1, torch.get_num_threads() // arguments.jobs)
     pool = ProcessPoolExecutor(
         arguments.jobs, get_context("spawn"), torch.set_num_threads, (threads,)
@@ -104,7 +105,7 @@ def rows_of(
     }
     try:
         for future in as_completed(futures):
-            rows.append({**futures[future], **future.result(), "commit": git_commit()})
+            rows.append({**futures[future], **future.result(), "commit": commit})
             with results.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
             print(rows[-1], flush=True)

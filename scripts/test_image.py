@@ -22,7 +22,7 @@ from pathlib import Path
 from image.build import WHEEL_RELEASE, build, stand_in, wheelhouse
 from image.checks import check_drain, check_recovery, check_search, check_size, compose_test
 from image.commands import ROOT, run, step
-from image.engine import engine, install_tools
+from image.engine import TOOLS, engine, install_tools
 from image.registry import REPOSITORY, digest_of, login, promote, push, registry_at_ghcr
 
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def test(scratch: Path, stack: contextlib.ExitStack) -> None:
-    install_tools()
+    install_tools(*TOOLS)
     stack.enter_context(engine(scratch))
     registry = stack.enter_context(registry_at_ghcr(scratch))
 
@@ -92,7 +92,7 @@ def test(scratch: Path, stack: contextlib.ExitStack) -> None:
     step("break an image: it must not be promoted")
     spoiled = scratch / "spoiled"
     shutil.copytree(ROOT / "model/api", spoiled)
-    with (spoiled / "client.py").open("a") as file:
+    with (spoiled / "client/__init__.py").open("a") as file:
         file.write("\nraise ImportError('broken on purpose')\n")
     build(f"{REPOSITORY}:cpu-2", *options, context=spoiled)
     broken = push("cpu-2")

@@ -25,7 +25,7 @@ from pathlib import Path
 from cluster.binaries import binaries
 from cluster.image import archive
 from image.commands import ROOT, step
-from image.engine import TOOLS, unpack, use
+from image.engine import ENGINE, TOOLS, unpack, use
 from image.packages import install
 
 NEEDED = (*TOOLS, "conntrack", "dnsmasq-base", "etcd-server", "iptables", "jq", "openssl", "socat")
@@ -56,7 +56,7 @@ def engine(cache: Path) -> Path:
     if not found.exists():
         step("download an engine")
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            unpack(Path(folder) / "engine")
+            unpack(Path(folder) / "engine", *ENGINE)
             (Path(folder) / "engine").rename(found)
     return found
 

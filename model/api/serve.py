@@ -3,7 +3,7 @@
 The image, compose, make and the tests all start the server through this file. It stays the parent
 of the server and embeds a golden photo once a second, over the HTTP port that clients use. If that
 fails for 10 seconds or a Python stub dies, it ends the server and exits with code 1, so that
-whatever restarts containers acts. SIGTERM and SIGINT let the server answer what it accepted and
+an orchestrator restarts it. SIGTERM and SIGINT let the server answer what it accepted and
 then end it; the exit code is 0 if it did.
 
 Only the standard library, and syntax of Python 3.8: on a bare machine, it says what is missing.

@@ -10,7 +10,7 @@ from subprocess import DEVNULL
 
 from image.build import WHEEL_RELEASE, build, stand_in, wheelhouse
 from image.commands import ROOT, output, run, step
-from image.engine import engine, install_tools
+from image.engine import TOOLS, engine, install_tools
 
 SERVER, PROMOTION, BALANCER = "npair_model_api", "npair_promotion", "npair_balancer"
 # In the place of HAProxy's own image.
@@ -26,7 +26,7 @@ def archive(cache: Path) -> Path:
     """Return an archive of SERVER and BALANCER; build them unless the cache has them."""
     found = cache / f"image-{fingerprint()}.tar"
     if not found.exists():
-        install_tools()
+        install_tools(*TOOLS)
         with (
             tempfile.TemporaryDirectory(
                 prefix="npair-image-", ignore_cleanup_errors=True

@@ -52,21 +52,31 @@ def build(tag: str, *options: str, context: Path = ROOT / "model/api", fails: bo
     return result.stdout
 
 
+def debian(root: Path, architecture: str = "amd64") -> None:
+    """Install Debian into a folder; another machine's needs an emulator, see arm64.py."""
+    options = (f"--arch={architecture}", "--variant=minbase")
+    run("debootstrap", *options, "bookworm", root, stdout=subprocess.DEVNULL)
+
+
 def stand_in(scratch: Path) -> tuple[str, str]:
     """Build an image with the layout of NVIDIA's, and its base, Debian, also of the final image.
 
     Returns: their names.
     """
-    triton, base = "npair-standin/tritonserver", "npair-standin/debian"
     root = scratch / "debian"
-    run("debootstrap", "--variant=minbase", "bookworm", root, stdout=subprocess.DEVNULL)
+    debian(root)
+    return stand_in_of(scratch, root, package_folder("pytriton"), "amd64")
+
+
+def stand_in_of(scratch: Path, root: Path, wheel: Path, architecture: str) -> tuple[str, str]:
+    """Do as ``stand_in`` with a Debian in ``root`` and the package pytriton in ``wheel``."""
+    triton, base = "npair-standin/tritonserver", "npair-standin/debian"
     run(
         "sh",
         "-c",
         f"tar -C {root} --exclude=./var/cache/apt --exclude=./var/lib/apt/lists/* -c . "
-        f"| docker import --message debian - {base}",
+        f"| docker import --platform linux/{architecture} --message debian - {base}",
     )
-    wheel = package_folder("pytriton")
     context = scratch / "stand-in"
     server = context / "opt/tritonserver"
     shutil.copytree(wheel / "tritonserver/bin", server / "bin")
@@ -80,7 +90,8 @@ def stand_in(scratch: Path) -> tuple[str, str]:
         wheel / "tritonserver/python_backend_stubs/3.11/triton_python_backend_stub",
         server / "backends/python",
     )
-    shutil.copy(next(wheel.parent.glob("nvidia_pytriton-*.dist-info/licenses/LICENSE")), server)
+    # In the folder itself, or in one that newer builds of wheels have.
+    shutil.copy(next(wheel.parent.glob("nvidia_pytriton-*.dist-info/**/LICENSE")), server)
     shutil.copytree(
         wheel.parent / "nvidia_pytriton.libs",
         server / "lib",
@@ -98,6 +109,8 @@ def stand_in(scratch: Path) -> tuple[str, str]:
         "buildx",
         "build",
         "--quiet",
+        "--platform",
+        f"linux/{architecture}",
         "--network",
         "host",
         "--tag",
@@ -128,6 +141,13 @@ def wheelhouse(scratch: Path, *pinned: str) -> Iterator[list[str]]:
             "--requirement",
             ROOT / "model" / pins,
         )
+    with served(wheels, scratch) as options:
+        yield options
+
+
+@contextlib.contextmanager
+def served(wheels: Path, scratch: Path) -> Iterator[list[str]]:
+    """Serve a folder of wheels. Yields: the build options that make pip use them."""
     handler = partial(QuietHandler, directory=str(wheels))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

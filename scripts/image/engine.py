@@ -25,17 +25,17 @@ ENGINE = (
 TOOLS = ("runc", "skopeo", "debootstrap", "docker-compose", "iproute2", "apache2-utils")
 
 
-def install_tools() -> None:
+def install_tools(*tools: str) -> None:
     """Install what the engine and the pipeline call, unless it is installed."""
     step("install the tools")
-    install(*TOOLS)
+    install(*tools)
 
 
-def unpack(folder: Path) -> None:
-    """Download the engine into a folder."""
+def unpack(folder: Path, *wanted: str) -> None:
+    """Download packages of Debian trixie, and unpack them below a folder."""
     packages = folder / "packages"
     packages.mkdir(parents=True)
-    run(*apt_get(folder / "apt", "trixie"), "download", *ENGINE, cwd=packages)
+    run(*apt_get(folder / "apt", "trixie"), "download", *wanted, cwd=packages)
     for package in packages.iterdir():
         run("dpkg-deb", "--extract", package, folder / "engine")
 
@@ -75,14 +75,22 @@ def daemon(folder: Path, *options: str, within: Sequence[str] = ()) -> Iterator[
 
 
 @contextlib.contextmanager
-def engine(scratch: Path) -> Iterator[None]:
-    """Run a separate Docker engine; set PATH, DOCKER_HOST and DOCKER_CONFIG to use it."""
+def engine(scratch: Path, *, containerd: bool = False) -> Iterator[None]:
+    """Run a separate Docker engine; set PATH, DOCKER_HOST and DOCKER_CONFIG to use it.
+
+    containerd: keep images in containerd's store, without which builds have no attestations and
+    cannot set the times of files.
+    """
     step("start an engine")
-    unpack(scratch)
+    unpack(scratch, *ENGINE)
     use(scratch, scratch / "docker")
+    options = ["--insecure-registry=ghcr.io"]
+    if containerd:
+        (scratch / "engine.json").write_text('{"features": {"containerd-snapshotter": true}}')
+        options.append(f"--config-file={scratch}/engine.json")
     bridge = Path("/sys/class/net/docker0")
     had_bridge = bridge.exists()
-    with daemon(scratch, "--insecure-registry=ghcr.io") as os.environ["DOCKER_HOST"]:
+    with daemon(scratch, *options) as os.environ["DOCKER_HOST"]:
         try:
             yield
         finally:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,24 @@ from image.commands import background, output, run, status, wait_for
 OWNER, PASSWORD = "tester", "not-a-secret"
 REPOSITORY = f"ghcr.io/{OWNER}/npair_model_api"
 REGISTRY_ADDRESS = "127.0.0.88"  # a loopback address that nothing else uses
+
+
+@contextlib.contextmanager
+def open_registry(scratch: Path) -> Iterator[str]:
+    """Run a registry on loopback that asks for no password. Yields: its address."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    config = {
+        "version": 0.1,
+        "log": {"level": "error", "accesslog": {"disabled": True}},
+        "storage": {"filesystem": {"rootdirectory": str(scratch / "registry")}},
+        "http": {"addr": f"127.0.0.1:{port}"},
+    }
+    (scratch / "registry.json").write_text(json.dumps(config))  # JSON is YAML
+    command = ["docker-registry", "serve", scratch / "registry.json"]
+    with background(command, scratch / "registry.log"):
+        wait_for("the registry", lambda: status("127.0.0.1", port, "GET", "/v2/") == 200)
+        yield f"127.0.0.1:{port}"
 
 
 @contextlib.contextmanager
@@ -64,6 +84,7 @@ def digest_of(tag: str) -> str:
 
 
 def promote(digest: str) -> None:
-    tags = ("cpu", f"cpu-{output('scripts/version.sh').strip()}")
     options = "--src-tls-verify=false --dest-tls-verify=false"  # the registry is on this machine
-    run("scripts/promote.sh", REPOSITORY, digest, *tags, env={"SKOPEO_OPTIONS": options})
+    ref = ("--ref", "refs/heads/main")
+    command = (sys.executable, "scripts/release.py", "promote", REPOSITORY, digest, *ref)
+    run(*command, env={"SKOPEO_OPTIONS": options})

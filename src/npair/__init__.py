@@ -1,3 +1,3 @@
 """npair: image embeddings trained with the multi-class N-pair loss and served by NVIDIA Triton."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -65,13 +65,17 @@ class Replica:
 
     def start(self) -> None:
         self.process = start(
-            **self.ports, MODEL_REPOSITORY=str(self.models), NPAIR_CONTROL_SECRET=SECRET
+            **self.ports,
+            MODEL_REPOSITORY=str(self.models),
+            NPAIR_CONTROL_SECRET=SECRET,
+            DRAIN_SECONDS="30",  # whatever else this machine does
         )
         lines_until_ready(self.process)
 
-    def stop(self) -> int:
+    def stop(self) -> None:
         self.process.terminate()
-        return self.process.wait(timeout=30)
+        _, log = self.process.communicate(timeout=60)
+        assert self.process.returncode == 0, f"accepted requests were not answered:\n{log}"
 
 
 @dataclass
@@ -100,7 +104,7 @@ class Fleet:
         """Restart the replicas in turn; wait until each gets connections again."""
         promote(open_repository(self.repository), next(self.versions), [])
         for replica in self.replicas:
-            assert replica.stop() == 0, "accepted requests were not answered"
+            replica.stop()
             replica.start()
             eventually(self.balanced)
 

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from openvino.tools.ovc.logger import get_logger_state
 from support.architectures import ARCHITECTURES, checkpoint
 from support.models import ROOT, SHIPPED, TINY, publish_into, without_int8
 
 from npair.networks.efficientnet_lite import VARIANTS
 from npair.networks.network import embed
 from npair.publishing import version_folder as artifact
-from npair.publishing.graphs import ENGINES
+from npair.publishing.graphs import ENGINES, write_graphs
 from npair.releasing.release import check_pins
 from npair.releasing.repository import open_repository
 from npair.serving.embedder import Embedder
@@ -166,3 +168,20 @@ def test_shipped_version() -> None:
     for kind in ("fine", "coarse"):
         assert f"{scores[kind]['recall_at_1']['value']:.3f}" in (ROOT / "README.md").read_text()
     assert "dirty" not in manifest["git_commit"] + manifest["training"]["git_commit"]
+
+
+def test_a_failed_conversion_leaves_the_log_as_it_was(tmp_path: Path) -> None:
+    """OpenVINO raises the level of the root logger, which would silence every other log."""
+
+    class Unknown(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            values: torch.Tensor = torch.special.airy_ai(pixels.float())
+            return values.mean((1, 2))
+
+    pixels = np.zeros((2, 8, 8, 3), np.uint8)
+    program = torch.export.export(Unknown(), (torch.from_numpy(pixels),))
+    torch.export.save(program, tmp_path / "network.pt2")
+    before = get_logger_state()
+    reasons = write_graphs(tmp_path, pixels)
+    assert "OpenVINO cannot take the graph: " in reasons["openvino-fp32"]
+    assert get_logger_state() == before

@@ -78,9 +78,8 @@ class TestScript:
         ("start", "module"),
         [
             (f"run_path({str(CLIENT)!r}", "client"),
-            (f"run_path({str(CLIENT.with_name('client_cli.py'))!r}", "client"),
+            ("run_module('client', alter_sys=True", "client"),
             ("run_module('npair.client', alter_sys=True", "npair.client"),
-            ("run_module('npair.client_cli', alter_sys=True", "npair.client"),
         ],
     )
     def test_no_module_is_loaded_twice(self, start: str, module: str) -> None:
@@ -95,14 +94,17 @@ class TestScript:
             "print([each.__module__ for each in classes if each.__name__ == 'NpairError'], code)"
         )
         result = python("-c", script)
-        assert result.stdout.splitlines()[-1:] == [f"[{module!r}] 3"], result.stderr
+        assert result.stdout.splitlines()[-1:] == [f"['{module}.errors'] 3"], result.stderr
 
     def test_the_library_alone(self, tmp_path: Path) -> None:
         shutil.copy(CLIENT, tmp_path)
-        assert python("-c", "from client import NpairClient", cwd=tmp_path).returncode == 0
         result = python(tmp_path / "client.py", "ready")
         assert result.returncode == 2
-        assert "client.py: the commands are in client_cli.py" in result.stderr
+        assert "client.py: its code is in the folder client" in result.stderr
+        shutil.copytree(CLIENT.with_suffix(""), tmp_path / "client")
+        assert python("-c", "from client import NpairClient", cwd=tmp_path).returncode == 0
+        for start in (["client.py"], ["-m", "client"]):
+            assert python(*start, "--help", cwd=tmp_path).returncode == 0
 
 
 class TestEmbed:
@@ -216,8 +218,8 @@ class TestEmbed:
         (tmp_path / "photo").write_bytes(b"x" * 20_000)
         # Do not use getrusage: a process inherits the maximum of its parent.
         script = (
-            f"import sys\nsys.path.insert(0, {str(CLIENT.parent)!r})\nimport client_cli\n"
-            "code = client_cli.main()\nwith open('/proc/self/status') as status:\n"
+            f"import sys\nsys.path.insert(0, {str(CLIENT.parent)!r})\nfrom client import cli\n"
+            "code = cli.main()\nwith open('/proc/self/status') as status:\n"
             "    print(*(line for line in status if 'VmHWM' in line))\nsys.exit(code)"
         )
 
@@ -246,8 +248,8 @@ class TestEmbed:
 
         script = (
             f"import sys\nsys.path.insert(0, {str(CLIENT.parent)!r})\n"
-            f"sys.modules.update(dict.fromkeys({missing!r}))\nimport client_cli\n"
-            "sys.exit(client_cli.main())"
+            f"sys.modules.update(dict.fromkeys({missing!r}))\nfrom client import cli\n"
+            "sys.exit(cli.main())"
         )
         master, terminal = pty.openpty()
         with serving(answer) as (url, _):

@@ -24,7 +24,7 @@ from support.models import ROOT, SHIPPED
 from support.servers import free_ports, lines_until_ready, running, start
 
 from npair.client import AsyncNpairClient, NpairClient, Vectors
-from npair.client_files import encoded_photo
+from npair.client.formats import encoded_photo
 from npair.releasing.config import with_release
 
 PHOTO = SHIPPED / "golden/photo.jpg"

@@ -28,9 +28,9 @@ from npair import cli
 from npair.client import Embeddings, InvalidPhotoError, NpairClient, UnavailableError
 from npair.data.catalogue import read_catalogue
 from npair.gallery import build as building
-from npair.gallery import gallery
 from npair.gallery.build import Built, build
-from npair.gallery.gallery import Gallery, GalleryError, PhotoGoneError, path_of
+from npair.gallery.gallery import Gallery, PhotoGoneError, path_of
+from npair.gallery.location import Folder, GalleryError
 from npair.releasing.config import with_release
 
 OLD, NEW = SHIPPED.name, str(int(SHIPPED.name) + 1)
@@ -555,28 +555,12 @@ class TestVersions:
         assert len(opened.search(photos / "class 0/0.png", newer)) == 2
         assert opened.version == NEW
 
-    def test_an_open_gallery_tells_that_it_is_stale(
-        self, client: NpairClient, newer: NpairClient, tmp_path: Path
-    ) -> None:
-        photos, index = folders(tmp_path / "photos", classes=1, photos=2), tmp_path / "index"
-        for made_by in (client, newer):
-            build(photos, index, made_by, prune=True)
-            opened = Gallery(index)
-            build(photos, index, made_by)
-            assert not opened.stale(), "nothing has changed"
-            path = photo(photos / "new.png", len(opened))
-            build(photos, index, made_by)
-            assert opened.stale()
-            path.unlink()
-        build(photos, index, client, prune=True)
-        assert opened.stale()
-
     def test_unserved(self, client: NpairClient, newer: NpairClient, tmp_path: Path) -> None:
         path = photo(tmp_path / "photos/a.png")
         build(tmp_path / "photos", tmp_path / "index", newer)
         message = (
-            f"version {NEW} of model npair is not served, but {OLD} is; build the gallery by that"
-            " one: npair index"
+            f"version {NEW} of model npair is not served, but {OLD} is; rebuild the gallery with"
+            " the served version: npair index build"
         )
         with pytest.raises(GalleryError, match=message):
             Gallery(tmp_path / "index").search(path, client)
@@ -601,7 +585,7 @@ class TestVersions:
         self, client: NpairClient, newer: NpairClient, tmp_path: Path
     ) -> None:
         photos, index = folders(tmp_path / "photos", classes=1, photos=2), tmp_path / "index"
-        building.create(index, ("npair", "0", ""), 128)
+        building.create(Folder(index), ("npair", "0", ""), 128)
         build(photos, index, client)
         build(photos, index, newer)
         assert {path.name.split("-")[1] for path in index.glob("*.lance")} == {OLD, NEW}
@@ -663,7 +647,7 @@ class TestSearch:
             (6000, 128), dtype=np.float32
         )
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        made = building.create(tmp_path, ("npair", "1", "0"), 128)
+        made = building.create(Folder(tmp_path), ("npair", "1", "0"), 128)
         rows = [
             {"photo": str(n), "label": str(n % 200), "sha256": "", "vector": vector}
             for n, vector in enumerate(vectors)
@@ -716,9 +700,9 @@ def test_what_may_not_be_read_is_not_called_damaged(
 ) -> None:
     """Fake the error, since root may read every file."""
 
-    def refused(_: Path) -> dict[str, str]:
+    def refused(_: Folder) -> dict[str, str]:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(gallery, "read_pointer", refused)
+    monkeypatch.setattr(Folder, "pointer", refused)
     with pytest.raises(PermissionError):
         Gallery(made.folder)

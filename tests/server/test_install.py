@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
@@ -17,26 +19,36 @@ import s3fs
 from moto.server import ThreadedMotoServer
 from support import architectures
 from support.commands import commands
-from support.models import SHIPPED
+from support.models import ROOT, SHIPPED
 from support.servers import running
 
 import npair
 
 BIN = Path(sys.executable).parent
 REPOSITORY = SHIPPED.parent
-TRAIN = "train --data {dataset} --run run --epochs 1 --size 64 --crop-size 48 --network"
-# For each extra, a command that needs it and what that says once it is installed.
+TRAIN = "train --data {dataset} --run {run} --epochs 1 --size 64 --crop-size 48 --network"
+# For each extra, a command that needs it, and its output once the extra is installed.
 CALLS = {
     "evaluate": ("evaluate --data {dataset} --url {url} --report x.html", "report: x.html"),
     "release": ("verify --repository {repository}", "golden set off by"),
     "tune": ("tune --data {dataset} --picture x.svg", "starts servers by serve.py of a checkout"),
-    "train": (f"{TRAIN} compact", "report: run/report.html"),
-    "pretrained": (f"{TRAIN} {{checkpoint}}", "report: run/report.html"),
+    "train": (f"{TRAIN} compact", "report: of-train/report.html"),
+    "pretrained": (f"{TRAIN} {{checkpoint}}", "report: of-pretrained/report.html"),
     "index": ("index build {dataset}/train --url {url}", "24 photos in gallery"),
     "s3": ("versions --offline --repository s3://bucket/models/npair", "* pinned by config.pbtxt"),
     "gs": ("versions --offline --repository gs://bucket/models/npair", "it has no config.pbtxt"),
 }
-OTHERS = {"dev", "photos", "heic", "web"}  # no command needs one of these alone
+# No command needs one of these alone; make test-bulk tries the last.
+OTHERS = {"dev", "photos", "heic", "web", "bulk"}
+# Extras that share an environment, since each brings what the ones before it lack.
+TOGETHER = [
+    ("evaluate",),
+    ("release",),
+    ("tune",),
+    ("train", "pretrained"),
+    ("index",),
+    ("s3", "gs"),
+]
 
 Result = subprocess.CompletedProcess[str]
 
@@ -91,13 +103,19 @@ class Environment:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    root = Path(npair.__file__).parents[2]
-    subprocess.run(
-        [BIN / "uv", "build", "--quiet", "--wheel", "--out-dir", folder, root], check=True
-    )
-    return next(folder.glob("*.whl"))
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the sdist and the wheel, unless NPAIR_DIST names the folder that has them."""
+    if built := os.environ.get("NPAIR_DIST"):
+        return Path(built).resolve()
+    folder = tmp_path_factory.mktemp("dist")
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    subprocess.run([ROOT / "scripts/build-dist.sh", folder], check=True, env=environment)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    return next(dist.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +125,12 @@ def url() -> Iterator[str]:
 
 
 @pytest.fixture
-def environment(tmp_path: Path, wheel: Path) -> Environment:
-    return Environment(wheel.with_name("venv"), tmp_path, wheel)
+def environment(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, wheel: Path
+) -> Environment:
+    folder = tmp_path_factory.getbasetemp() / "install"
+    folder.mkdir(exist_ok=True)
+    return Environment(folder / "venv", tmp_path, wheel)
 
 
 @pytest.fixture(scope="module")
@@ -141,38 +163,57 @@ def test_the_plain_package(environment: Environment, url: str) -> None:
     assert f"{SHIPPED.name} *     serving" in listed.stdout, listed.stderr
 
 
+def test_what_is_inside(dist: Path, wheel: Path) -> None:
+    """Both hold the package as git has it; the wheel was built from the sdist."""
+    listed = subprocess.run(
+        ["git", "ls-files", "src/npair"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    # The client is a link in git, and files here.
+    client = (ROOT / "model/api/client").glob("*.py")
+    source = {f"npair/client/{path.name}" for path in client}
+    source |= {name.removeprefix("src/") for name in listed.stdout.split()} - {"npair/client"}
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert names == source
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as packed:
+        held = {name.partition("/")[2] for name in packed.getnames()}
+    assert {f"src/{name}" for name in source} <= held
+    assert {"CHANGELOG.md", "LICENSE", "NOTICE", "README.md"} <= held
+    assert not [name for name in held if name.startswith(("model_repository/", "tests/"))]
+
+
 def test_every_extra_is_tried(wheel: Path) -> None:
     (built,) = importlib.metadata.distributions(path=[str(wheel)])
     extras = set(built.metadata.get_all("Provides-Extra") or ())
     assert {*CALLS, *OTHERS} == extras
+    assert [*CALLS] == [extra for extras in TOGETHER for extra in extras]
     assert {parser.get_default("extra") for _, parser in commands()} <= {*extras, "", None}
 
 
-@pytest.mark.parametrize("extra", CALLS)
+@pytest.mark.parametrize("extras", TOGETHER, ids=", ".join)
 def test_a_command_names_its_extra_and_runs_with_it(
-    extra: str,
+    extras: tuple[str, ...],
     environment: Environment,
     dataset: Path,
     url: str,
     stores: dict[str, str],
 ) -> None:
-    call, expected = CALLS[extra]
     checkpoint = environment.here / "checkpoint"
-    if extra == "pretrained":
+    if "pretrained" in extras:
         architectures.checkpoint(checkpoint, architectures.ARCHITECTURES["vit"])
-        environment.install("npair[train]")
     places = {"dataset": dataset, "url": url, "repository": REPOSITORY, "checkpoint": checkpoint}
-    command = call.format(**places).split()
-    refused = environment.npair(*command, **stores)
-    printed = re.search(r"pip install '(.+)'", refused.stderr)
-    assert refused.returncode == 1
-    assert printed, refused.stderr
-    assert printed[1] == f"npair[{extra}]"
+    for extra in extras:
+        call, expected = CALLS[extra]
+        command = call.format(run=f"of-{extra}", **places).split()
+        refused = environment.npair(*command, **stores)
+        printed = re.search(r"pip install '(.+)'", refused.stderr)
+        assert refused.returncode == 1
+        assert printed, refused.stderr
+        assert printed[1] == f"npair[{extra}]"
 
-    environment.install(printed[1])
-    environment.check_helps()
-    done = environment.npair(*command, **stores)
-    assert expected in done.stdout + done.stderr
-    if extra == "train":  # publishing a network takes minutes
-        imported = environment.run("python", "-c", "import npair.publishing.publish")
-        assert imported.returncode == 0, imported.stderr
+        environment.install(printed[1])
+        done = environment.npair(*command, **stores)
+        assert expected in done.stdout + done.stderr
+        if extra == "train":  # publishing a network takes minutes
+            imported = environment.run("python", "-c", "import npair.publishing.publish")
+            assert imported.returncode == 0, imported.stderr

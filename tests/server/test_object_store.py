@@ -449,3 +449,19 @@ def test_a_server_that_starts_with_a_broken_pin_says_what_to_do(location: str) -
     assert process.returncode == 1
     assert "network.pt2 has changed since it was published" in said_last
     assert "npair rollback --offline pins the one that was served before in s3://" in said_last
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [("nowhere/models", "Check account credentials"), ("{}/nowhere", "not a valid directory")],
+    ids=["bucket", "folder"],
+)
+def test_a_server_that_finds_no_repository_ends_at_once(
+    location: str, folder: str, reason: str
+) -> None:
+    bucket = location.split("/")[2]
+    process = start(**free_ports(), MODEL_REPOSITORY=f"s3://{folder.format(bucket)}")
+    _, said_last = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert reason in said_last
+    assert said_last.endswith("npair: the model repository was refused, for the reasons above\n")

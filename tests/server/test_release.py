@@ -231,7 +231,7 @@ class TestPromote:
                 return 0.0
 
         failures = r"\(a does not load 1; c does not load 1\): c does not load 2"
-        reason = rf"going back to version 1 failed, too {failures}"
+        reason = rf"going back to version 1 failed as well {failures}"
         with pytest.raises(ReleaseError, match=reason):
             promote(
                 open_repository(models),

@@ -183,7 +183,7 @@ def test_dead_stub_ends_the_server_with_the_reason() -> None:
         assert (told.returncode, told.stderr) == (1, "npair: a Python stub of the model died\n")
         _, output = process.communicate(timeout=60)
         assert process.returncode == 1
-        reason = "npair: a Python stub of the model died, and what it is given fails"
+        reason = "npair: a Python stub of the model died, and requests that it is given fail"
         assert f"{reason}; the server was ended" in output
         with NpairClient(urls["http"], retries=0) as client, pytest.raises(UnavailableError):
             client.embed(b"photo")

@@ -25,7 +25,7 @@ from support.photos import folders, table
 from support.servers import eventually, running
 from support.web import Answer, call, serving
 
-from npair.client import NpairClient
+from npair.client import HttpTransport, NpairClient
 from npair.gallery.build import build
 from npair.gallery.gallery import Gallery
 from npair.web import guard
@@ -121,6 +121,22 @@ class TestSearch:
         assert default["threshold"] == thresholds.far_1_percent
         strict = call(web, "/search?threshold=0.9999&k=2", photo).json
         assert [each["same_product"] for each in strict["neighbours"]] == [True, False]
+
+    def test_a_search_asks_for_the_servers_configuration_once(
+        self, web: str, photo: bytes, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A version's threshold never changes, so that only the first search asks for it."""
+        call(web, "/search", photo)
+        asked: list[dict[str, str]] = []
+        ask = HttpTransport.parameters
+
+        def parameters(transport: HttpTransport) -> dict[str, str]:
+            asked.append(ask(transport))
+            return asked[-1]
+
+        monkeypatch.setattr(HttpTransport, "parameters", parameters)
+        assert call(web, "/search", photo).json["threshold"]
+        assert len(asked) == 1
 
     def test_a_catalogues_columns_come_back(
         self, server: str, client: NpairClient, photo: bytes, tmp_path: Path

@@ -24,7 +24,7 @@ from support.servers import free_ports
 MONITORING = ROOT / "monitoring"
 SHORTENED = {
     "15s": "1s",
-    "30s": "1s",
+    "30s": "3s",
     "1m": "3s",
     "5m": "10s",
     "10m": "10s",

@@ -33,7 +33,8 @@ class Triton(http.server.BaseHTTPRequestHandler):
     """Answers serve.py, with one of these faults.
 
     late: the first answer to each of these paths comes after serve.py has given up.
-    loading: the model becomes ready right after the first question whether it is.
+    loading: nothing is answered until the first question whether the model is ready, as in Triton,
+    which listens once everything is loaded.
     """
 
     late = [STATISTICS, READY] if FAULT == "late" else []
@@ -45,10 +46,9 @@ class Triton(http.server.BaseHTTPRequestHandler):
             with Path(os.environ["STANDIN_LOG"]).open("a") as log:
                 print(self.path, file=log)
             time.sleep(6)
-        status = 200 if self.loaded else 400
-        if self.path in (LIVE, READY):
-            Triton.loaded = True
-        self.answer(status, json.dumps(ANSWERS.get(self.path)).encode())
+        if self.loaded:
+            self.answer(200, json.dumps(ANSWERS.get(self.path)).encode())
+        Triton.loaded = self.loaded or self.path in (LIVE, READY)
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))

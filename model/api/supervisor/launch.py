@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from supervisor.api import CONTROL_HEADER
 from supervisor.logs import log
 from supervisor.options import MODEL
-from supervisor.preflight import IMAGE_SERVER, ServeError, in_url
+from supervisor.preflight import IMAGE_SERVER, ServeError, in_url, store_location
 from supervisor.procfs import region_prefix, stat
 from supervisor.tls import grpc_tls
 
@@ -192,16 +192,10 @@ def hide_secret(server: int) -> None:
 
 
 def repository_for(repository: str, scratch: Path) -> str:
-    """The model repository as Triton takes it.
-
-    Triton ignores AWS_ENDPOINT_URL: an S3 server other than AWS's is part of the location.
-    """
-    if "://" not in repository:
-        return shell_safe(repository, scratch / "models")
-    endpoint, bucket = os.environ.get("AWS_ENDPOINT_URL"), repository[len("s3://") :]
-    if endpoint and repository.startswith("s3://") and "://" not in bucket:
-        return f"s3://{endpoint}/{bucket}"
-    return repository
+    """The model repository as Triton takes it."""
+    if "://" in repository:
+        return store_location(repository)
+    return shell_safe(repository, scratch / "models")
 
 
 def command(options: Options, triton: Triton, secret: str) -> list[str]:

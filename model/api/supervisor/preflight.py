@@ -1,6 +1,6 @@
 """Checks before a server starts.
 
-Needs only the standard library, since make runs it on a bare machine, whatever its Python.
+Needs only the standard library, since make runs it on a bare machine with any Python 3.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from supervisor.options import Options
 
 IMAGE_SERVER = Path("/opt/tritonserver")
-# The wheel's Python backend is built for numpy 1, which Python 3.13 has no build of.
-WHEEL_PYTHONS = ((3, 10), (3, 12))
+# By machine: the oldest and newest Python for the wheel and requirements.txt. The wheel's Python
+# backend is built for numpy 1, which Python 3.13 has no build of; gevent has none for 3.10 on Arm.
+WHEEL_PYTHONS = {"x86_64": ((3, 10), (3, 12)), "aarch64": ((3, 11), (3, 12))}
 WHEEL_GLIBC = (2, 35)
 STORES = ("s3://", "gs://", "as://")
+STORE_TIMEOUT = 10.0  # seconds
 
 
 class ServeError(RuntimeError):
@@ -32,12 +35,12 @@ def check_platform() -> None:
     """Raises: ServeError if neither the image's server nor the wheel's can run here."""
     if (IMAGE_SERVER / "bin/tritonserver").is_file():
         return
-    if sys.platform != "linux" or platform.machine() != "x86_64":
+    if sys.platform != "linux" or platform.machine() not in WHEEL_PYTHONS:
         raise ServeError(
-            f"the server needs Linux on x86-64, and this is {platform.system()} on "
+            f"the server needs Linux on x86-64 or Arm, and this is {platform.system()} on "
             f"{platform.machine()}; run the image instead"
         )
-    lowest, highest = WHEEL_PYTHONS
+    lowest, highest = WHEEL_PYTHONS[platform.machine()]
     if not lowest <= sys.version_info[:2] <= highest:
         raise ServeError(
             f"the server needs Python {lowest[0]}.{lowest[1]} to {highest[0]}.{highest[1]}, "
@@ -53,7 +56,7 @@ def check_platform() -> None:
 
 
 def check_repository(options: Options) -> None:
-    """Raises: ServeError if a folder holds no model; Triton itself checks an object store."""
+    """Raises: ServeError if a folder holds no model, or an object store cannot be reached."""
     given, folder = options.model_repository, options.model_folder
     if folder is None:
         if not given.startswith(STORES):
@@ -61,6 +64,7 @@ def check_repository(options: Options) -> None:
                 f"MODEL_REPOSITORY must be a folder, or in a bucket at {' or '.join(STORES)}, "
                 f"got {given}"
             )
+        check_store(given)
         return
     config = folder / "config.pbtxt"
     try:
@@ -74,6 +78,36 @@ def check_repository(options: Options) -> None:
         raise ServeError(
             f"{config} cannot be read: {error.strerror}; let user {os.getuid()} read "
             "MODEL_REPOSITORY and all that is in it"
+        ) from error
+
+
+def store_location(repository: str) -> str:
+    """A bucket's location as Triton takes it: with the S3 server, unless that is AWS's own.
+
+    Triton ignores AWS_ENDPOINT_URL.
+    """
+    endpoint, bucket = os.environ.get("AWS_ENDPOINT_URL"), repository[len("s3://") :]
+    if endpoint and repository.startswith("s3://") and "://" not in bucket:
+        return f"s3://{endpoint}/{bucket}"
+    return repository
+
+
+def check_store(repository: str) -> None:
+    """Connect to the S3 server that a location names, once.
+
+    Triton itself would try until START_SECONDS have passed, and give no reason. Raises: ServeError.
+    """
+    endpoint = store_location(repository)[len("s3://") :]
+    if "://" not in endpoint:
+        return
+    try:
+        server = urlsplit(endpoint)
+        port = server.port or {"http": 80, "https": 443}[server.scheme]
+        socket.create_connection((server.hostname or "", port), STORE_TIMEOUT).close()
+    except (OSError, ValueError, LookupError) as error:
+        raise ServeError(
+            f"the object store of {repository} cannot be reached at {endpoint}: {error}; "
+            "check MODEL_REPOSITORY, AWS_ENDPOINT_URL and the network"
         ) from error
 
 

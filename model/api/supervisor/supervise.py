@@ -198,17 +198,19 @@ class Supervisor:
 def unload(api: Api, server: int, secret: str, seconds: float) -> bool:
     """Unload the model. Returns: whether everything accepted was answered in time.
 
-    A dead stub never unloads: the others have then answered everything once none computes.
+    A stub that died before never unloads: the others have then answered everything once none
+    computes. A stub that unloads is dead for a moment as well, until Triton reaps it.
 
     Raises: RequestError.
     """
     deadline = time.monotonic() + seconds
     api.unload(secret, seconds)
-    computed, looked = stub_seconds(server), time.monotonic()
+    computed, dead, looked = stub_seconds(server), dead_stubs(server), time.monotonic()
     while (now := time.monotonic()) < deadline:
         if now > looked + IDLE_AFTER:
             computed, before, looked = stub_seconds(server), computed, now
-            if dead_stubs(server) and computed - before < IDLE_AFTER / 10:
+            dead, dead_before = dead_stubs(server), dead
+            if dead & dead_before and abs(computed - before) < IDLE_AFTER / 10:
                 return False
         states = {entry.get("state") for entry in api.entries(secret)}
         if not states:

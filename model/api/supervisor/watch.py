@@ -24,7 +24,7 @@ UNHEALTHY_AFTER = 10.0  # seconds of failing golden photos after which a server 
 
 
 class Verdict(NamedTuple):
-    """Why a server must be ended. drain: whether it can still answer what it accepted."""
+    """Why a server must be ended. drain: whether it can still answer accepted requests."""
 
     reason: str
     drain: bool
@@ -44,7 +44,7 @@ class Watch:
         self.ready = False
         self.failing_since: float | None = None  # golden photos
         self.changing_since: float | None = None  # a model that is being loaded or unloaded
-        self.away = ""  # what was logged about a model that is not loaded
+        self.away = ""  # why the model is not loaded, as logged
 
     def run(self) -> Verdict | None:
         """Block until the server must be ended; None if the watch was stopped before."""
@@ -53,7 +53,7 @@ class Watch:
             dead, dead_before = dead_stubs(self.probe.server) if self.ready else set(), dead
             # Triton is about to reap the stubs of a replaced version: those are dead only once.
             if dead & dead_before:
-                reason = "a Python stub of the model died, and what it is given fails"
+                reason = "a Python stub of the model died, and requests that it is given fail"
                 return Verdict(f"{reason}; the server was ended", drain=True)
             result = self.probe.run()
             if self.stopped.is_set():
@@ -72,8 +72,11 @@ class Watch:
         """Judge a failed golden photo: why the server must be ended, or None to keep watching."""
         if not self.ready:
             # Check liveness first: in the other order, a server that finishes loading between the
-            # two calls would look as if it had refused the version.
+            # two calls would look as if it had refused the version. A server that loads does not
+            # listen yet; one that found no repository does, and stays so.
             live = self.api.confirms("/v2/health/live")
+            if live is False:
+                return Verdict("the model repository was refused, for the reasons above", False)
             served = live and self.api.confirms(f"/v2/models/{MODEL}/ready")
             if live and served is False:
                 problem = self._fall_back()

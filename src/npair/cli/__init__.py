@@ -15,9 +15,9 @@ import sys
 from collections.abc import Callable
 
 import npair
-from npair import client_cli
-from npair.cli import data, evaluate, index, publish, release, train, tune, web
+from npair.cli import bulk, data, evaluate, index, publish, release, train, tune, web
 from npair.client import NpairError
+from npair.client import cli as client_commands
 
 EXIT_PIPE = 128 + signal.SIGPIPE  # as a shell reports a command that SIGPIPE ended
 
@@ -26,7 +26,7 @@ def main() -> int:
     """Run the command that ``sys.argv`` names.
 
     Returns: 0; 1 after an error, with one line on stderr that names it; 130 after Ctrl-C, SIGTERM
-    or SIGHUP; 141 if the reader of stdout or stderr has closed the pipe. Commands of client_cli
+    or SIGHUP; 141 if the reader of stdout or stderr has closed the pipe. Commands of the client
     have exit codes of their own. An interrupted promotion is undone. Interrupted training saves a
     checkpoint; after SIGHUP, its last one remains.
     """
@@ -48,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=f"npair {npair.__version__}")
     whole.set_defaults(extra="")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
-    client_cli.add_commands(commands)
-    for group in (data, train, evaluate, publish, release, index, tune, web):
+    client_commands.add_commands(commands)
+    for group in (data, train, evaluate, publish, release, index, tune, web, bulk):
         group.add_commands(commands)
     return whole
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from npair.cli.options import Commands, add_command, add_data, add_server, add_splits, load_dataset
 from npair.client import PIXEL, NpairClient
-from npair.client_cli import PATIENT_RETRIES, from_environment
+from npair.client.environment import from_environment
+from npair.client.pool import PATIENT_RETRIES
 from npair.training.run import TrainConfig, read_run
 
 if TYPE_CHECKING:

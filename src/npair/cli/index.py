@@ -17,10 +17,12 @@ from npair.cli.options import (
     add_moved_photos,
     add_server,
     number,
+    place,
     say,
 )
 from npair.client import PIXEL, InvalidPhotoError, NpairClient, NpairError
-from npair.client_cli import PATIENT_RETRIES, connected, reason_of
+from npair.client.cli import connected, reason_of
+from npair.client.pool import PATIENT_RETRIES
 
 NAMED = 5  # missing photos
 
@@ -55,6 +57,29 @@ def add_commands(commands: Commands) -> None:
     search.add_argument(
         "-k", type=number(int, least=1), default=5, help="number of photos (%(default)s)"
     )
+    take = add_command(
+        steps,
+        "import",
+        _import,
+        "add the vectors that npair bulk wrote to a gallery, without embedding again; exit code 1"
+        " if rows were left out",
+        extra="index",
+    )
+    take.add_argument(
+        "vectors", type=place, metavar="FOLDER", help="of Parquet files; or its s3:// URL"
+    )
+    take.add_argument(
+        "--switch",
+        action="store_true",
+        help="if the gallery is of another version, let these vectors take its place",
+    )
+    give = add_command(
+        steps, "export", _export, "write a gallery's vectors as Parquet", extra="index"
+    )
+    give.add_argument("target", type=place, metavar="FOLDER", help="a new one; or its s3:// URL")
+    for command in (take, give):
+        add_gallery(command)
+    take.add_argument("--json", action="store_true", help="print JSON")
     for command in (build, search):
         add_gallery(command)
         add_server(command)
@@ -115,7 +140,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from npair.client_files import Unread
+    from npair.client.photos import Unread
     from npair.data.files import shown
     from npair.gallery.gallery import Gallery
 
@@ -134,4 +159,26 @@ def _search(arguments: argparse.Namespace) -> int:
             columns = (f"{name}={value}" for name, value in hit.columns.items() if value)
             cells = (f"{hit.cosine:.4f}", hit.label, shown(hit.photo), *map(shown, columns))
             print(*cells, sep="  ")
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from npair.gallery.transfer import import_vectors
+
+    done = import_vectors(arguments.vectors, arguments.index, switch=arguments.switch)
+    if arguments.json:
+        print(json.dumps(done._asdict()))
+    else:
+        print(
+            f"{done.photos} photos in {arguments.index}, embedded by version {done.version}:"
+            f" {done.imported} of them imported now, {done.left_out} left out"
+        )
+    return 1 if done.left_out else 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from npair.gallery.transfer import export_vectors
+
+    count = export_vectors(arguments.index, arguments.target)
+    print(f"{count} photos of {arguments.index} in {arguments.target}")
     return 0

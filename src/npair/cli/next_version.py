@@ -20,7 +20,7 @@ def publish_next(repository: Repository, run: Path, data: Path, **options: Any) 
     If the repository has no config.pbtxt, writes one that pins the version: a server that starts on
     it serves the version.
     options: passed on to ``publishing.publish``.
-    Raises: whatever ``publish`` raises; RepositoryError, ConfigError.
+    Raises: the errors of ``publish``; RepositoryError, ConfigError.
     """
     with (
         repository.new_version() as (number, folder),

@@ -131,11 +131,16 @@ def add_repository(parser: argparse.ArgumentParser) -> None:
 def add_gallery(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--index",
-        type=Path,
+        type=place,
         default=Path("gallery"),
-        metavar="DIR",
-        help="the gallery's folder (%(default)s)",
+        metavar="WHERE",
+        help="the gallery's folder, or s3://BUCKET/PREFIX (%(default)s)",
     )
+
+
+def place(text: str) -> Path | str:
+    """Return a folder's path, or the URL that it is."""
+    return text if "://" in text else Path(text)
 
 
 def add_moved_photos(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from npair.cli.options import (
     number,
 )
 from npair.client import NpairClient
-from npair.client_cli import from_environment
+from npair.client.environment import from_environment
 
 
 def add_commands(commands: Commands) -> None:
@@ -28,6 +28,13 @@ def add_commands(commands: Commands) -> None:
     add_gallery(web)
     add_moved_photos(web)
     add_server(web)
+    web.add_argument(
+        "--refresh",
+        type=number(float, least=0),
+        metavar="SECONDS",
+        help="how old at most the gallery may be that a search sees (0 for a folder, 5 for s3://,"
+        " where each look is a request)",
+    )
     web.add_argument(
         "--host",
         default="127.0.0.1",
@@ -54,6 +61,6 @@ def _web(arguments: argparse.Namespace) -> int:
     from npair.web.server import serve
 
     client = NpairClient(arguments.url, retries=1, **from_environment())
-    search = Search(arguments.index, client, arguments.photos)
+    search = Search(arguments.index, client, arguments.photos, arguments.refresh)
     serve(search, host=arguments.host, port=arguments.port, allowed=arguments.allow_host)
     return 0

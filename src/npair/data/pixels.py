@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
@@ -111,9 +111,10 @@ def _cached(
     sources: a path for each digest.
     Returns: pixels [m, size, size, 3], a row for each digest; why some digests have none.
     """
+    libraries = ("pillow", "simplejpeg", "cykooz-resizer")
     decoder = [
         *(file.read_text(encoding="utf-8") for file in code_of("preprocess")),
-        *map(version, ("pillow", "simplejpeg", "cykooz-resizer")),
+        *(found.version for name in libraries for found in distributions(name=name)),
         asdict(preprocessing),
         asdict(LIMITS),
     ]

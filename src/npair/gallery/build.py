@@ -5,40 +5,30 @@ A new version's table is filled beside the current one, and replaces it in one s
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lancedb
 import pyarrow as pa
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from npair.client import PIXEL, NpairClient, Vectors
-from npair.client_files import Unread
+from npair.client.photos import Unread
 from npair.data.catalogue import Catalogue, read_catalogue
 from npair.data.files import digest_of, parallel_map, shown
-from npair.gallery.gallery import (
-    MADE_BY,
-    POINTER,
-    GalleryError,
-    database,
-    name_of,
-    path_of,
-    pinned_to,
-    read_pointer,
-    readable,
-)
+from npair.gallery.gallery import MADE_BY, name_of, path_of, pinned_to, place_of
+from npair.gallery.location import GalleryError, Location, Where, locate, readable, writable
 
 ROWS = 1000  # per write: the most that are embedded again after a crash
 EXACT = 5000  # rows up to which a full scan is faster than an index
+WHOLE = 1_000_000  # rows up to which the index holds whole vectors; above, SUB_VECTORS bytes each
+SUB_VECTORS = 16
 READ = timedelta(hours=1)  # replaced data stay this long for searches that have started
 
 
@@ -69,14 +59,15 @@ class _Row(NamedTuple):
     sha256: str
 
 
-def build(source: Path, folder: Path, client: NpairClient, *, prune: bool = False) -> Built:
+def build(source: Path, folder: Where, client: NpairClient, *, prune: bool = False) -> Built:
     """Embed a source's photos into a gallery, with the version that the client's server serves.
 
     Photos that an earlier build stored, even a killed one, are not embedded again unless their
     bytes have changed; a file that was moved keeps its vector. The old version's table is searched
     until the new one's is complete, and then kept, so that going back costs nothing.
 
-    source: see ``data.read_catalogue``. folder: the gallery's, made if need be.
+    source: see ``data.read_catalogue``. folder: the gallery's, made if need be, or
+    s3://BUCKET/PREFIX.
     prune: remove the gallery's photos that the source does not have, or that cannot be embedded any
     more; otherwise they stay.
     Raises: GalleryError, also if another version would lose photos and ``prune`` is not set;
@@ -88,22 +79,16 @@ def build(source: Path, folder: Path, client: NpairClient, *, prune: bool = Fals
     if not catalogue.entries:
         ignored = f", but {catalogue.ignored}" * bool(catalogue.ignored)
         raise GalleryError(f"no photos in {source}{ignored}")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        # The kernel releases the lock if the process dies.
-        lock = FileLock(folder / "build.lock", fallback_to_soft=False).acquire(blocking=False)
-    except Timeout as error:
-        raise GalleryError(
-            f"another process builds the gallery in {folder}; wait for it, then try again"
-        ) from error
-    with lock:
+    location = locate(folder)
+    location.prepare()
+    with location.exclusive():
         example, version = client.embed(PIXEL)
         with pinned_to(version, client) as pinned:
             made_by = (client.model, version, pinned.manifest_sha256(version) or "")
-            with readable(folder):
-                pointer = read_pointer(folder)
-                table = create(folder, made_by, example.shape[1])
-                update = _Update(folder, table, pointer.get("table"), catalogue)
+            with readable(location):
+                tag, pointer = location.tag(), location.pointer()
+                table = create(location, made_by, example.shape[1])
+                update = _Update(location, table, pointer.get("table"), catalogue)
             if not prune:
                 update.refuse_loss(update.missing, "not in the source", version)
             left_out = update.embed(pinned)
@@ -117,10 +102,7 @@ def build(source: Path, folder: Path, client: NpairClient, *, prune: bool = Fals
             raise GalleryError(
                 f"none of the photos in {source} could be embedded, such as {photo}: {reason}"
             )
-        with _writable(folder):
-            table.optimize(cleanup_older_than=READ)
-            index(table)
-            _switch(folder, pointer, table.name, name_of(catalogue.root, folder))
+        finish(location, table, pointer, tag, name_of(catalogue.root, location.base))
     return Built(
         version,
         count,
@@ -133,7 +115,7 @@ def build(source: Path, folder: Path, client: NpairClient, *, prune: bool = Fals
     )
 
 
-def create(folder: Path, made_by: Sequence[str], dimension: int) -> lancedb.table.Table:
+def create(location: Location, made_by: Sequence[str], dimension: int) -> lancedb.table.Table:
     """Open the table of a version, or create it.
 
     made_by: model, version and manifest_sha256, which all are part of the table's name.
@@ -144,7 +126,7 @@ def create(folder: Path, made_by: Sequence[str], dimension: int) -> lancedb.tabl
     }
     model, version, manifest = made_by
     name = f"{model}-{version}-{manifest[:12] or 'unknown'}"
-    opened = database(folder)
+    opened = location.database()
     if name not in opened.list_tables().tables:
         schema = pa.schema(columns.items(), dict(zip(MADE_BY, made_by, strict=True)))
         return opened.create_table(name, schema=schema)
@@ -159,9 +141,40 @@ def index(table: lancedb.table.Table) -> None:
     count = table.count_rows()
     indices = table.list_indices()
     if count > EXACT and min((index.num_unindexed_rows or 0 for index in indices), default=count):
-        parts = math.isqrt(count)
-        config = lancedb.index.IvfFlat(distance_type="cosine", num_partitions=parts)
+        known: dict[str, Any] = {"distance_type": "cosine", "num_partitions": math.isqrt(count)}
+        config = (
+            lancedb.index.IvfPq(**known, num_sub_vectors=SUB_VECTORS)
+            if count > WHOLE
+            else lancedb.index.IvfFlat(**known)
+        )
         table.create_index("vector", config=config)
+
+
+def finish(
+    location: Location,
+    table: lancedb.table.Table,
+    pointer: Mapping[str, str],
+    tag: str | None,
+    photos: str,
+) -> None:
+    """Index a table, make it the one to search, and drop all others but the one before.
+
+    pointer, tag: as they were when the build began. photos: the folder's name.
+    Raises: GalleryError if another process has switched since.
+    """
+    with writable(location):
+        table.optimize(cleanup_older_than=READ)
+        index(table)
+    switched = {"table": table.name, "before": pointer.get("table", ""), "photos": photos}
+    if pointer.get("table") == table.name:
+        switched["before"] = pointer.get("before", "")
+    with writable(location):
+        if switched != pointer:
+            location.switch(switched, tag)
+        opened = location.database()
+        for other in set(opened.list_tables().tables) - {table.name, switched["before"]}:
+            if re.fullmatch(r".+-\d+-([0-9a-f]{12}|unknown)", other):  # spare what others made
+                opened.drop_table(other)
 
 
 class _Update:
@@ -173,9 +186,13 @@ class _Update:
     """
 
     def __init__(
-        self, folder: Path, table: lancedb.table.Table, current: str | None, catalogue: Catalogue
+        self,
+        location: Location,
+        table: lancedb.table.Table,
+        current: str | None,
+        catalogue: Catalogue,
     ) -> None:
-        self.folder, self.table = folder, table
+        self.location, self.table, folder = location, table, location.base
         self.paths = {name_of(path, folder): path for path in catalogue.entries}
         digests = parallel_map(_digest, list(catalogue.entries), "read")
         self.wanted = {
@@ -188,7 +205,7 @@ class _Update:
         self.current: dict[str, _Row] = {}
         if current is not None:
             same = current == table.name
-            self.current = self.stored if same else _rows(database(folder).open_table(current))
+            self.current = self.stored if same else _rows(location.database().open_table(current))
         self.embedded = 0
         self.moved: dict[str, str] = {}
         self.missing: list[str] = []
@@ -208,13 +225,13 @@ class _Update:
                 self.missing.append(name)
 
     def shown(self, name: str) -> str:
-        return shown(path_of(name, self.folder))
+        return shown(place_of(name, self.location.base))
 
     def refuse_loss(self, names: Iterable[str], why: str, version: str) -> None:
         """Raise GalleryError if a new version's table would lack photos that are searched now."""
         if lost := [name for name in names if name not in self.stored]:
             raise GalleryError(
-                f"the gallery in {self.folder} stays as it is, since version {version} would lose"
+                f"the gallery in {self.location} stays as it is, since version {version} would lose"
                 f" {len(lost)} of its photos, which are {why}, such as {self.shown(lost[0])}; bring"
                 " them back, or go without them: --prune"
             )
@@ -266,7 +283,7 @@ class _Update:
             for name, vector in vectors.items()
         ]
         former = [self.moved[name] for name in vectors if self.moved.get(name) in self.stored]
-        with _writable(self.folder):
+        with writable(self.location):
             if former or any(name in self.stored for name in vectors):
                 merge = self.table.merge_insert("photo").when_matched_update_all()
                 merge = merge.when_not_matched_insert_all()
@@ -286,7 +303,7 @@ class _Update:
         unmoved = {former for name, former in self.moved.items() if name not in rows}
         kept = (self.wanted.keys() | {*self.missing, *unmoved}) - lost
         gone = [name for name in rows if name not in kept]
-        with _writable(self.folder):
+        with writable(self.location):
             for start in range(0, len(gone), ROWS):
                 self.table.delete(f"photo IN ({_quoted(gone[start : start + ROWS])})")
         return len(lost)
@@ -302,19 +319,6 @@ class _Update:
             for names in copies.values()
             if len({self.wanted[name].label for name in names}) > 1
         )
-
-
-@contextlib.contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    """Map the errors that LanceDB raises when it writes to GalleryError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        reason = re.sub(r"lance error: |, /\S+\.rs:\d+:\d+", "", str(error))
-        raise GalleryError(
-            f"the gallery in {folder} cannot be written: {reason}; mend that, then run the same"
-            " command again, which continues"
-        ) from error
 
 
 def _rows(table: lancedb.table.Table) -> dict[str, _Row]:
@@ -337,19 +341,3 @@ def _digest(path: Path) -> str:
         return digest_of(path)
     except OSError:  # embedding will fail on it and say why
         return ""
-
-
-def _switch(folder: Path, pointer: dict[str, str], table: str, photos: str) -> None:
-    """Make a table the one to search, and drop all others but the previous one."""
-    switched = {"table": table, "before": pointer.get("table", ""), "photos": photos}
-    if pointer.get("table") == table:
-        switched["before"] = pointer.get("before", "")
-    if switched != pointer:
-        unfinished = folder / f"{POINTER}.unfinished"
-        unfinished.write_text(json.dumps(switched), encoding="utf-8")
-        os.sync()  # with the table's data, before anything names it
-        unfinished.replace(folder / POINTER)
-    opened = database(folder)
-    for other in set(opened.list_tables().tables) - {table, switched["before"]}:
-        if re.fullmatch(r".+-\d+-([0-9a-f]{12}|unknown)", other):  # spare tables that others made
-            opened.drop_table(other)

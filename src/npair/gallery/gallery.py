@@ -1,12 +1,13 @@
-"""A gallery of embedded photos, in a LanceDB database on disk, to search by photo.
+"""A gallery of embedded photos, in a LanceDB database on disk or on S3, to search by photo.
 
     current.json                  names the table to search, the one before, and the photos' folder
     npair-5-8931af96574e.lance/   one version's table, a row for each photo
 
 Vectors of two versions must never be compared, so each version of the model has its own table. A
 row has the photo's name, label, other columns of the catalogue as JSON, SHA-256 and vector. Names
-are relative to the gallery's folder, so that both can be moved together. Galleries of npair 0.1
-have absolute paths and no columns; the next build changes them.
+are relative to the gallery's folder, so that both can be moved together; in a bucket, to the root.
+What was imported has the name id://ID, and the SHA-256 of its id. Galleries of npair 0.1 have
+absolute paths and no columns; the next build changes them.
 """
 
 from __future__ import annotations
@@ -15,24 +16,23 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from datetime import timedelta
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, unquote_to_bytes
 
-import lancedb
 import numpy as np
 
 from npair.client import NpairClient, Photo, Vectors, VersionGoneError
+from npair.gallery.location import GalleryError, Where, locate, readable
 
-POINTER = "current.json"
 MADE_BY = ("model", "version", "manifest_sha256")
 PROBES = 64  # index parts read per search; benchmarks/gallery.py measures cost and recall
+REFINED = 10  # of quantised vectors, this many times k are compared again as they were embedded
+IMPORTED = "id://"  # begins no path: a path has no empty part
 
-
-class GalleryError(RuntimeError):
-    """The gallery cannot be built or searched; the message says what to do."""
+T = TypeVar("T")
 
 
 class PhotoGoneError(GalleryError, LookupError):
@@ -54,44 +54,69 @@ class Hit(NamedTuple):
 
 
 class Gallery:
-    """A gallery to search. model, version, manifest_sha256: the origin of its vectors."""
+    """A gallery to search. model, version, manifest_sha256: the origin of its vectors.
 
-    def __init__(self, folder: Path, photos: Path | None = None) -> None:
-        """photos: where the folder that was built last is now, if it was moved by itself.
+    Calls on one object must not overlap; ``copy.copy`` is cheap.
+    """
+
+    def __init__(
+        self, folder: Where, photos: Path | None = None, refresh: float | None = None
+    ) -> None:
+        """folder: or s3://BUCKET/PREFIX. photos: where the folder that was built last is now, if it
+        was moved by itself. refresh: how old, in seconds, what a search sees may be, by default 0
+        on a disk and 5 on S3, where each look is a request. What cannot be answered any more is
+        looked for anew at once.
 
         Raises: GalleryError if the gallery is missing or damaged.
         """
         self.folder, self._photos = folder, photos
-        self._open(self._name())
+        self._location = locate(folder)
+        self.refresh = self._location.refresh if refresh is None else refresh
+        self._open(self._pointer())
 
-    def _name(self) -> str:
-        with readable(self.folder):
-            name = read_pointer(self.folder).get("table")
-        if name is None:
+    def _pointer(self) -> dict[str, str]:
+        self._looked = time.monotonic()
+        with readable(self._location):
+            pointer = self._location.pointer()
+        if "table" not in pointer:
             raise GalleryError(f"there is no gallery in {self.folder}; npair index build makes one")
-        return name
+        return pointer
 
-    def _open(self, name: str) -> None:
-        with readable(self.folder):
-            self._built_from = read_pointer(self.folder).get("photos")
-            self.table = database(self.folder).open_table(name)
-            self._revision = self.table.version
+    def _open(self, pointer: dict[str, str]) -> None:
+        with readable(self._location):
+            self._built_from = pointer.get("photos")
+            self.table = self._location.database(self.refresh).open_table(pointer["table"])
+            self._refined = any(index.index_type == "IvfPq" for index in self.table.list_indices())
             metadata = self.table.schema.metadata
             made_by = (metadata[key.encode()].decode() for key in MADE_BY)
             self.model, self.version, self.manifest_sha256 = made_by
 
-    def __len__(self) -> int:
-        with readable(self.folder):
-            return int(self.table.count_rows())
+    def follow(self, *, now: bool = False) -> bool:
+        """Open the table that another process has built since, if the last look is old enough.
 
-    def stale(self) -> bool:
-        """Tell whether a build has changed the gallery since it was opened.
-
-        Changed rows of the same version are found without opening it again; vectors of another
-        version are not. Raises: GalleryError.
+        now: however old it is. Returns: whether it is another. Raises: GalleryError.
         """
-        with readable(self.folder):
-            return self._name() != self.table.name or self.table.version != self._revision
+        if not now and time.monotonic() - self._looked < self.refresh:
+            return False
+        pointer = self._pointer()
+        if pointer["table"] == self.table.name:
+            return False
+        self._open(pointer)
+        return True
+
+    def _following(self, ask: Callable[[], T]) -> T:
+        """Ask, and if that fails for a table that is not the one to search any more, ask anew."""
+        self.follow()
+        try:
+            return ask()
+        except GalleryError:
+            if not self.follow(now=True):
+                raise
+        return ask()
+
+    def __len__(self) -> int:
+        with readable(self._location):
+            return int(self.table.count_rows())
 
     def search(self, photo: Photo, client: NpairClient, k: int = 5) -> list[Hit]:
         """Return the k most similar photos, nearest first, or all if there are fewer.
@@ -103,8 +128,9 @@ class Gallery:
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        if (name := self._name()) != self.table.name:  # another version was built since
-            self._open(name)
+        return self._following(lambda: self._search(photo, client, k))
+
+    def _search(self, photo: Photo, client: NpairClient, k: int) -> list[Hit]:
         if client.model != self.model:
             raise GalleryError(
                 f"the gallery in {self.folder} is of model {self.model}, not {client.model};"
@@ -125,9 +151,11 @@ class Gallery:
 
         Raises: GalleryError.
         """
-        with readable(self.folder):
+        with readable(self._location):
             query: Any = self.table.search(vector)  # typed as a search for text
             query = query.distance_type("cosine").nprobes(PROBES).limit(k)
+            if self._refined:
+                query = query.refine_factor(REFINED)
             known = set(self.table.schema.names) - {"vector"}
             rows = query.select([*sorted(known), "_distance"]).to_list()
             return [
@@ -135,7 +163,7 @@ class Gallery:
                     row["sha256"],
                     1 - row["_distance"],
                     row["label"],
-                    str(self._path(row["photo"])),
+                    self._shown(row["photo"]),
                     json.loads(row.get("columns") or "{}"),
                 )
                 for row in rows
@@ -143,35 +171,37 @@ class Gallery:
 
     def vector(self, photo_id: str) -> Vectors:
         """Return a photo's vector, float32 [128]. Raises: PhotoGoneError, GalleryError."""
-        vector = self._rows(photo_id, "vector")[0]["vector"]
-        return np.asarray(vector, np.float32)
+        rows = self._following(lambda: self._rows(photo_id, "vector"))
+        return np.asarray(rows[0]["vector"], np.float32)
 
     def photo(self, photo_id: str) -> Path:
         """Return the path of a photo's file. Raises: PhotoGoneError, GalleryError."""
-        paths = [self._path(row["photo"]) for row in self._rows(photo_id, "photo")]
-        for path in paths:
-            if path.is_file():
+        rows = self._following(lambda: self._rows(photo_id, "photo"))
+        places = [self._shown(row["photo"]) for row in rows]
+        for place in places:
+            if (path := Path(place)).is_file():
                 return path
         raise PhotoGoneError(
-            f"{paths[0]} is gone; put it back, build the gallery anew, or say where the photos are"
+            f"{places[0]} is gone; put it back, build the gallery anew, or say where the photos are"
         )
 
-    def _path(self, name: str) -> Path:
-        path = path_of(name, self.folder)
-        if self._photos is None:
-            return path
+    def _shown(self, name: str) -> str:
+        place = place_of(name, self._location.base)
+        if self._photos is None or name.startswith(IMPORTED):
+            return place
         if self._built_from is None:
             raise GalleryError(
                 f"the gallery in {self.folder} does not know which folder its photos were in; build"
                 " it anew: npair index build"
             )
-        root = path_of(self._built_from, self.folder)
-        return self._photos / path.relative_to(root) if path.is_relative_to(root) else path
+        path, root = Path(place), path_of(self._built_from, self._location.base)
+        moved = self._photos / path.relative_to(root) if path.is_relative_to(root) else path
+        return str(moved)
 
     def _rows(self, photo_id: str, column: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         if re.fullmatch("[0-9a-f]{64}", photo_id):  # anything else could be SQL
-            with readable(self.folder):
+            with readable(self._location):
                 query = self.table.search().where(f"sha256 = '{photo_id}'")
                 rows = query.select([column]).to_list()
         if not rows:
@@ -195,30 +225,9 @@ def path_of(name: str, folder: Path) -> Path:
     return Path(os.path.normpath(folder.resolve() / path))
 
 
-def read_pointer(folder: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads((folder / POINTER).read_bytes()))
-    except FileNotFoundError:
-        return {}
-
-
-def database(folder: Path) -> lancedb.DBConnection:
-    """Open the database so that reads see the writes of other processes."""
-    return lancedb.connect(folder, read_consistency_interval=timedelta(0))
-
-
-@contextlib.contextmanager
-def readable(folder: Path) -> Iterator[None]:
-    """Map the errors that LanceDB raises for damaged files to GalleryError."""
-    try:
-        yield
-    except (PermissionError, GalleryError):
-        raise
-    except (LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise GalleryError(
-            f"the gallery in {folder} is damaged; delete it, and build it anew: npair index build"
-            f" ({error})"
-        ) from error
+def place_of(name: str, folder: Path) -> str:
+    """Return what users know a row by: a path, or what was imported as its id."""
+    return name.removeprefix(IMPORTED) if name.startswith(IMPORTED) else str(path_of(name, folder))
 
 
 @contextlib.contextmanager
@@ -229,5 +238,5 @@ def pinned_to(version: str, client: NpairClient) -> Iterator[NpairClient]:
         try:
             yield pinned
         except VersionGoneError as error:
-            reason = f"{error}; build the gallery by that one: npair index build"
-            raise GalleryError(reason) from error
+            remedy = "rebuild the gallery with the served version: npair index build"
+            raise GalleryError(f"{error}; {remedy}") from error

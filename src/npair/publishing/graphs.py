@@ -35,6 +35,7 @@ openvino = import_openvino()
 os.environ["NNCF_CI"] = "1"  # turns off its telemetry
 import nncf  # noqa: E402
 from nncf.quantization.range_estimator import RangeEstimatorParametersSet  # noqa: E402
+from openvino.tools.ovc.logger import get_logger_state, restore_logger_state  # noqa: E402
 
 REFERENCE = "torch"
 # Arguments of manifest.Engine and manifest.RefusedEngine.
@@ -112,12 +113,14 @@ def write_graphs(folder: Path, photos: npt.NDArray[np.uint8]) -> dict[str, str]:
     Returns: why an engine has no graph, by its name.
     """
     nncf.set_log_level(logging.ERROR)
+    log_state = get_logger_state()
     try:
         model = openvino.convert_model(torch.export.load(folder / ENGINES[REFERENCE]["graph"]))
         model.reshape([-1, *photos.shape[1:]])
         path = folder / ENGINES["openvino-fp32"]["graph"]
         openvino.save_model(model, path, compress_to_fp16=True)
     except Exception as error:  # of any kind, if OpenVINO does not know an operation
+        restore_logger_state(log_state)  # OpenVINO does so only if it succeeds
         reason = f"OpenVINO cannot take the graph: {error}"
         return {name: reason for name in ENGINES if name != REFERENCE}
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import distributions
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,11 @@ def check_libraries() -> None:
         raise PublishError(
             f"{PINS} is missing, which pins the serving libraries:"
             " publish with the npair of a checkout (make install)"
+        )
+    if missing := [name for name in LIBRARIES if not [*distributions(name=name)]]:
+        raise PublishError(
+            f"{', '.join(missing)} is missing here; run: make install, on x86-64, where versions"
+            " for Arm are published as well"
         )
     for name in LIBRARIES:
         pattern = re.compile(rf"^{name}==([^\s;+]+)", re.MULTILINE)

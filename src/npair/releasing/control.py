@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import socket
 import ssl
 import threading
@@ -17,7 +16,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from tritonclient.utils import InferenceServerException
 
-from npair.client import HttpTransport, NpairError
+from npair.client import HttpTransport, NpairError, environment
 from npair.releasing import ReleaseError
 from npair.serving.manifest import Manifest
 
@@ -28,14 +27,9 @@ def control_secret() -> str:
     """Read the secret of the control API, as serve.py does.
 
     Returns: the content of the file NPAIR_CONTROL_SECRET_FILE, else NPAIR_CONTROL_SECRET, else "".
-    Raises: OSError if the file cannot be read, ReleaseError if the secret cannot be a header.
+    Raises: ValueError if the file cannot be read, ReleaseError if the secret cannot be a header.
     """
-    name = "NPAIR_CONTROL_SECRET_FILE"
-    if path := os.environ.get(name):
-        secret = Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    else:
-        name = "NPAIR_CONTROL_SECRET"
-        secret = os.environ.get(name, "")
+    name, secret = environment.secret("NPAIR_CONTROL_SECRET")
     if secret != secret.strip() or not (secret.isascii() and secret.isprintable()):
         raise ReleaseError(f"{name} must hold one line of printable ASCII")
     return secret

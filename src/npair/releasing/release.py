@@ -205,7 +205,7 @@ def _serve(
         raise ReleaseError(f"there is no version {missing[0]} in {repository.location}")
     with contextlib.ExitStack() as stack:
         for version in served:
-            folder = stack.enter_context(repository.version(version))  # at last, number's
+            folder = stack.enter_context(repository.version(version))  # in the end, number's
             verify(folder)
             described = _client_parameters(repository, version)
             if version == number:
@@ -262,7 +262,7 @@ def _restore(
         failures.append(str(error))
     if failures:
         return (
-            f"config.pbtxt is as it was, but going back to version {number} failed, too"
+            f"config.pbtxt is as it was, but going back to version {number} failed as well"
             f" ({'; '.join(failures)})"
         )
     return f"all is as it was, with version {number}"

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
+
+from npair.objects import Objects
 
 MODEL = "npair"  # the only name that serve.py, clients and dashboards know
 STORES = ("s3", "gs")  # the extras of pyproject.toml with their fsspec implementations
@@ -104,9 +106,8 @@ class Folder(Repository):
         return {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
 
     def versions(self) -> dict[int, bool]:
-        numbers = sorted(
-            int(name) for name in self.names() if name.isdecimal() and (self.folder / name).is_dir()
-        )
+        names = filter(str.isdecimal, self.names())
+        numbers = sorted(int(name) for name in names if (self.folder / name).is_dir())
         return {number: (self.folder / f"{number}/manifest.json").is_file() for number in numbers}
 
     def unfinished(self) -> list[str]:
@@ -195,7 +196,7 @@ class Folder(Repository):
                     os.close(handle)
 
 
-class Store(Repository):
+class Store(Objects, Repository):
     """A repository in an object store, where puts are atomic and listings consistent, but nothing
     can be renamed.
 
@@ -205,16 +206,11 @@ class Store(Repository):
     skip and ``remove`` deletes.
     """
 
+    error = RepositoryError
+
     def __init__(self, location: str) -> None:
-        import fsspec  # noqa: PLC0415  # an optional extra
-
-        self.location = location.rstrip("/")
-        self.store, self.root = fsspec.url_to_fs(self.location, use_listings_cache=False)
+        super().__init__(location)
         self.name = self.root.rpartition("/")[2]
-
-    def read(self, path: str) -> bytes:
-        content: bytes = self._ask("cat_file", f"{self.root}/{path}")
-        return content
 
     def write(self, path: str, content: bytes) -> None:
         self._ask("pipe_file", f"{self.root}/{path}", content)
@@ -271,12 +267,10 @@ class Store(Repository):
         # Beside the folder: Triton lists it to download it, and fails if a file has gone meanwhile.
         lock = f"{self.root}.releasing"
         now = datetime.now(timezone.utc).isoformat()
-        process = (
-            f"user {os.getuid()} on {socket.gethostname()}, process {os.getpid()}, since {now}"
-        )
-        holder = process if self._create(lock, process.encode()) else self._holder(lock)
+        this = f"user {os.getuid()} on {socket.gethostname()}, process {os.getpid()}, since {now}"
+        holder = this if self._create(lock, this.encode()) else self._holder(lock)
         # If an answer was lost and the library asked again, the lock exists and is this process's.
-        if holder != process:
+        if holder != this:
             raise RepositoryError(
                 f"{holder} releases or retires in {self.location}; wait for it, then try again; if"
                 f" it was killed, first delete {self.location}.releasing"
@@ -308,16 +302,6 @@ class Store(Repository):
             )
         self.write(f"{number}/manifest.json", (folder / "manifest.json").read_bytes())
 
-    def _create(self, path: str, content: bytes) -> bool:
-        """Create an object. Returns: False if it exists; of several callers, one gets True."""
-        try:
-            self._ask("pipe_file", path, content, mode="create")
-        except OSError:  # FileExistsError only from AWS and Google
-            if not self._ask("exists", path):
-                raise
-            return False
-        return True
-
     def _files(self, prefix: str = "") -> dict[str, int]:
         """Return sizes in bytes by path in the model's folder."""
         found = self._ask("find", self.root, detail=True)
@@ -325,19 +309,6 @@ class Store(Repository):
             path.removeprefix(f"{self.root}/"): int(info["size"]) for path, info in found.items()
         }
         return {path: size for path, size in sizes.items() if path.startswith(prefix)}
-
-    def _ask(self, operation: str, *arguments: object, **options: object) -> Any:
-        """Call the store.
-
-        Raises: OSError for the store's refusals. Other errors, such as a lost connection or missing
-        credentials, differ between stores; they become RepositoryError.
-        """
-        try:
-            return getattr(self.store, operation)(*arguments, **options)
-        except OSError:
-            raise
-        except Exception as error:
-            raise RepositoryError(f"{self.location} cannot be reached: {error}") from error
 
 
 def open_repository(location: str | Path, *, start: bool = False) -> Repository:
@@ -371,10 +342,8 @@ def open_repository(location: str | Path, *, start: bool = False) -> Repository:
 
 def _foreign(repository: Repository) -> list[str]:
     """Return the names of what neither a publisher nor a version control system has left."""
-    left = ("staging-", "unfinished-", ".")
-    return [
-        name for name in repository.names() if not name.isdecimal() and not name.startswith(left)
-    ]
+    left, names = ("staging-", "unfinished-", "."), repository.names()
+    return [name for name in names if not name.isdecimal() and not name.startswith(left)]
 
 
 def _sync(path: Path) -> None:

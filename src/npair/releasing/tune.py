@@ -50,7 +50,7 @@ class Setting:
 
 
 class Point(NamedTuple):
-    """What was measured of a setting with a number of connections, see ``traffic.Measurement``."""
+    """A ``traffic.Measurement`` of a setting with a number of connections."""
 
     setting: Setting
     connections: int

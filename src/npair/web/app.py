@@ -24,7 +24,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from npair.client import NpairError
-from npair.gallery.gallery import GalleryError
+from npair.gallery.location import GalleryError
 from npair.web.embeddings import Embedder, Embeddings, EmbeddingsRequest, Model, Models
 from npair.web.guard import SECURITY, SMALL, Guard
 from npair.web.refusals import Refusal, RefusedError, answer, refused_of

@@ -25,7 +25,7 @@ NO_TOKENS = (
 
 
 class EmbeddingsRequest(BaseModel):
-    """What OpenAI's clients send, with infinity's ``modality``. Other fields are ignored."""
+    """OpenAI's request, with infinity's ``modality``. Other fields are ignored."""
 
     model: str = Field(description="npair, or npair:VERSION to pin a version")
     input: str | list[str] = Field(

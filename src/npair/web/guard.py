@@ -1,4 +1,4 @@
-"""What every request passes first: host, origin and size; and what every answer carries."""
+"""Check host, origin and size before a request is read, and secure the headers of its answer."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Guard:
 
 
 class _Body:
-    """Receives a body, at most ``limit`` bytes within BODY_SECONDS, whatever its header says."""
+    """Receives a body of at most ``limit`` bytes within BODY_SECONDS, despite its header."""
 
     def __init__(self, receive: Receive, limit: int) -> None:
         self._receive, self._limit = receive, limit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from pydantic import BaseModel
 from starlette.responses import JSONResponse
@@ -18,7 +17,8 @@ from npair.client import (
     UnavailableError,
     VersionGoneError,
 )
-from npair.gallery.gallery import GalleryError, PhotoGoneError
+from npair.gallery.gallery import PhotoGoneError
+from npair.gallery.location import GalleryError, GalleryStoreError, Where
 
 LOG = logging.getLogger("npair.web")
 RETRY_AFTER = "1"  # seconds
@@ -45,7 +45,7 @@ class RefusedError(Exception):
         self.status, self.param, self.code = status, param, code
 
 
-def refused_of(error: Exception, gallery: Path) -> RefusedError:
+def refused_of(error: Exception, gallery: Where) -> RefusedError:
     """Translate an error of the client or the gallery, without the names of folders and files."""
     if isinstance(error, InvalidPhotoError):
         lone = list(error.reasons) == [0]
@@ -63,9 +63,11 @@ def refused_of(error: Exception, gallery: Path) -> RefusedError:
     return RefusedError(status, f"the model's server: {error}", code=type(error).__name__)
 
 
-def _remedy(error: GalleryError | PermissionError, gallery: Path) -> str:
+def _remedy(error: GalleryError | PermissionError, gallery: Where) -> str:
     if isinstance(error, PermissionError):
         return "the service may not read the gallery; make its files readable"
+    if isinstance(error, GalleryStoreError):  # which names the bucket
+        return "the object store that holds the gallery does not answer as it should; try again"
     if isinstance(error.__cause__, VersionGoneError):
         return f"{error.__cause__}; build the gallery anew: npair index build"
     if error.__cause__:  # which may name files
@@ -74,7 +76,7 @@ def _remedy(error: GalleryError | PermissionError, gallery: Path) -> str:
 
 
 class Reason(BaseModel):
-    """What was wrong. param: the part of the request that was. code: for programs."""
+    """The reason. param: the part of the request that is wrong. code: for programs."""
 
     message: str
     type: str

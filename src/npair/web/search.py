@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import hashlib
 import io
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +17,9 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from npair.client import PIXEL, NpairClient
-from npair.client_files import encoded_photo
+from npair.client.formats import encoded_photo
 from npair.gallery.gallery import Gallery, Hit, PhotoGoneError
+from npair.gallery.location import GalleryError, Where
 from npair.serving.preprocess import Limits, Preprocessing, decode
 
 MAX_PHOTO = 20_000_000  # bytes: the model's own limit
@@ -62,21 +67,25 @@ class Thumbnail(NamedTuple):
 
 @dataclass(frozen=True)
 class Search:
-    """A gallery's folder and a server. A call opens the gallery as it then is: another process may
-    build it anew at any time, and vectors of two versions must not meet.
+    """A gallery's folder and a server. A call has the gallery to itself: another process may build
+    it anew at any time, and vectors of two versions must not meet.
 
-    photos: where the photos are, if they were moved without the gallery.
+    photos: where the photos are, if they were moved without the gallery. refresh: see Gallery.
     Calls raise GalleryError and NpairErrors.
     """
 
-    folder: Path
+    folder: Where
     client: NpairClient
     photos: Path | None = None
+    refresh: float | None = None
+    _thresholds: dict[str, float | None] = field(default_factory=dict)  # by hash of the manifest
+    _kept: list[Gallery] = field(default_factory=list)
+    _opening: threading.Lock = field(default_factory=threading.Lock)
 
     def info(self) -> Info:
-        gallery = self._gallery()
-        labels = gallery.table.search().select(["label"]).to_arrow()["label"]
-        threshold = self._threshold(gallery)
+        with self._gallery() as gallery:
+            labels = gallery.table.search().select(["label"]).to_arrow()["label"]
+            threshold = self._threshold(gallery)
         return Info(
             model=gallery.model,
             version=gallery.version,
@@ -87,36 +96,64 @@ class Search:
 
     def check(self) -> str:
         """Search as users do, and return the version."""
-        gallery = self._gallery()
-        gallery.search(PIXEL, self.client, 1)
-        return str(gallery.version)
+        with self._gallery() as gallery:
+            gallery.search(PIXEL, self.client, 1)
+            return str(gallery.version)
 
     def by_photo(self, photo: bytes, k: int, threshold: float | None) -> Neighbours:
-        gallery = self._gallery()
-        return self._neighbours(gallery, gallery.search(photo, self.client, k), threshold)
+        with self._gallery() as gallery:
+            found = gallery.search(photo, self.client, k)
+            return self._neighbours(gallery, found, threshold)
 
     def by_id(self, photo_id: str, k: int, threshold: float | None) -> Neighbours:
         """Search by a photo of the gallery, which is left out itself, as are copies of it."""
-        gallery = self._gallery()
-        found = gallery.nearest(gallery.vector(photo_id), k + COPIES)
-        others = [hit for hit in found if hit.id != photo_id]
-        return self._neighbours(gallery, others[:k], threshold)
+        with self._gallery() as gallery:
+            found = gallery.nearest(gallery.vector(photo_id), k + COPIES)
+            others = [hit for hit in found if hit.id != photo_id]
+            return self._neighbours(gallery, others[:k], threshold)
 
     def thumbnail(self, photo_id: str) -> Thumbnail:
-        path = self._gallery().photo(photo_id)
+        with self._gallery() as gallery:
+            path = gallery.photo(photo_id)
         try:
             stat = path.stat()
             return _thumbnail(path, stat.st_mtime_ns, stat.st_size)
         except (OSError, ValueError) as error:
             raise PhotoGoneError(f"{path}: {error}") from error
 
-    def _gallery(self) -> Gallery:
-        return Gallery(self.folder, self.photos)
+    @contextlib.contextmanager
+    def _gallery(self) -> Iterator[Gallery]:
+        """Provide the gallery as it is, or as it was within ``refresh``; then it stays open, with
+        what LanceDB has read of its index.
+        """
+        try:
+            with self._opening:
+                if self._kept:
+                    self._kept[0].follow()
+                gallery = copy.copy(self._kept[0]) if self._kept else None
+            if gallery is None:
+                gallery = Gallery(self.folder, self.photos, self.refresh)
+                if gallery.refresh:
+                    self._kept[:] = [copy.copy(gallery)]
+            yield gallery
+        except PhotoGoneError:
+            raise
+        except GalleryError:
+            with self._opening:
+                self._kept.clear()
+            raise
 
     def _threshold(self, gallery: Gallery) -> float | None:
-        thresholds = self.client.thresholds()
-        known = thresholds is not None and thresholds.version == gallery.version
-        return thresholds.far_1_percent if thresholds and known else None
+        """Get the threshold of the gallery's version: ask once, since a version never changes."""
+        made_by = gallery.manifest_sha256
+        if made_by not in self._thresholds:
+            configuration = self.client.configuration()
+            thresholds = configuration.thresholds()
+            served = configuration.manifest_sha256(gallery.version) or ""
+            if not thresholds or (thresholds.version, served) != (gallery.version, made_by):
+                return None  # other vectors are served, at present
+            self._thresholds[made_by] = thresholds.far_1_percent
+        return self._thresholds[made_by]
 
     def _neighbours(
         self, gallery: Gallery, found: list[Hit], threshold: float | None

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import os
 import re
 import socket
 import sys
 from collections.abc import Collection
-from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from npair.gallery.gallery import Gallery, GalleryError
+from npair.client import environment
+from npair.gallery.gallery import Gallery
+from npair.gallery.location import GalleryError
 from npair.web.app import create_app
 from npair.web.search import Search
 
@@ -73,16 +73,10 @@ def configured(app: ASGIApp) -> uvicorn.Config:
 def given_key() -> str:
     """Read the key: the content of the file NPAIR_WEB_KEY_FILE, else NPAIR_WEB_KEY, else "".
 
-    Raises: OSError if the file cannot be read, ValueError for a key that is too short or cannot be
-    a header.
+    Raises: ValueError if the file cannot be read, or the key is too short or cannot be a header.
     """
-    name = "NPAIR_WEB_KEY_FILE"
-    if path := os.environ.get(name):
-        key = Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    else:
-        name = "NPAIR_WEB_KEY"
-        key = os.environ.get(name, "")
-    if (key or path) and not re.fullmatch(f"[!-~]{{{SHORTEST_KEY},}}", key):
+    name, key = environment.secret("NPAIR_WEB_KEY")
+    if (key or name.endswith("_FILE")) and not re.fullmatch(f"[!-~]{{{SHORTEST_KEY},}}", key):
         raise ValueError(
             f"{name} must hold at least {SHORTEST_KEY} printable ASCII characters without blanks,"
             " for example of: openssl rand -hex 32"

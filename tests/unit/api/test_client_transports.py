@@ -230,7 +230,7 @@ class TestAnswers:
             tries.append(1)
             raise ZeroDivisionError
 
-        monkeypatch.setattr("npair.client._tensor", bug)
+        monkeypatch.setattr("npair.client.transports._tensor", bug)
         with NpairClient(f"{scheme}://127.0.0.1:9") as client, pytest.raises(ZeroDivisionError):
             client.embed(b"photo")
         assert len(tries) == 1

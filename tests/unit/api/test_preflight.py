@@ -64,6 +64,25 @@ class TestRefusals:
         assert code == 1
         assert f"must be a folder, or in a bucket at s3:// or gs:// or as://, got {given}" in output
 
+    @pytest.mark.parametrize(
+        ("endpoint", "reason"),
+        [
+            ("http://127.0.0.1:1", "Connection refused"),
+            ("https://nowhere.invalid", "Name or service not known"),
+            ("http://127.0.0.1:port", "Port could not be cast"),
+            ("ftp://127.0.0.1", "'ftp'"),
+        ],
+    )
+    def test_object_store_that_is_away(self, endpoint: str, reason: str) -> None:
+        """By the variable that other S3 clients take, and in Triton's own form."""
+        bucket = {"MODEL_REPOSITORY": "s3://bucket/models", "AWS_ENDPOINT_URL": endpoint}
+        for environment in (bucket, {"MODEL_REPOSITORY": f"s3://{endpoint}/bucket/models"}):
+            code, output = ended(**environment)
+            assert code == 1
+            assert f"cannot be reached at {endpoint}/bucket/models: " in output
+            assert reason in output
+            assert output.count("\n") == 1
+
     def test_port_that_only_root_may_use(self) -> None:
         command = ["setpriv", "--bounding-set=-net_bind_service", sys.executable, str(SERVE)]
         result = subprocess.run(
@@ -81,7 +100,7 @@ class TestPlatform:
     @pytest.mark.parametrize(
         ("name", "value", "reason"),
         [
-            ("machine", "aarch64", "needs Linux on x86-64, and this is Linux on aarch64"),
+            ("machine", "riscv64", "Linux on x86-64 or Arm, and this is Linux on riscv64"),
             ("libc_ver", ("glibc", "2.31"), "needs glibc 2.35 or newer, and this is glibc 2.31"),
             ("libc_ver", ("", ""), "this is another libc"),
         ],
@@ -94,11 +113,31 @@ class TestPlatform:
         with pytest.raises(ServeError, match=reason):
             check_platform()
 
-    @pytest.mark.parametrize("version", [(3, 9, 0), (3, 13, 0)])
-    def test_python(self, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int, int]) -> None:
+    @pytest.mark.parametrize(
+        ("machine", "version", "supported"),
+        [
+            ("x86_64", (3, 9, 0), "3.10 to 3.12"),
+            ("x86_64", (3, 13, 0), "3.10 to 3.12"),
+            ("aarch64", (3, 10, 0), "3.11 to 3.12"),
+            ("aarch64", (3, 13, 0), "3.11 to 3.12"),
+        ],
+    )
+    def test_python(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        machine: str,
+        version: tuple[int, int, int],
+        supported: str,
+    ) -> None:
+        monkeypatch.setattr(platform, "machine", lambda: machine)
         monkeypatch.setattr(sys, "version_info", version)
-        with pytest.raises(ServeError, match=r"needs Python 3.10 to 3.12"):
+        with pytest.raises(ServeError, match=f"needs Python {supported}, and this is"):
             check_platform()
+
+    def test_arm(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+        monkeypatch.setattr(sys, "version_info", (3, 11, 0))
+        check_platform()
 
 
 @pytest.mark.parametrize("file", [SERVE, *SERVE.with_name("supervisor").glob("*.py")])

@@ -14,7 +14,7 @@ import pytest
 from support.models import ROOT
 from support.photos import PREPROCESSING, folders, photo, sizes, table
 
-from npair import client_files
+from npair.client import photos as client_photos
 from npair.data.dataset import SPLIT_NAMES, DataError, Dataset
 from npair.data.files import OTHER_SUFFIXES, SUFFIXES, summary
 from npair.data.pixels import decode_dataset
@@ -433,7 +433,7 @@ def test_suffixes_of_photos_stand_in_one_place() -> None:
         path
         for folder in ("src", "model/api", "benchmarks", "scripts")
         for path in (ROOT / folder).rglob("*.py")
-        if path.name != "client_files.py"
+        if path != ROOT / "model/api/client/photos.py"
     ]
     nodes = [node for path in sources for node in ast.walk(ast.parse(path.read_text()))]
     literals = [node.elts for node in nodes if isinstance(node, ast.Tuple | ast.List | ast.Set)]
@@ -447,8 +447,8 @@ def test_suffixes_of_photos_stand_in_one_place() -> None:
 
 def test_the_client_reads_the_same_files(tmp_path: Path) -> None:
     """The client stands alone, so that it walks by code of its own."""
-    assert client_files.SYSTEM_FOLDERS == SYSTEM_FOLDERS
-    assert {*SUFFIXES, *OTHER_SUFFIXES} == client_files.SUFFIXES | client_files.OTHER_SUFFIXES
+    assert client_photos.SYSTEM_FOLDERS == SYSTEM_FOLDERS
+    assert {*SUFFIXES, *OTHER_SUFFIXES} == client_photos.SUFFIXES | client_photos.OTHER_SUFFIXES
     root, elsewhere = tmp_path / "root", folders(tmp_path / "elsewhere", classes=1, photos=2)
     for name in ("a/1.JPG", "a/2.heic", "a/3.dng", "a/4.txt", "a/._5.jpg", "a/.DS_Store", "a/6"):
         photo(root / name)
@@ -462,7 +462,7 @@ def test_the_client_reads_the_same_files(tmp_path: Path) -> None:
         (root / name).symlink_to(target)
     os.mkfifo(root / "a/pipe.png")
     found = find_photos(root)
-    assert sorted(client_files.photos_in([root])) == sorted(found.photos + found.others)
+    assert sorted(client_photos.photos_in([root])) == sorted(found.photos + found.others)
     assert [path.relative_to(root) for path in found.others] == [
         Path("a/2.heic"), Path("a/3.dng"), Path("b/1.gif")
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from support.jpegs import ARITHMETIC, GRADIENT, lossless, segment
 from support.photos import LIMITS, PREPROCESSING
 
 from npair.publishing.drawings import draw, encode
+from npair.serving import scaling
 from npair.serving.jpeg import EOI, read
 from npair.serving.preprocess import decode
 from npair.serving.refusal import PhotoError
@@ -217,7 +218,7 @@ def test_harmless_oddities_are_taken() -> None:
 @pytest.mark.parametrize("size", [(3, 70), (64, 64), (72, 71), (100, 90), (65, 999)])
 @pytest.mark.parametrize(("mode", "colours"), [("L", "GRAY"), ("RGB", "RGB"), ("CMYK", "CMYK")])
 def test_pixels_are_scaled_as_by_pillow(
-    mode: str, colours: str, size: tuple[int, int], resample: str
+    monkeypatch: pytest.MonkeyPatch, mode: str, colours: str, size: tuple[int, int], resample: str
 ) -> None:
     """Agree up to rounding, which both do once for each direction."""
     photo = encode(draw(0, 0).convert(mode).resize(size), "JPEG", quality=90)
@@ -225,3 +226,6 @@ def test_pixels_are_scaled_as_by_pillow(
     image = Image.fromarray(255 - pixels if mode == "CMYK" else pixels.squeeze(), mode)
     expected = np.asarray(ImageOps.fit(image, (64, 64), Image.Resampling[resample]))
     assert np.abs(read(photo).decode(64, resample).astype(int) - expected).max() <= 2
+    monkeypatch.setattr(scaling, "resizer", None)  # as on Arm
+    scaled = read(photo).decode(64, resample).astype(int)
+    assert np.abs(scaled - expected).max() <= 2 * (mode == "CMYK")  # inverted later here

@@ -18,7 +18,8 @@ from npair.client import (
     UnreachableError,
     VersionGoneError,
 )
-from npair.gallery.gallery import GalleryError, PhotoGoneError
+from npair.gallery.gallery import PhotoGoneError
+from npair.gallery.location import GalleryError
 from npair.web.refusals import answer, refused_of
 
 EXPECTED: dict[Exception, int] = {

@@ -36,7 +36,7 @@ def test_a_weak_key(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_keys_file_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NPAIR_WEB_KEY", "short")
     monkeypatch.setenv("NPAIR_WEB_KEY_FILE", str(tmp_path / "key"))
-    with pytest.raises(OSError, match="key"):
+    with pytest.raises(ValueError, match="NPAIR_WEB_KEY_FILE cannot be read"):
         given_key()
     (tmp_path / "key").write_text("")
     with pytest.raises(ValueError, match="NPAIR_WEB_KEY_FILE must hold"):

@@ -17,7 +17,8 @@ from PIL import Image
 from support import profiles
 from support.models import ROOT, SHIPPED
 
-from npair.client_files import MAX_PIXELS, SENT_PIXELS, encoded_photo, photos_in
+from npair.client.formats import MAX_PIXELS, SENT_PIXELS, encoded_photo
+from npair.client.photos import photos_in
 from npair.data.sources import find_photos
 from npair.serving.preprocess import Limits, Preprocessing, decode
 
@@ -177,7 +178,7 @@ class TestRefused:
         script = (
             "import sys\nfrom pathlib import Path\n"
             f"sys.path.insert(0, {str(ROOT / 'model/api')!r})\nsys.modules[{missing!r}] = None\n"
-            f"from client_files import encoded_photo\nencoded_photo(Path({str(path)!r}))"
+            f"from client.formats import encoded_photo\nencoded_photo(Path({str(path)!r}))"
         )
         result = subprocess.run(
             [sys.executable, "-c", script], check=False, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""The commands of client.py: embed, compare, rank and ready."""
+"""The commands: embed, compare, rank and ready."""
 
 from __future__ import annotations
 
@@ -13,29 +13,34 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING or __package__:
-    from . import client as library
-    from . import client_files as files
-else:  # outside the package
-    import client as library
-    import client_files as files
+from .client import DEFAULT_URL, NpairClient, log
+from .environment import from_environment
+from .errors import (
+    AccessDeniedError,
+    InvalidPhotoError,
+    NpairError,
+    UnreachableError,
+    VersionGoneError,
+)
+from .photos import Unread, photos_in
+from .pool import BACKOFF_SECONDS
+from .results import Vectors
+from .rows import SAVED_SUFFIXES, Rows, load_saved, resume, say, write_npz
 
 EXIT_OK, EXIT_PHOTOS, EXIT_USAGE, EXIT_SERVER = 0, 1, 2, 3
 EXIT_INTERRUPTED, EXIT_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # as shells report them
-PATIENT_RETRIES = files.PATIENT_RETRIES
 # The next step after an error; the first match counts.
 REMEDIES = {
-    library.UnreachableError: "start a server (make serve), or name another: --url or NPAIR_URL",
-    library.AccessDeniedError: "NPAIR_API_KEY holds the key",
+    UnreachableError: "start a server (make serve), or name another: --url or NPAIR_URL",
+    AccessDeniedError: "NPAIR_API_KEY holds the key",
 }
 
-Client = library.NpairClient
 Options = argparse.Namespace
-Command = Callable[[Client, Options], int]
+Command = Callable[[NpairClient, Options], int]
 
 
 def main() -> int:
@@ -59,7 +64,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the commands to a parser. ``options.command(options)`` runs one; see ``run``."""
     shared = argparse.ArgumentParser(add_help=False)
     server = shared.add_argument_group("server")
-    url = os.environ.get("NPAIR_URL") or library.DEFAULT_URL
+    url = os.environ.get("NPAIR_URL") or DEFAULT_URL
     server.add_argument(
         "--url", default=url, help="http(s):// or grpc(s)://host:port (NPAIR_URL; %(default)s)"
     )
@@ -77,10 +82,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
             parents=[shared],
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}. {more}",
-            epilog="NPAIR_API_KEY is sent as a bearer token. For https:// and grpcs://, NPAIR_CA"
-            " names certificates (PEM) to trust, NPAIR_CERT and NPAIR_KEY a certificate to show and"
-            " its key. Exit codes: 0 done, 1 a photo was left out, 2 wrong usage, 3 the server"
-            " failed.",
+            epilog="NPAIR_API_KEY, or the content of the file NPAIR_API_KEY_FILE, is sent as a"
+            " bearer token. For https:// and grpcs://, NPAIR_CA names certificates (PEM) to trust,"
+            " NPAIR_CERT and NPAIR_KEY a certificate to show and its key. Exit codes: 0 done, 1 a"
+            " photo was left out, 2 wrong usage, 3 the server failed.",
         )
         added.set_defaults(command=partial(run, command), prog=added.prog)
         return added
@@ -124,7 +129,7 @@ def run(command: Command, options: Options) -> int:
     """
 
     def fail(reason: object, code: int) -> int:
-        files.say(f"{options.prog}: {reason}")
+        say(f"{options.prog}: {reason}")
         return code
 
     pinned = {"version": options.version, "timeout": options.timeout}
@@ -133,9 +138,9 @@ def run(command: Command, options: Options) -> int:
             return command(client, options)
     except BrokenPipeError:
         raise
-    except (library.InvalidPhotoError, OSError) as error:
+    except (InvalidPhotoError, OSError) as error:
         return fail(error, EXIT_PHOTOS)
-    except library.NpairError as error:
+    except NpairError as error:
         return fail(f"{options.url}: {reason_of(error)}", EXIT_SERVER)
     except ValueError as error:
         return fail(error, EXIT_USAGE)
@@ -144,20 +149,20 @@ def run(command: Command, options: Options) -> int:
 
 
 @contextlib.contextmanager
-def connected(url: str, wait: float, **options: Any) -> Iterator[Client]:
+def connected(url: str, wait: float, **options: Any) -> Iterator[NpairClient]:
     """Provide a client that says why it tries again, and does so for at most ``wait`` seconds.
 
     options: NpairClient's, besides those of the environment.
     Raises: ValueError for another ``wait`` than 0 to 1000000, and for wrong options.
     """
-    library.log.handlers = [Retries()]
-    library.log.setLevel(logging.INFO)
+    log.handlers = [Retries()]
+    log.setLevel(logging.INFO)
     retries = retries_within(wait)
-    with Client(url, retries=retries, **options, **from_environment()) as client:
+    with NpairClient(url, retries=retries, **options, **from_environment()) as client:
         yield client
 
 
-def reason_of(error: library.NpairError) -> str:
+def reason_of(error: NpairError) -> str:
     """Describe an error, and the next step."""
     remedies = (remedy for kind, remedy in REMEDIES.items() if isinstance(error, kind))
     return "; ".join([str(error), *remedies])
@@ -167,7 +172,7 @@ def retries_within(seconds: float) -> int:
     """Return how many retries of NpairClient take at most so long. Raises: ValueError."""
     if not 0 <= seconds <= 1e6:
         raise ValueError(f"--wait must be a number of seconds from 0 to 1000000, got {seconds}")
-    return int(math.log2(seconds / library.BACKOFF_SECONDS + 1))
+    return int(math.log2(seconds / BACKOFF_SECONDS + 1))
 
 
 class Retries(logging.Handler):
@@ -181,34 +186,21 @@ class Retries(logging.Handler):
         text = record.getMessage()
         if text not in self._said:
             self._said.add(text)
-            files.say(text)
+            say(text)
 
 
-def from_environment() -> dict[str, Any]:
-    """NpairClient's ca, cert and api_key, as far as the environment has them.
-
-    NPAIR_CERT may hold the key, too, in place of NPAIR_KEY. NPAIR_API_KEY is not an option, since
-    other users of the machine can read command lines.
-    """
-    certificate = os.environ.get("NPAIR_CERT")
-    cert = (certificate, os.environ.get("NPAIR_KEY") or certificate) if certificate else None
-    ca, api_key = os.environ.get("NPAIR_CA"), os.environ.get("NPAIR_API_KEY")
-    given = {"ca": ca, "cert": cert, "api_key": api_key}
-    return {name: value for name, value in given.items() if value}
-
-
-def embed(client: Client, options: Options) -> int:
+def embed(client: NpairClient, options: Options) -> int:
     """Print a line of JSON for each photo, or write a file."""
     if options.out is not None:
         return _embed_to(options.out, client, options)
     # A terminal that shows the rows needs no bar between them.
-    rows = files.Rows(client, options.photos, show_progress=not sys.stdout.isatty())
+    rows = Rows(client, options.photos, show_progress=not sys.stdout.isatty())
     for line in rows:
         print(json.dumps(line))
     return EXIT_PHOTOS if rows.left_out else EXIT_OK
 
 
-def _embed_to(out: Path, client: Client, options: Options) -> int:
+def _embed_to(out: Path, client: NpairClient, options: Options) -> int:
     """Collect rows in a file beside ``out``, from which an interrupted run goes on; then write
     ``out``. Memory does not grow with the number of photos.
     """
@@ -217,11 +209,11 @@ def _embed_to(out: Path, client: Client, options: Options) -> int:
     if not out.parent.is_dir():
         raise ValueError(f"--out must be in an existing folder, got {out}")
     unfinished = out.with_name(out.name + ".unfinished")
-    done = files.resume(unfinished, client)
-    if strange := done.difference(map(str, files.photos_in(options.photos))) if done else None:
+    done = resume(unfinished, client)
+    if strange := done.difference(map(str, photos_in(options.photos))) if done else None:
         other = f"is of another command: it has {min(strange)}; repeat that one"
         raise ValueError(f"{unfinished} {other}, or delete the file")
-    rows, version, embedded = files.Rows(client, options.photos, done), client.version, len(done)
+    rows, version, embedded = Rows(client, options.photos, done), client.version, len(done)
     try:
         with unfinished.open("a", encoding="utf-8") as lines:
             for row in rows:
@@ -229,20 +221,18 @@ def _embed_to(out: Path, client: Client, options: Options) -> int:
                 print(json.dumps(row), file=lines, flush=True)
                 embedded += 1
         if embedded and out.suffix == ".npz":
-            files.write_npz(unfinished, out)
-    except library.VersionGoneError as error:
+            write_npz(unfinished, out)
+    except VersionGoneError as error:
         served = client.versions() if embedded and not options.version else None
         if not served:
             raise
-        files.say(f"{error}: all photos are embedded anew")
+        say(f"{error}: all photos are embedded anew")
         unfinished.unlink()
         client.version = options.version = max(served, key=int)  # pinned, so this happens once
         return _embed_to(out, client, options)
-    except (library.NpairError, OSError, KeyboardInterrupt):
+    except (NpairError, OSError, KeyboardInterrupt):
         if embedded:
-            files.say(
-                f"{embedded} photos are in {unfinished}, and the same command goes on after them"
-            )
+            say(f"{embedded} photos are in {unfinished}, and the same command goes on after them")
         raise
     finally:
         if not embedded:
@@ -262,12 +252,12 @@ def _embed_to(out: Path, client: Client, options: Options) -> int:
     return EXIT_PHOTOS if rows.left_out else EXIT_OK
 
 
-def compare(client: Client, options: Options) -> int:
+def compare(client: NpairClient, options: Options) -> int:
     """Print the cosine of two photos, and a verdict if the version has thresholds."""
-    saved = [path for path in (options.a, options.b) if path.suffix in files.SAVED_SUFFIXES]
+    saved = [path for path in (options.a, options.b) if path.suffix in SAVED_SUFFIXES]
     photos = [path for path in (options.a, options.b) if path not in saved]
-    vectors: list[library.Vectors] = []
-    for path, (_, rows) in zip(saved, files.load(saved, client), strict=True):
+    vectors: list[Vectors] = []
+    for path, (_, rows) in zip(saved, load_saved(saved, client), strict=True):
         if len(rows) != 1:
             several = f"{path} holds the vectors of {len(rows)} photos"
             raise ValueError(f"{several}, and compare takes one; rank takes more")
@@ -291,19 +281,19 @@ def compare(client: Client, options: Options) -> int:
     return EXIT_OK
 
 
-def rank(client: Client, options: Options) -> int:
+def rank(client: NpairClient, options: Options) -> int:
     """Print the photos of a gallery that are most similar to a query, the nearest first."""
     if options.k < 1:
         raise ValueError(f"-k must be at least 1, got {options.k}")
     # Saved vectors first: they pin the version that must embed the rest.
-    paths = [path for path in options.gallery if path.suffix in files.SAVED_SUFFIXES]
-    saved = files.load(paths, client)
+    paths = [path for path in options.gallery if path.suffix in SAVED_SUFFIXES]
+    saved = load_saved(paths, client)
     names = [name for of_file, _ in saved for name in of_file]
     blocks = [vectors for _, vectors in saved]
     (query,) = _embedded([options.query], client)
     left_out = 0
     if photos := [path for path in options.gallery if path not in paths]:
-        rows = files.Rows(client, photos)
+        rows = Rows(client, photos)
         for row in rows:
             names.append(row["photo"])
             blocks.append(np.array([row["embedding"]], np.float32))
@@ -320,12 +310,12 @@ def rank(client: Client, options: Options) -> int:
     return EXIT_PHOTOS if left_out else EXIT_OK
 
 
-def ready(client: Client, options: Options) -> int:
+def ready(client: NpairClient, options: Options) -> int:
     """Print whether the model embeds photos, and if not, why."""
     reason = None
     try:
         client.check(client.retries)
-    except library.NpairError as error:
+    except NpairError as error:
         reason = reason_of(error)
     state = "ready" if reason is None else f"not ready: {reason}"
     told = {"ready": reason is None} if reason is None else {"ready": False, "reason": reason}
@@ -333,16 +323,12 @@ def ready(client: Client, options: Options) -> int:
     return EXIT_OK if reason is None else EXIT_SERVER
 
 
-def _embedded(photos: Sequence[Path], client: Client) -> list[library.Vectors]:
+def _embedded(photos: Sequence[Path], client: NpairClient) -> list[Vectors]:
     """Embed photos, each float32 [128], and pin the client to the version. Raises: OSError."""
-    stream = client.stream(files.Unread(photo) for photo in photos)
+    stream = client.stream(Unread(photo) for photo in photos)
     results = list(stream)
     if reasons := [f"{photos[each.index]}: {each.reason}" for each in results if each.reason]:
         raise OSError("; ".join(reasons))
     if results:
         client.version = stream.version
     return [each.vector for each in results if each.vector is not None]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,1 +1,0 @@
-../../model/api/client.py

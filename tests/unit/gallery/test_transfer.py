@@ -1,0 +1,191 @@
+"""Import what ``npair bulk`` wrote, refuse what it did not, export and import again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.vectors import bulk_file, units
+
+from npair import cli
+from npair.gallery import build, transfer
+from npair.gallery.gallery import Gallery, PhotoGoneError
+from npair.gallery.location import Folder, GalleryError
+from npair.gallery.transfer import Imported, export_vectors, import_vectors
+
+
+def npair(*arguments: object) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["npair", "index", *map(str, arguments)])
+        return cli.main()
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_vectors_are_found_by_themselves(kind: type, tmp_path: Path) -> None:
+    vectors = units(40)
+    bulk_file(tmp_path / "bulk/part-0.parquet", vectors[:30].astype(kind), refused=2)
+    bulk_file(tmp_path / "bulk/part-1.parquet", vectors[30:].astype(kind), first=32)
+    bulk_file(tmp_path / "bulk/part-2.parquet", vectors[:0].astype(kind), refused=1, first=50)
+    done = import_vectors(tmp_path / "bulk", tmp_path / "gallery")
+    assert done == Imported("npair", "13", photos=40, imported=40, left_out=3)
+    made = Gallery(tmp_path / "gallery")
+    assert made.manifest_sha256 == f"{13:064x}"
+    for row, vector in ((0, vectors[0]), (33, vectors[31])):
+        hit = made.nearest(vector, 1)[0]
+        assert (hit.photo, hit.label) == (f"photos/class {row % 3}/{row}.jpg", f"class {row % 3}")
+        assert hit.cosine == pytest.approx(1, abs=1e-3)
+        assert made.vector(hit.id) == pytest.approx(vector, abs=1e-3)
+        with pytest.raises(PhotoGoneError, match=rf"{row}\.jpg is gone"):
+            made.photo(hit.id)
+
+
+def test_imported_again_is_there_once(tmp_path: Path) -> None:
+    source, index = tmp_path / "bulk", tmp_path / "gallery"
+    bulk_file(source / "part-0.parquet", units(20))
+    import_vectors(source, index)
+    bulk_file(source / "part-0.parquet", units(20, seed=1))
+    bulk_file(source / "part-1.parquet", units(5, seed=2), first=20)
+    assert import_vectors(source, index).photos == 25
+    assert Gallery(index).nearest(units(20, seed=1)[7], 1)[0].cosine == pytest.approx(1)
+    (source / "part-0.parquet").unlink()
+    assert import_vectors(source, index).photos == 25, "what a source lacks stays"
+
+
+def test_goes_on_where_it_failed(tmp_path: Path) -> None:
+    source, index = tmp_path / "bulk", tmp_path / "gallery"
+    bulk_file(source / "part-0.parquet", units(20))
+    last = bulk_file(source / "part-1.parquet", units(20, seed=1), first=20)
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-1000])
+    with pytest.raises(GalleryError, match=r"part-1\.parquet cannot be read"):
+        import_vectors(source, index)
+    with pytest.raises(GalleryError, match="there is no gallery"):
+        Gallery(index)
+    last.write_bytes(whole)
+    assert import_vectors(source, index).photos == 40
+
+
+class TestVersions:
+    def test_do_not_mix(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        index = tmp_path / "gallery"
+        bulk_file(tmp_path / "old/part-0.parquet", units(9))
+        bulk_file(tmp_path / "new/part-0.parquet", units(7, seed=1), version=14)
+        import_vectors(tmp_path / "old", index)
+        with pytest.raises(GalleryError, match=r"is of version 13 .* are of version 14 .*--switch"):
+            import_vectors(tmp_path / "new", index)
+        opened = Gallery(index)
+        assert (opened.version, len(opened)) == ("13", 9)
+        assert npair("import", tmp_path / "new", "--index", index, "--switch") == 0
+        assert "7 photos in" in (said := capsys.readouterr().out)
+        assert "embedded by version 14: 7 of them imported now, 0 left out" in said
+        assert opened.follow()
+        assert (opened.version, len(opened)) == ("14", 7)
+
+    @pytest.mark.parametrize("where", ["rows", "files"])
+    def test_of_several_nothing_is_searched(
+        self, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(transfer, "ROWS", 4)
+        path = bulk_file(tmp_path / "bulk/part-0.parquet", units(9))
+        other = bulk_file(tmp_path / "bulk/part-1.parquet", units(9), version=14, first=9)
+        if where == "rows":
+            pq.write_table(pa.concat_tables(map(pq.read_table, (path, other))), path)
+            other.unlink()
+        with pytest.raises(GalleryError, match="has vectors of another version than") as refused:
+            import_vectors(tmp_path / "bulk", tmp_path / "gallery")
+        assert "Traceback" not in str(refused.value)
+        with pytest.raises(GalleryError, match="there is no gallery"):
+            Gallery(tmp_path / "gallery")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda table: table.drop_columns(["manifest"]), "has no column manifest; see npair bulk"),
+        (lambda table: changed(table, "vector", 2 * units(4)), "their length is not 1"),
+        (lambda table: changed(table, "vector", np.full((4, 128), np.nan, np.float32)), "is not 1"),
+        (lambda table: changed(table, "id", [None, "a", "b", "c"]), "has rows without an id"),
+        (lambda table: changed(table, "id", ["a", "b", "c", "c"]), "1 ids occur more than once"),
+        (lambda table: changed(table, "reason", ["bad"] * 4), "none of the 4 rows in .* has a vec"),
+    ],
+)
+def test_what_is_not_taken(change, reason: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    path = bulk_file(tmp_path / "bulk/part-0.parquet", units(4))
+    pq.write_table(change(pq.read_table(path)), path)
+    with pytest.raises(GalleryError, match=reason):
+        import_vectors(tmp_path / "bulk", tmp_path / "gallery")
+    bulk_file(path, units(4))
+    assert import_vectors(tmp_path / "bulk", tmp_path / "gallery").photos == 4
+
+
+def changed(table: pa.Table, name: str, values: object) -> pa.Table:
+    position = table.schema.get_field_index(name)
+    kind = table.schema.types[position]
+    array = pa.array(list(values), kind)  # type: ignore[call-overload]
+    return table.set_column(position, pa.field(name, kind), array)
+
+
+def test_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert npair("import", tmp_path / "nowhere", "--index", tmp_path / "gallery") == 1
+    assert capsys.readouterr().err == f"npair: no Parquet files in {tmp_path / 'nowhere'}\n"
+
+
+def test_exported_and_imported_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bulk_file(tmp_path / "bulk/part-0.parquet", units(30), refused=1)
+    assert npair("import", tmp_path / "bulk", "--index", tmp_path / "a", "--json") == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out)["left_out"] == 1
+    table = Gallery(tmp_path / "a").table
+    table.update(values={"columns": json.dumps({"price": "3.50"}), "label": "Fuji"})
+    assert npair("export", tmp_path / "out", "--index", tmp_path / "a") == 0
+    assert "30 photos of" in capsys.readouterr().out
+    with pytest.raises(GalleryError, match=r"cannot be written: .* is not empty"):
+        export_vectors(tmp_path / "a", tmp_path / "out")
+    assert import_vectors(tmp_path / "out", tmp_path / "b").photos == 30
+    first, second = (Gallery(tmp_path / name).nearest(units(30)[3], 5) for name in "ab")
+    assert first == second
+    assert (first[0].label, first[0].columns) == ("Fuji", {"price": "3.50"})
+
+
+def test_a_long_interval_answers_although_the_table_is_gone(tmp_path: Path) -> None:
+    """Two builds within the interval drop the table that is open."""
+    index = tmp_path / "gallery"
+    for version in (13, 14, 15):
+        bulk_file(tmp_path / f"{version}/part-0.parquet", units(3), version=version)
+    import_vectors(tmp_path / "13", index)
+    opened = Gallery(index, refresh=3600)
+    photo = opened.nearest(units(3)[0], 1)[0].id
+    import_vectors(tmp_path / "14", index, switch=True)
+    assert not opened.follow()
+    opened.vector(photo)
+    assert opened.version == "13", "not looked for within the interval"
+    import_vectors(tmp_path / "15", index, switch=True)
+    opened.vector(photo)
+    assert opened.version == "15"
+
+
+def test_many_vectors_are_quantised_and_compared_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "WHOLE", 5000)
+    monkeypatch.setattr(transfer, "ROWS", 1000)
+    centres = units(60)
+    noise = 0.9 * units(6000, seed=1)
+    vectors = centres[np.arange(6000) % 60] + noise
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    bulk_file(tmp_path / "bulk/part-0.parquet", vectors)
+    import_vectors(tmp_path / "bulk", tmp_path / "gallery")
+    opened, found = Gallery(tmp_path / "gallery"), 0
+    assert [index.index_type for index in opened.table.list_indices()] == ["IvfPq"]
+    for query in vectors[:50]:
+        exact = {f"photos/class {row % 3}/{row}.jpg" for row in np.argsort(-(vectors @ query))[:10]}
+        hits = opened.nearest(query, 10)
+        assert hits[0].cosine == pytest.approx(1, abs=1e-5), "not the quantised one"
+        found += len(exact & {hit.photo for hit in hits})
+    assert found >= 475
+    assert Folder(tmp_path / "gallery").pointer()["photos"] == ""
