@@ -21,15 +21,7 @@ from distribution.registry import CommandError, run
 
 def main() -> int:
     arguments = _parser().parse_args()
-    try:
-        arguments.run(arguments)
-    except RefusedError as refusal:
-        print(f"refused: {refusal}", file=sys.stderr)
-        return 3
-    except CommandError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    return registry.exit_code(lambda: arguments.run(arguments))
 
 
 def version(_: argparse.Namespace) -> None:

@@ -15,15 +15,13 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from distribution.project import parse
-from image.commands import ROOT, background, output, run, status, step, wait_for
+from image.commands import ROOT, background, output, run, scratch_folder, status, step, wait_for
 from image.engine import install_tools, unpack, use
 from image.registry import open_registry
 
@@ -40,12 +38,8 @@ esac
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("interrupted"))  # runs every finally block
-    with (
-        tempfile.TemporaryDirectory(prefix="npair-release-") as scratch,
-        contextlib.ExitStack() as stack,
-    ):
-        DryRun(Path(scratch), stack).run()
+    with scratch_folder("npair-release-") as (scratch, stack):
+        DryRun(scratch, stack).run()
 
 
 class DryRun:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ from pathlib import Path
 from image.arm64 import debian_root, emulation, unpacked_server, wheels_for_arm
 from image.build import WHEEL_RELEASE, build, served, stand_in_of
 from image.checks import embed
-from image.commands import ROOT, output, run, step, wait_for
+from image.commands import ROOT, output, run, scratch_folder, step, wait_for
 from image.engine import TOOLS, engine, install_tools
 
 MODEL = ROOT / "model_repository/npair"
@@ -37,12 +35,8 @@ TESTS = (
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("interrupted"))  # runs every finally block
-    with (
-        tempfile.TemporaryDirectory(prefix="npair-arm64-", ignore_cleanup_errors=True) as scratch,
-        contextlib.ExitStack() as stack,
-    ):
-        test(Path(scratch), stack)
+    with scratch_folder("npair-arm64-") as (scratch, stack):
+        test(scratch, stack)
 
 
 def test(scratch: Path, stack: contextlib.ExitStack) -> None:

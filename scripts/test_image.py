@@ -13,15 +13,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from image.build import WHEEL_RELEASE, build, stand_in, wheelhouse
 from image.checks import check_drain, check_recovery, check_search, check_size, compose_test
-from image.commands import ROOT, run, step
+from image.commands import ROOT, run, scratch_folder, step
 from image.engine import TOOLS, engine, install_tools
 from image.registry import REPOSITORY, digest_of, login, promote, push, registry_at_ghcr
 
@@ -33,13 +31,8 @@ def main() -> None:
         os.execvp(
             "unshare", ["unshare", "--mount", "--propagation", "private", sys.executable, *sys.argv]
         )
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit("interrupted"))  # runs every finally block
-    with (
-        tempfile.TemporaryDirectory(prefix="npair-image-", ignore_cleanup_errors=True) as scratch,
-        contextlib.ExitStack() as stack,
-    ):
-        test(Path(scratch), stack)
+    with scratch_folder("npair-image-") as (scratch, stack):
+        test(scratch, stack)
 
 
 def test(scratch: Path, stack: contextlib.ExitStack) -> None:

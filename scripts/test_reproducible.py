@@ -9,18 +9,15 @@ Needs: root on Debian 12 or 13 on x86-64, and the .venv of `make install`. Stand
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from distribution import registry
 from image.build import WHEEL_RELEASE, build, stand_in, wheelhouse
-from image.commands import ROOT, output, run, step
+from image.commands import ROOT, output, run, scratch_folder, step
 from image.engine import engine, install_tools
 from image.registry import open_registry
 
@@ -37,12 +34,7 @@ END
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("interrupted"))  # runs every finally block
-    with (
-        tempfile.TemporaryDirectory(prefix="npair-twice-", ignore_cleanup_errors=True) as folder,
-        contextlib.ExitStack() as stack,
-    ):
-        scratch = Path(folder)
+    with scratch_folder("npair-twice-") as (scratch, stack):
         install_tools("runc", "skopeo", "debootstrap", "iproute2")
         stack.enter_context(engine(scratch, containerd=True))
         address = stack.enter_context(open_registry(scratch))

@@ -21,7 +21,7 @@ from typing import Any
 
 from distribution import registry
 from distribution.project import ROOT, RefusedError
-from distribution.registry import REVISION, CommandError, run
+from distribution.registry import REVISION, run
 
 BASES = {"TRITON_IMAGE": "npair.triton-image", "BASE_IMAGE": "npair.base-image"}
 MACHINES = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}
@@ -40,15 +40,7 @@ def main() -> int:
         else:
             command.add_argument("options", nargs="*", help="for docker buildx build, after --")
     arguments = whole.parse_args()
-    try:
-        arguments.check(arguments)
-    except RefusedError as refusal:
-        print(f"refused: {refusal}", file=sys.stderr)
-        return 3
-    except CommandError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    return registry.exit_code(lambda: arguments.check(arguments))
 
 
 def attested(arguments: argparse.Namespace) -> None:

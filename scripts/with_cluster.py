@@ -24,7 +24,7 @@ from pathlib import Path
 
 from cluster.binaries import binaries
 from cluster.image import archive
-from image.commands import ROOT, step
+from image.commands import ROOT, end_in_order, step
 from image.engine import ENGINE, TOOLS, unpack, use
 from image.packages import install
 
@@ -32,8 +32,7 @@ NEEDED = (*TOOLS, "conntrack", "dnsmasq-base", "etcd-server", "iptables", "jq", 
 
 
 def main(kind: str, command: list[str]) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit("interrupted"))  # runs every finally block
+    end_in_order()
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cache = Path(os.environ.get("NPAIR_CLUSTER_CACHE") or Path(home) / "npair/kubernetes")
     cache.mkdir(parents=True, exist_ok=True)

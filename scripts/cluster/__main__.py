@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +16,11 @@ from cluster import kubernetes, swarm
 from cluster.binaries import binaries
 from cluster.image import archive
 from cluster.machines import bridge
-from image.commands import step
+from image.commands import end_in_order, step
 
 
 def main(kind: str, scratch: Path, cache: Path, command: list[str]) -> NoReturn:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit("interrupted"))  # runs every finally block
+    end_in_order()
     bridge()
     with contextlib.ExitStack() as stack:
         if kind == "swarm":

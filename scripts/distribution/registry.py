@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,22 @@ DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 class CommandError(Exception):
     """A program that failed. The message has its errors."""
+
+
+def exit_code(step: Callable[[], object]) -> int:
+    """Run a step of a script, and print why it ends badly.
+
+    Returns: 0; 3 if the step is refused; 1 if a program failed.
+    """
+    try:
+        step()
+    except RefusedError as refusal:
+        print(f"refused: {refusal}", file=sys.stderr)
+        return 3
+    except CommandError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def run(*command: str | Path) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +16,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BEGAN = time.monotonic()
 RAW = {"Inference-Header-Content-Length": "0"}  # Triton's: the body is the input
+
+
+def end_in_order() -> None:
+    """Let SIGINT and SIGTERM end this process by way of every finally block."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit("interrupted"))
+
+
+@contextlib.contextmanager
+def scratch_folder(prefix: str) -> Iterator[tuple[Path, contextlib.ExitStack]]:
+    """Provide a folder, and a stack whose contexts end before the folder is removed."""
+    end_in_order()
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder,
+        contextlib.ExitStack() as stack,
+    ):
+        yield Path(folder), stack
 
 
 def step(title: str) -> None:

@@ -22,16 +22,7 @@ def open_registry(scratch: Path) -> Iterator[str]:
     """Run a registry on loopback that asks for no password. Yields: its address."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    config = {
-        "version": 0.1,
-        "log": {"level": "error", "accesslog": {"disabled": True}},
-        "storage": {"filesystem": {"rootdirectory": str(scratch / "registry")}},
-        "http": {"addr": f"127.0.0.1:{port}"},
-    }
-    (scratch / "registry.json").write_text(json.dumps(config))  # JSON is YAML
-    command = ["docker-registry", "serve", scratch / "registry.json"]
-    with background(command, scratch / "registry.log"):
-        wait_for("the registry", lambda: status("127.0.0.1", port, "GET", "/v2/") == 200)
+    with _running(scratch, "127.0.0.1", port):
         yield f"127.0.0.1:{port}"
 
 
@@ -41,22 +32,32 @@ def registry_at_ghcr(scratch: Path) -> Iterator[subprocess.Popen[bytes]]:
 
     This process and its children, among them the engine, reach it as ghcr.io.
     """
-    hosts = scratch / "hosts"
+    hosts, passwords = scratch / "hosts", scratch / "htpasswd"
     hosts.write_text(Path("/etc/hosts").read_text() + f"\n{REGISTRY_ADDRESS} ghcr.io\n")
     run("mount", "--bind", hosts, "/etc/hosts")
-    (scratch / "htpasswd").write_text(output("htpasswd", "-nbB", OWNER, PASSWORD))
+    passwords.write_text(output("htpasswd", "-nbB", OWNER, PASSWORD))
+    auth = {"htpasswd": {"realm": "npair", "path": str(passwords)}}
+    with _running(scratch, REGISTRY_ADDRESS, 80, auth=auth) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def _running(
+    scratch: Path, host: str, port: int, **settings: object
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a registry, and wait until it answers: with 401 if ``auth`` is among its settings."""
     config = {
         "version": 0.1,
         "log": {"level": "error", "accesslog": {"disabled": True}},
         "storage": {"filesystem": {"rootdirectory": str(scratch / "registry")}},
-        "http": {"addr": f"{REGISTRY_ADDRESS}:80"},
-        "auth": {"htpasswd": {"realm": "npair", "path": str(scratch / "htpasswd")}},
+        "http": {"addr": f"{host}:{port}"},
+        **settings,
     }
     (scratch / "registry.json").write_text(json.dumps(config))  # JSON is YAML
-    with background(
-        ["docker-registry", "serve", scratch / "registry.json"], scratch / "registry.log"
-    ) as process:
-        wait_for("the registry", lambda: status(REGISTRY_ADDRESS, 80, "GET", "/v2/") == 401)
+    command = ["docker-registry", "serve", scratch / "registry.json"]
+    wanted = 401 if "auth" in settings else 200
+    with background(command, scratch / "registry.log") as process:
+        wait_for("the registry", lambda: status(host, port, "GET", "/v2/") == wanted)
         yield process
 
 
