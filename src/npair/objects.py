@@ -6,11 +6,20 @@ succeeds: that is what takes the place of renaming and of locking files.
 
 from __future__ import annotations
 
+import os
+import socket
+from datetime import datetime, timezone
 from typing import Any
 
 
 class StoreError(RuntimeError):
     """The object store cannot be used; the message says what to do."""
+
+
+def this_process() -> str:
+    """Name this process for a lock that others may find, with the time down to the microsecond."""
+    since = datetime.now(timezone.utc).isoformat()
+    return f"user {os.getuid()} on {socket.gethostname()}, process {os.getpid()}, since {since}"
 
 
 class Objects:

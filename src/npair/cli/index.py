@@ -77,11 +77,9 @@ def add_commands(commands: Commands) -> None:
         steps, "export", _export, "write a gallery's vectors as Parquet", extra="index"
     )
     give.add_argument("target", type=place, metavar="FOLDER", help="a new one; or its s3:// URL")
-    for command in (take, give):
+    for command in (build, search, take, give):
         add_gallery(command)
-    take.add_argument("--json", action="store_true", help="print JSON")
     for command in (build, search):
-        add_gallery(command)
         add_server(command)
         command.add_argument(
             "--wait",
@@ -90,6 +88,7 @@ def add_commands(commands: Commands) -> None:
             metavar="SECONDS",
             help="how long at most to try again if the server does not answer (%(default)g)",
         )
+    for command in (build, search, take):
         command.add_argument("--json", action="store_true", help="print JSON")
 
 

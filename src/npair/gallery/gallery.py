@@ -163,7 +163,7 @@ class Gallery:
                     row["sha256"],
                     1 - row["_distance"],
                     row["label"],
-                    self._shown(row["photo"]),
+                    self.place(row["photo"]),
                     json.loads(row.get("columns") or "{}"),
                 )
                 for row in rows
@@ -177,7 +177,7 @@ class Gallery:
     def photo(self, photo_id: str) -> Path:
         """Return the path of a photo's file. Raises: PhotoGoneError, GalleryError."""
         rows = self._following(lambda: self._rows(photo_id, "photo"))
-        places = [self._shown(row["photo"]) for row in rows]
+        places = [self.place(row["photo"]) for row in rows]
         for place in places:
             if (path := Path(place)).is_file():
                 return path
@@ -185,7 +185,11 @@ class Gallery:
             f"{places[0]} is gone; put it back, build the gallery anew, or say where the photos are"
         )
 
-    def _shown(self, name: str) -> str:
+    def place(self, name: str) -> str:
+        """Return what users know a row by: its photo's path, or what was imported as its id.
+
+        Raises: GalleryError if photos were moved, and the gallery does not know from where.
+        """
         place = place_of(name, self._location.base)
         if self._photos is None or name.startswith(IMPORTED):
             return place

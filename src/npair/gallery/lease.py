@@ -1,17 +1,16 @@
 """The right to build a gallery in an object store, where a dead process leaves its lock behind.
 
-The holder renews an object; who finds it watches whether it changes. No clocks are compared.
+The holder renews an object, and anyone else watches whether it changes. No clocks are compared.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
 import threading
 import time
-from datetime import datetime, timezone
 from typing import Protocol
+
+from npair.objects import this_process
 
 BEAT = 5.0  # seconds between renewals
 EXPIRY = 30.0  # without a renewal, the holder counts as dead
@@ -33,10 +32,7 @@ class Lease:
 
     def __init__(self, store: Tagged, name: str) -> None:
         self.store, self.name, self.holder = store, name, ""
-        since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self._process = (
-            f"user {os.getuid()} on {socket.gethostname()}, process {os.getpid()}, since {since}"
-        )
+        self._process = this_process()
         self._tag: str | None = None
         self._renewed = 0.0
         self._ended = threading.Event()

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from npair.client import Vectors
 from npair.gallery.build import create, finish
-from npair.gallery.gallery import IMPORTED, Gallery, place_of
+from npair.gallery.gallery import IMPORTED, Gallery
 from npair.gallery.location import GalleryError, Where, locate, readable, writable
 from npair.objects import Objects, StoreError
 
@@ -93,7 +93,7 @@ def export_vectors(folder: Where, target: Where) -> int:
     target: new folder, or its s3:// or gs:// URL. Returns: how many rows. Raises: GalleryError.
     """
     gallery = Gallery(folder)
-    base, vectors = locate(folder).base, gallery.table.schema.field("vector").type
+    vectors = gallery.table.schema.field("vector").type
     types = {"id": pa.string(), "vector": vectors, "reason": pa.string(), "model": pa.string()}
     types |= {"version": pa.int64(), **dict.fromkeys(("manifest", *OPTIONAL), pa.string())}
     schema = pa.schema(types.items())
@@ -104,7 +104,7 @@ def export_vectors(folder: Where, target: Where) -> int:
     def batches() -> Iterator[pa.RecordBatch]:
         for batch in tqdm(found, "export", unit="batch", disable=None):
             columns = {
-                "id": [place_of(name, base) for name in batch["photo"].to_pylist()],
+                "id": [gallery.place(name) for name in batch["photo"].to_pylist()],
                 "vector": batch["vector"],
                 "reason": [None] * len(batch),
                 **{name: [value] * len(batch) for name, value in zip(ORIGIN, origin, strict=True)},

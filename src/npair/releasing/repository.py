@@ -6,15 +6,13 @@ import contextlib
 import fcntl
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Protocol
 
-from npair.objects import Objects
+from npair.objects import Objects, this_process
 
 MODEL = "npair"  # the only name that serve.py, clients and dashboards know
 STORES = ("s3", "gs")  # the extras of pyproject.toml with their fsspec implementations
@@ -266,8 +264,7 @@ class Store(Objects, Repository):
     def exclusive(self) -> Iterator[None]:
         # Beside the folder: Triton lists it to download it, and fails if a file has gone meanwhile.
         lock = f"{self.root}.releasing"
-        now = datetime.now(timezone.utc).isoformat()
-        this = f"user {os.getuid()} on {socket.gethostname()}, process {os.getpid()}, since {now}"
+        this = this_process()
         holder = this if self._create(lock, this.encode()) else self._holder(lock)
         # If an answer was lost and the library asked again, the lock exists and is this process's.
         if holder != this:
