@@ -1,6 +1,6 @@
 """Show what npair bulk promises: each row once in spite of kill -9, the server's vectors, its rate.
 
-    PYTHONPATH=model/api .venv/bin/python benchmarks/bulk.py --photos data/grocery
+    PYTHONPATH=model/api:tests .venv/bin/python benchmarks/bulk.py --photos data/grocery
 
 The list has copies of the photos under ids of their own, and some that are bad. First, a job is
 killed with all its processes, three times, and continued. Its rows are compared with what the
@@ -25,7 +25,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -42,6 +41,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import s3fs
 from machine import MODELS, VERSION, command_line, descendants, proportional_memory, say
+from support.s3 import free_ports, seaweed
 
 from npair.bulk.actor import grouped
 from npair.bulk.output import Output
@@ -205,7 +205,7 @@ def rates(scratch: Path, paths: dict[str, Path], rounds: int) -> None:
     with contextlib.ExitStack() as stack:
         requests: Callable[[], Requests] = Requests
         if shutil.which("weed"):
-            requests = stack.enter_context(seaweed(scratch / "s3"))
+            requests = stack.enter_context(counted_store(scratch / "s3"))
             upload(scratch / "list.parquet", shards, paths)
             lists["paths in S3"] = ("s3://lists/list.parquet", "s3://vectors/paths")
             lists["shards in S3"] = ("s3://photos/shards", "s3://vectors/shards")
@@ -287,54 +287,24 @@ def _embed(paths: Sequence[Path]) -> int:
 
 
 @contextlib.contextmanager
-def seaweed(folder: Path) -> Iterator[Any]:
-    """Start an S3 server. Yields: a function that counts its requests."""
-    folder.mkdir()
-    # Its gRPC ports are 10,000 above these.
-    ports = dict(zip(("master", "volume", "filer", "s3", "metrics"), free_ports(), strict=False))
-    words = ["weed", "server", f"-dir={folder}", "-s3", "-ip=127.0.0.1", "-volume.max=100"]
-    words += [f"-master.port={ports['master']}", f"-volume.port={ports['volume']}"]
-    words += [f"-filer.port={ports['filer']}", f"-s3.port={ports['s3']}"]
-    words += [f"-metricsPort={ports['metrics']}", "-master.volumeSizeLimitMB=128"]
-    words += ["-volume.minFreeSpace=1", "-master.telemetry=false", "-s3.iam=false"]
-    words += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # else fixed ones
-    os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
-        "AWS_ACCESS_KEY_ID": "any",
-        "AWS_SECRET_ACCESS_KEY": "any",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
+def counted_store(folder: Path) -> Iterator[Callable[[], Requests]]:
+    """Start an S3 server, and let the environment lead to it.
+
+    Yields: a function that counts its requests so far.
+    """
+    (port,) = free_ports(1)
 
     def requests() -> Requests:
-        url = f"http://127.0.0.1:{ports['metrics']}/metrics"
+        url = f"http://127.0.0.1:{port}/metrics"
         text = urllib.request.urlopen(url, timeout=10).read().decode()
         found = re.findall(r'^SeaweedFS_s3_request_total\{.*type="(\w+)".*\} (\S+)$', text, re.M)
         reads = sum(float(count) for kind, count in found if kind in ("GET", "HEAD", "LIST"))
         return Requests(reads, sum(float(count) for _, count in found) - reads)
 
-    log = folder / "weed.log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=file, cwd=folder)
-    try:
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", ports["s3"]), timeout=1).close()
-                break
-            time.sleep(0.2)
-        else:
-            sys.exit(f"weed does not start: {log.read_text()[-1000:]}")
+    folder.mkdir()
+    with seaweed(folder, f"-metricsPort={port}") as environment:
+        os.environ |= environment
         yield requests
-    finally:
-        process.kill()  # it would wait for idle connections
-        process.wait()
-
-
-def free_ports() -> Iterator[int]:
-    """Yield ports below the ephemeral range."""
-    for port in random.sample(range(20_000, 30_000), 100):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            yield port
 
 
 def upload(table: Path, shards: Path, paths: dict[str, Path]) -> None:

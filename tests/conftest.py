@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import shutil
 import signal
@@ -32,16 +31,6 @@ for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
 # Run the same examples on every machine; tests/fuzz/fuzz.py searches for new ones.
 hypothesis.settings.register_profile("npair", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("npair")
-
-
-@pytest.fixture(autouse=True)
-def npair_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep npair's log on: libraries that other tests load configure logging, and disable it."""
-    log = logging.getLogger("npair")
-    monkeypatch.setattr(log, "disabled", False)
-    monkeypatch.setattr(log, "propagate", True)
-    log.setLevel(logging.INFO)
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,10 +20,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import s3fs
-from moto.server import ThreadedMotoServer
 from supervisor import procfs
 from support.models import SHIPPED, rewrite_manifest
 from support.photos import PNG
+from support.s3 import moto
 
 from npair.bulk import BulkError
 from npair.bulk.job import run
@@ -72,19 +72,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            patch.setenv(name, value)
+    with moto():
         s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
         yield "s3://bucket"
-    server.stop()
 
 
 def test_killed_and_continued(photos: Path, bucket: str) -> None:

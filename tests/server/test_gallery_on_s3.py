@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import s3fs
 from support.models import ROOT, SHIPPED
-from support.s3 import seaweed
+from support.s3 import in_place_of_aws, seaweed
 from support.servers import free_ports, running
 from support.vectors import bulk_file, units
 
@@ -72,10 +72,8 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Start an S3 server that replaces AWS in this process and its children; yield a bucket."""
     with (
         seaweed(tmp_path_factory.mktemp("seaweed")) as environment,
-        pytest.MonkeyPatch.context() as patch,
+        in_place_of_aws(environment),
     ):
-        for name, value in environment.items():
-            patch.setenv(name, value)
         s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
         yield "s3://bucket"
 
@@ -308,26 +306,20 @@ def test_what_is_wrong_is_said_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert bucket
-    s3fs.S3FileSystem.clear_instance_cache()
     spoil(monkeypatch)
     began = time.monotonic()
-    with pytest.raises(GalleryError, match=reason):
+    with in_place_of_aws({}), pytest.raises(GalleryError, match=reason):
         Gallery(place)
     assert time.monotonic() - began < 30
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_a_store_that_goes_away(tmp_path: Path) -> None:
     bulk_file(tmp_path / "bulk/part-0.parquet", units(3))
     (tmp_path / "store").mkdir()
-    with pytest.MonkeyPatch.context() as patch, seaweed(tmp_path / "store") as environment:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
+    with seaweed(tmp_path / "store") as environment, in_place_of_aws(environment):
         s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
         import_vectors(tmp_path / "bulk", "s3://bucket/gallery")
         opened = Gallery("s3://bucket/gallery", refresh=0)
         assert opened.nearest(units(3)[0], 1)
     with pytest.raises(GalleryStoreError, match="cannot be reached"):
         opened.nearest(units(3)[0], 1)
-    s3fs.S3FileSystem.clear_instance_cache()

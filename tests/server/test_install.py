@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 import s3fs
-from moto.server import ThreadedMotoServer
 from support import architectures
 from support.commands import commands
 from support.models import ROOT, SHIPPED
+from support.s3 import environment_of, moto
 from support.servers import running
 
 import npair
@@ -136,21 +136,14 @@ def environment(
 @pytest.fixture(scope="module")
 def stores() -> Iterator[dict[str, str]]:
     """Yield variables that lead s3:// to config.pbtxt in a bucket, and gs:// to nothing."""
-    objects = ThreadedMotoServer("127.0.0.1", 0)
     nothing = HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
-    objects.start()
     threading.Thread(target=nothing.serve_forever, daemon=True).start()
-    host, port = objects.get_host_and_port()
-    secrets = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
-    variables = secrets | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
+    with moto() as endpoint:
         bucket = s3fs.S3FileSystem(skip_instance_cache=True)
         bucket.mkdir("bucket")
         bucket.put_file(str(REPOSITORY / "config.pbtxt"), "bucket/models/npair/config.pbtxt")
-    yield variables | {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{nothing.server_port}"}
-    objects.stop()
+        emulator = f"http://127.0.0.1:{nothing.server_port}"
+        yield environment_of(endpoint) | {"STORAGE_EMULATOR_HOST": emulator}
     nothing.shutdown()
 
 

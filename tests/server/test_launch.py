@@ -96,6 +96,7 @@ class TestStack:
             ((8 << 20, 256 << 20), 256 << 20),
             ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 256 << 20),
             ((512 << 20, resource.RLIM_INFINITY), 512 << 20),
+            ((8 << 20, 64 << 20), 64 << 20),
         ],
     )
     def test_of_each_limit(
@@ -104,27 +105,22 @@ class TestStack:
         monkeypatch.setattr(resource, "getrlimit", lambda _: before)
         assert stack_bytes() == given
 
-    def test_too_small_a_hard_limit_is_said(
-        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        monkeypatch.setattr(resource, "getrlimit", lambda _: (8 << 20, 64 << 20))
-        assert stack_bytes() == 64 << 20
-        assert "WARNING: the stack's hard limit is 64 MiB" in caplog.text
-        assert "form-encoded requests of more than about 32 MiB" in caplog.text
-        assert "docker run --ulimit stack=268435456" in caplog.text
 
-
-def test_too_few_open_files_are_said() -> None:
-    limited = ["prlimit", "--nofile=256:256", sys.executable, str(SERVE)]
+def test_too_small_limits_are_said() -> None:
+    limits = ("--stack=8388608:67108864", "--nofile=256:256")
+    limited = ["prlimit", *limits, sys.executable, str(SERVE)]
     environment = os.environ | free_ports()
     with subprocess.Popen(limited, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
-            first, *_ = lines_until_ready(process)
+            said = "".join(lines_until_ready(process))
         finally:
             process.terminate()
-    assert "WARNING: the hard limit of open files is 256" in first
-    assert "connections beyond about 192 go unanswered" in first
-    assert "docker run --ulimit nofile=65536" in first
+    assert "WARNING: the stack's hard limit is 64 MiB" in said
+    assert "form-encoded requests of more than about 32 MiB" in said
+    assert "docker run --ulimit stack=268435456" in said
+    assert "WARNING: the hard limit of open files is 256" in said
+    assert "connections beyond about 192 go unanswered" in said
+    assert "docker run --ulimit nofile=65536" in said
 
 
 class TestPaths:

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import s3fs
 from moto.s3.responses import S3Response
-from moto.server import ThreadedMotoServer
 from supervisor.launch import command, find_triton
 from supervisor.options import Options
 from support.models import ROOT, SHIPPED, rewrite_manifest
+from support.s3 import moto
 from support.servers import free_ports, lines_until_ready, start
 
 from npair.releasing import ReleaseError
@@ -47,9 +47,6 @@ with open_repository(sys.argv[1]).new_version() as (number, folder):
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     """Start an S3 server that replaces AWS in this process and its children; yield its URL."""
-    server = ThreadedMotoServer("127.0.0.1", 0)
-    server.start()
-    host, port = server.get_host_and_port()
     put, lock = S3Response._key_response_put, threading.Lock()
 
     def one_at_a_time(*arguments: Any) -> Any:
@@ -57,17 +54,9 @@ def endpoint() -> Iterator[str]:
         with lock:
             return put(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with moto() as endpoint, pytest.MonkeyPatch.context() as patch:
         patch.setattr(S3Response, "_key_response_put", one_at_a_time)
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            patch.setenv(name, value)
-        yield f"http://{host}:{port}"
-    server.stop()
+        yield endpoint
 
 
 @pytest.fixture
@@ -243,22 +232,14 @@ def test_killed_publishers_leave_nothing_that_counts(location: str) -> None:
 
 
 def test_a_store_that_goes_away(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Servers in one process share their buckets.
-    server = ThreadedMotoServer("127.0.0.1", 0)
-    server.start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    s3fs.S3FileSystem.clear_instance_cache()
-    opened = open_repository(location)
     with contextlib.ExitStack() as stack:
-        _, folder = stack.enter_context(opened.new_version())
-        (folder / "manifest.json").write_text("{}")
-        server.stop()
+        with moto():  # servers in one process share their buckets
+            _, folder = stack.enter_context(open_repository(location).new_version())
+            (folder / "manifest.json").write_text("{}")
         with pytest.raises(RepositoryError, match="cannot be reached"):
             stack.close()
-    monkeypatch.undo()
-    s3fs.S3FileSystem.clear_instance_cache()
     assert open_repository(location).versions() == {1: False}
 
 

@@ -18,6 +18,7 @@ import pytest
 import tritonclient.grpc
 from supervisor.api import CONTROL_HEADER
 from supervisor.launch import Triton, command, find_triton, given_secret
+from supervisor.logs import log
 from supervisor.options import parse
 from supervisor.preflight import ServeError
 from supervisor.procfs import children
@@ -188,22 +189,21 @@ class TestSecret:
         server: Server,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture,
     ) -> None:
         """Simulate Yama's ptrace_scope 3, which can only be set for the whole machine."""
 
         def refuse(_: int) -> None:
             raise PermissionError(13, "Permission denied")
 
+        said: list[str] = []
+        monkeypatch.setattr(log, "warning", said.append)
         monkeypatch.setattr("supervisor.supervise.hide_secret", refuse)
         supervisor = Supervisor(parse([]), Triton(tmp_path, tmp_path, {}, tmp_path))
         supervisor.process = server.process  # type: ignore[assignment]
         line = b'I1127 09:00:00.000000 1 server.cc:1] "one line of several"\n'
         supervisor.relay.run([line, line], supervisor._hide_secret)
-        assert (
-            caplog.text.count("WARNING: users of this machine can read the secret for control APIs")
-            == 1
-        )
+        (warning,) = said
+        assert "WARNING: users of this machine can read the secret for control APIs" in warning
 
     def test_another_users_process_cannot_be_written(self) -> None:
         """If the tests run as root, switch to an unprivileged user first."""

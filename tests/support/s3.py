@@ -1,4 +1,4 @@
-"""A real S3 server, which keeps the conditions of puts: SeaweedFS."""
+"""S3 servers: SeaweedFS, which keeps the conditions of puts, and moto, which starts at once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import pytest
+import s3fs
+from moto.server import ThreadedMotoServer
+
 KEY, SECRET = "key", "secret"
 STARTS = 60  # seconds at most
 
 
 @contextmanager
-def seaweed(folder: Path) -> Iterator[dict[str, str]]:
+def seaweed(folder: Path, *options: str) -> Iterator[dict[str, str]]:
     """Run the server with its files in a folder; yield the environment by which clients find it."""
     names = ("master", "volume", "filer", "s3")
     both = free_ports(2 * len(names))
@@ -35,6 +39,7 @@ def seaweed(folder: Path) -> Iterator[dict[str, str]]:
         *("-master.telemetry=false", "-master.volumeSizeLimitMB=1024", "-volume.minFreeSpace=1"),
         *(f"-{name}.localSocket={folder}/{name}.sock" for name in ("filer", "s3")),
         *ports,
+        *options,
     ]
     with (folder / "weed.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
@@ -45,15 +50,48 @@ def seaweed(folder: Path) -> Iterator[dict[str, str]]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError((folder / "weed.log").read_text()[-2000:])
             time.sleep(0.1)
-        yield {
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ACCESS_KEY_ID": KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
+        yield environment_of(endpoint)
     finally:
         process.kill()  # it would wait for idle connections
         process.wait()
+
+
+@contextmanager
+def moto() -> Iterator[str]:
+    """Run moto, and let it replace AWS in this process and its children. Yields: its URL."""
+    server = ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    try:
+        with in_place_of_aws(environment_of(endpoint)):
+            yield endpoint
+    finally:
+        server.stop()
+
+
+@contextmanager
+def in_place_of_aws(environment: dict[str, str]) -> Iterator[None]:
+    """Let this process and its children find a server, whichever was there before.
+
+    s3fs keeps its connections by their arguments, and does not look at the environment again.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        try:
+            yield
+        finally:
+            s3fs.S3FileSystem.clear_instance_cache()
+
+
+def environment_of(endpoint: str) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
 
 
 def weed() -> Path:
