@@ -81,6 +81,7 @@ def test(scratch: Path, stack: contextlib.ExitStack) -> None:
         urls = {
             "NPAIR_URL": f"http://127.0.0.1:{HTTP}",
             "NPAIR_GRPC_URL": f"grpc://127.0.0.1:{GRPC}",
+            "NPAIR_TIMEOUT": "600",
         }
         run(sys.executable, "-m", "pytest", "-q", "model/api/test_model_api.py", "-k", TESTS,
             env=urls)  # fmt: skip

@@ -35,6 +35,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from tritonclient.utils import InferenceServerException
 
 SERVE = Path(__file__).with_name("serve.py")
+# For one request. An emulated server takes minutes for a batch.
+TIMEOUT = float(os.environ.get("NPAIR_TIMEOUT", "30"))
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +67,7 @@ def urls() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(params=["http", "grpc"])
 def client(request: pytest.FixtureRequest, urls: dict[str, str]) -> Iterator[NpairClient]:
-    with NpairClient(urls[request.param]) as client:
+    with NpairClient(urls[request.param], timeout=TIMEOUT) as client:
         yield client
 
 
@@ -137,7 +139,7 @@ def raw_request(
 
     Returns: status, headers and body.
     """
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=TIMEOUT)
     headers = {
         "Inference-Header-Content-Length": "0",
         "Content-Type": "application/x-www-form-urlencoded",
@@ -393,11 +395,11 @@ class TestHostile:
     def test_bad_photos_do_not_touch_requests_beside_them(self, urls: dict[str, str]) -> None:
         photo = encode(draw(5))
         bad = [content for kind, (content, _) in HOSTILE.items() if len(content) < 100_000]
-        with NpairClient(urls["http"]) as client:
+        with NpairClient(urls["http"], timeout=TIMEOUT) as client:
             expected = client.embed(photo).vectors[0]
 
         def send(number: int) -> float | None:
-            with NpairClient(urls["grpc" if number % 3 else "http"]) as client:
+            with NpairClient(urls["grpc" if number % 3 else "http"], timeout=TIMEOUT) as client:
                 try:
                     return float(
                         client.embed(photo if number % 2 else bad[number // 2 % len(bad)]).vectors[
@@ -438,7 +440,7 @@ class TestHostile:
             "parameters": {"binary_data_size": len(content)},
         }
         header = json.dumps({"inputs": [tensor]}).encode()
-        connection = http.client.HTTPConnection(urlsplit(urls["http"]).netloc, timeout=30)
+        connection = http.client.HTTPConnection(urlsplit(urls["http"]).netloc, timeout=TIMEOUT)
         connection.request(
             "POST",
             "/v2/models/npair/infer",
@@ -447,14 +449,14 @@ class TestHostile:
         )
         assert 400 <= connection.getresponse().status < 500
         connection.close()
-        with NpairClient(urls["http"]) as client:
+        with NpairClient(urls["http"], timeout=TIMEOUT) as client:
             assert client.ready()
 
     @pytest.mark.parametrize("kind", FRAMES)
     def test_malformed_requests_are_refused(self, urls: dict[str, str], kind: str) -> None:
         """The server answers an error or closes the connection, and then serves as before."""
         parts = urlsplit(urls["http"])
-        with socket.create_connection((parts.hostname, parts.port), timeout=30) as connection:
+        with socket.create_connection((parts.hostname, parts.port), timeout=TIMEOUT) as connection:
             connection.sendall(
                 b"POST /v2/models/npair/infer HTTP/1.1\r\nHost: npair\r\n" + FRAMES[kind]
             )
@@ -463,7 +465,7 @@ class TestHostile:
             with contextlib.suppress(ConnectionError):
                 answer = connection.recv(100)
                 assert not answer or re.match(rb"HTTP/1.1 [45]", answer)
-        with NpairClient(urls["http"]) as client:
+        with NpairClient(urls["http"], timeout=TIMEOUT) as client:
             assert client.embed(JPEG).vectors.shape == (1, 128)
 
     @pytest.mark.parametrize("protocol", ["http", "grpc"])
@@ -487,14 +489,14 @@ class TestHostile:
 
 def test_1000_concurrent_requests_get_the_vectors_of_single_ones(urls: dict[str, str]) -> None:
     photos = [encode(draw(seed, (160 + 16 * (seed % 7), 200))) for seed in range(40)]
-    with NpairClient(urls["http"]) as client:
+    with NpairClient(urls["http"], timeout=TIMEOUT) as client:
         alone = np.concatenate([client.embed(photo).vectors for photo in photos])
     clients = threading.local()
 
     def send(number: int) -> float:
         protocol = "http" if number % 2 else "grpc"
         if not hasattr(clients, protocol):
-            setattr(clients, protocol, NpairClient(urls[protocol]))
+            setattr(clients, protocol, NpairClient(urls[protocol], timeout=TIMEOUT))
         vectors = getattr(clients, protocol).embed(photos[number % 40]).vectors
         return float(vectors[0] @ alone[number % 40])
 
