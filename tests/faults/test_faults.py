@@ -38,7 +38,6 @@ from npair.client import (
     RequestTimeoutError,
     ServerFaultError,
     UnavailableError,
-    UnavailableError,
 )
 from npair.publishing.drawings import draw, encode
 
