@@ -3,7 +3,7 @@
 Layout of a version folder; ``manifest.json`` lists every other file with its SHA-256::
 
     model.py embedder.py manifest.py engine.py     the code that serves it
-    text.py preprocess.py jpeg.py png.py metadata.py colour.py refusal.py
+    text.py preprocess.py jpeg.py scaling.py png.py metadata.py colour.py refusal.py
     network.pt2                     the reference graph and its weights:
                                     uint8 [N, size, size, 3] -> fp32 [N, D]
     network.xml network-int8.xml    the same for OpenVINO, with their weights in .bin

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
 from .metadata import Metadata
 from .refusal import PhotoError
+from .scaling import fit
 
 SIGNATURE = b"\xff\xd8\xff"
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
@@ -54,13 +54,6 @@ MAX_EXTRANEOUS = 4
 JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
 EXIF, XMP, ICC = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0"
 
-CHANNELS = {1: PixelType.U8, 3: PixelType.U8x3, 4: PixelType.U8x4}
-FILTERS = {  # by Pillow's name
-    "BOX": FilterType.box,
-    "BILINEAR": FilterType.bilinear,
-    "BICUBIC": FilterType.catmull_rom,
-    "LANCZOS": FilterType.lanczos3,
-}
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -108,7 +101,7 @@ class Jpeg:
             if "nsufficient memory" in str(error):
                 raise MemoryError(str(error)) from error
             raise damaged(str(error)) from error
-        pixels = _fit(pixels, size, resample)
+        pixels = fit(pixels, size, resample)
         if len(self.components) == 4:  # inverted, as Adobe writes it and everyone reads it
             return np.invert(pixels)
         return pixels[..., 0] if len(self.components) == 1 else pixels
@@ -118,20 +111,6 @@ class Jpeg:
         image = JpegImageFile(io.BytesIO(content))
         image.draft(None, (size, size))
         return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling[resample]))
-
-
-def _fit(pixels: Pixels, size: int, resample: str) -> Pixels:
-    """Scale the central square of pixels [h, w, channels] to [size, size, channels].
-
-    Equals ImageOps.fit up to rounding, in a quarter of the time, and is the same on every CPU.
-    """
-    height, width, channels = pixels.shape
-    square = ImageData(size, size, CHANNELS[channels])
-    scaling = ResizeAlg.convolution(FILTERS[resample])
-    options = ResizeOptions(scaling, use_alpha=False, fit_into_destination=True)
-    source = ImageData(width, height, CHANNELS[channels], pixels.tobytes())
-    Resizer().resize(source, square, options)
-    return np.frombuffer(square.get_buffer(), np.uint8).reshape(size, size, channels)
 
 
 def damaged(why: str) -> PhotoError:
