@@ -58,9 +58,10 @@ def add_commands(commands: Commands) -> None:
         "--delay",
         type=number(int, least=0),
         nargs="+",
-        default=[0, 500, 2000],
+        default=[0],
         metavar="US",
-        help="queue delays to try, in microseconds (%(default)s)",
+        help="queue delays to try, in microseconds; some releases of Triton slow down with any"
+        " delay beside default_timeout_microseconds (%(default)s)",
     )
     tune.add_argument(
         "--picture", type=Path, metavar="FILE", help="draw throughput and latency (.svg, .png)"
