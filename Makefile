@@ -115,7 +115,7 @@ test-image: .venv/serve ## Build, push, test and promote the image on this machi
 test-bulk: .venv/dev ## Run bulk jobs on a real Ray, kill them and continue (minutes)
 	$(BIN)/python -m pytest tests/bulk $(ARGS)
 
-test-arm64: .venv/dev ## Build and test the image for Arm, emulated by QEMU (needs root on Debian, and half an hour)
+test-arm64: .venv/dev ## Build and test the image for Arm, emulated by QEMU (needs root on Debian)
 	$(BIN)/python scripts/test_arm64.py
 
 test-reproducible: .venv/serve ## Build the image twice, and compare every layer (needs root on Debian)
