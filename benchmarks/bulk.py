@@ -51,7 +51,8 @@ from npair.data.files import SUFFIXES
 from npair.releasing.tune import markdown, serving
 from npair.serving.engine import cores
 
-PIECE = 250  # photos of a piece, also in a shard
+PIECE = 250  # photos of a piece of the job that is killed, so that it has many
+RATE_PIECE = 1000  # npair bulk's default, also of a shard
 LOADED: list[Any] = []  # the embedder and the limits of a process of plain multiprocessing
 BAD = {
     "empty.jpg": b"",
@@ -79,6 +80,9 @@ class Run(NamedTuple):
 def main() -> int:
     parser = command_line(__doc__, "a folder with photos")
     parser.add_argument("--number", type=int, default=10_000, help="of rows (%(default)s)")
+    parser.add_argument(
+        "--rate-number", type=int, default=50_000, help="of rows for rates (%(default)s)"
+    )
     parser.add_argument("--kills", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of rates (%(default)s)")
     arguments = parser.parse_args()
@@ -90,7 +94,10 @@ def main() -> int:
         wrong = killed(scratch, arguments.kills)
         wrong += compared(scratch, paths)
         print(*wrong or ["every row once, as the server answers"], sep="\n", flush=True)
-        rates(scratch, paths, arguments.rounds)
+        more = scratch / "more"
+        more.mkdir()
+        paths = listed(more, [path.resolve() for path in found], arguments.rate_number)
+        rates(more, paths, arguments.rounds)
     return bool(wrong)
 
 
@@ -109,8 +116,8 @@ def listed(scratch: Path, photos: Sequence[Path], number: int) -> dict[str, Path
     return paths
 
 
-def command(photos: object, out: object) -> list[str]:
-    words = ("bulk", photos, "--version", VERSION, "--out", out, "--rows", PIECE, "--json")
+def command(photos: object, out: object, piece: int) -> list[str]:
+    words = ("bulk", photos, "--version", VERSION, "--out", out, "--rows", piece, "--json")
     return [sys.executable, "-m", "npair", *map(str, words)]
 
 
@@ -119,7 +126,7 @@ def killed(scratch: Path, kills: int) -> list[str]:
     pieces = -(-len(pq.read_table(scratch / "list.parquet")) // PIECE)
     checkpoints = Path(Output(str(scratch / "out")).checkpoints)
     for kill in range(kills):
-        process = subprocess.Popen(command(scratch / "list.parquet", scratch / "out"))
+        process = subprocess.Popen(command(scratch / "list.parquet", scratch / "out", PIECE))
         while len(committed(checkpoints)) < pieces * (kill + 1) // (kills + 1):
             if process.poll() is not None:
                 return [f"the job ended by itself, with {process.returncode}"]
@@ -131,7 +138,7 @@ def killed(scratch: Path, kills: int) -> list[str]:
                 os.kill(pid, signal.SIGKILL)
         process.wait()
         say(f"killed {len(family)} processes, {len(committed(checkpoints))} of {pieces} pieces")
-    done = finished(scratch / "list.parquet", scratch / "out")
+    done = finished(scratch / "list.parquet", scratch / "out", PIECE)
     again = done.told["now"]["photos"]
     say(f"continued with {again} rows: {done.told['rows']} are written")
     return []
@@ -180,13 +187,13 @@ def compared(scratch: Path, paths: dict[str, Path]) -> list[str]:
     return wrong
 
 
-def finished(photos: object, out: object) -> Run:
+def finished(photos: object, out: object, piece: int) -> Run:
     """Run a job to its end."""
-    process = subprocess.Popen(command(photos, out), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(photos, out, piece), stdout=subprocess.PIPE, text=True)
     most = 0.0
     while process.poll() is None:
         most = max(most, proportional_memory(process.pid))
-        time.sleep(1)
+        time.sleep(5)  # reading it takes time from the job
     assert process.stdout is not None
     if process.returncode:
         sys.exit(f"the job ended with {process.returncode}")
@@ -218,7 +225,7 @@ def rates(scratch: Path, paths: dict[str, Path], rounds: int) -> None:
             for name, (photos, out) in lists.items():
                 place = f"{out}{number}{name[:4]}"
                 before = requests()
-                jobs[name].append(finished(photos, place))
+                jobs[name].append(finished(photos, place, RATE_PIECE))
                 counted[name] = Requests(*np.subtract(requests(), before))
                 rate = jobs[name][-1].photos_per_second
                 say(f"{name}: {rate:.0f} photos/s, {rate / plain[-1]:.2f} of it, {counted[name]}")
@@ -247,7 +254,7 @@ def rates(scratch: Path, paths: dict[str, Path], rounds: int) -> None:
 def write_shards(folder: Path, paths: dict[str, Path]) -> None:
     folder.mkdir()
     existing = [(name, path) for name, path in paths.items() if path.exists()]
-    for number, part in enumerate(grouped(existing, PIECE)):
+    for number, part in enumerate(grouped(existing, RATE_PIECE)):
         with tarfile.open(folder / f"{number:04}.tar", "w") as tar:
             for name, path in part:
                 member = tarfile.TarInfo(name)
@@ -262,7 +269,7 @@ def size(folder: Path) -> int:
 
 def multiprocessed(paths: dict[str, Path]) -> float:
     """Embed the list by processes of one core each. Returns: photos per second."""
-    parts = list(grouped(paths.values(), PIECE))
+    parts = list(grouped(paths.values(), RATE_PIECE))
     spawn = multiprocessing.get_context("spawn")
     ready = spawn.Barrier(cores() + 1)
     with spawn.Pool(cores(), initializer=_load, initargs=(ready,)) as pool:

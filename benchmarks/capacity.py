@@ -1,6 +1,6 @@
 """What embedding a great number of photos takes, derived from what benchmarks/bulk.py measured.
 
-    PYTHONPATH=model/api .venv/bin/python benchmarks/capacity.py --rate 94 --megabytes 1073
+    PYTHONPATH=model/api .venv/bin/python benchmarks/capacity.py --rate 328 --megabytes 1008
 
 Prints a table in Markdown. Bytes of a row are measured here, from a piece of random vectors. The
 reads of S3 are what tests/bulk counts.
