@@ -156,6 +156,17 @@ def test_docker_context_stands_alone() -> None:
     assert (SOURCE / "client").resolve() == api / "client"
 
 
+@pytest.mark.parametrize(
+    "ignored",
+    [ROOT / "model/web/Dockerfile.dockerignore", ROOT / "deploy/ray/Dockerfile.dockerignore"],
+)
+def test_contexts_that_hold_the_source_hold_what_it_links_to(ignored: Path) -> None:
+    links = [path for path in SOURCE.iterdir() if path.is_symlink()]
+    assert links
+    lines = ignored.read_text().splitlines()
+    assert all(f"!{link.resolve().relative_to(ROOT)}" in lines for link in links)
+
+
 def test_both_sides_agree_on_names() -> None:
     """Compare constants that each side defines, since neither may import the other."""
     assert control.CONTROL_HEADER == CONTROL_HEADER
