@@ -51,8 +51,8 @@ from npair.data.files import SUFFIXES
 from npair.releasing.tune import markdown, serving
 from npair.serving.engine import cores
 
-PIECE = 250  # photos of a piece of the job that is killed, so that it has many
-RATE_PIECE = 1000  # npair bulk's default, also of a shard
+PIECE = 250  # photos in a piece of the killed job: few, so that it has many pieces
+RATE_PIECE = 1000  # npair bulk's default; as many in a shard
 LOADED: list[Any] = []  # the embedder and the limits of a process of plain multiprocessing
 BAD = {
     "empty.jpg": b"",
@@ -193,7 +193,8 @@ def finished(photos: object, out: object, piece: int) -> Run:
     most = 0.0
     while process.poll() is None:
         most = max(most, proportional_memory(process.pid))
-        time.sleep(5)  # reading it takes time from the job
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)  # measuring memory more often would slow the job
     assert process.stdout is not None
     if process.returncode:
         sys.exit(f"the job ended with {process.returncode}")

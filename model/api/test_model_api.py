@@ -39,6 +39,10 @@ SERVE = Path(__file__).with_name("serve.py")
 TIMEOUT = float(os.environ.get("NPAIR_TIMEOUT", "30"))
 
 
+def connected(url: str) -> NpairClient:
+    return NpairClient(url, timeout=TIMEOUT)
+
+
 @pytest.fixture(scope="session")
 def urls() -> Iterator[dict[str, str]]:
     """The server under test, by protocol."""
@@ -67,7 +71,7 @@ def urls() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(params=["http", "grpc"])
 def client(request: pytest.FixtureRequest, urls: dict[str, str]) -> Iterator[NpairClient]:
-    with NpairClient(urls[request.param], timeout=TIMEOUT) as client:
+    with connected(urls[request.param]) as client:
         yield client
 
 
@@ -395,11 +399,11 @@ class TestHostile:
     def test_bad_photos_do_not_touch_requests_beside_them(self, urls: dict[str, str]) -> None:
         photo = encode(draw(5))
         bad = [content for kind, (content, _) in HOSTILE.items() if len(content) < 100_000]
-        with NpairClient(urls["http"], timeout=TIMEOUT) as client:
+        with connected(urls["http"]) as client:
             expected = client.embed(photo).vectors[0]
 
         def send(number: int) -> float | None:
-            with NpairClient(urls["grpc" if number % 3 else "http"], timeout=TIMEOUT) as client:
+            with connected(urls["grpc" if number % 3 else "http"]) as client:
                 try:
                     return float(
                         client.embed(photo if number % 2 else bad[number // 2 % len(bad)]).vectors[
@@ -449,7 +453,7 @@ class TestHostile:
         )
         assert 400 <= connection.getresponse().status < 500
         connection.close()
-        with NpairClient(urls["http"], timeout=TIMEOUT) as client:
+        with connected(urls["http"]) as client:
             assert client.ready()
 
     @pytest.mark.parametrize("kind", FRAMES)
@@ -465,7 +469,7 @@ class TestHostile:
             with contextlib.suppress(ConnectionError):
                 answer = connection.recv(100)
                 assert not answer or re.match(rb"HTTP/1.1 [45]", answer)
-        with NpairClient(urls["http"], timeout=TIMEOUT) as client:
+        with connected(urls["http"]) as client:
             assert client.embed(JPEG).vectors.shape == (1, 128)
 
     @pytest.mark.parametrize("protocol", ["http", "grpc"])
@@ -489,14 +493,14 @@ class TestHostile:
 
 def test_1000_concurrent_requests_get_the_vectors_of_single_ones(urls: dict[str, str]) -> None:
     photos = [encode(draw(seed, (160 + 16 * (seed % 7), 200))) for seed in range(40)]
-    with NpairClient(urls["http"], timeout=TIMEOUT) as client:
+    with connected(urls["http"]) as client:
         alone = np.concatenate([client.embed(photo).vectors for photo in photos])
     clients = threading.local()
 
     def send(number: int) -> float:
         protocol = "http" if number % 2 else "grpc"
         if not hasattr(clients, protocol):
-            setattr(clients, protocol, NpairClient(urls[protocol], timeout=TIMEOUT))
+            setattr(clients, protocol, connected(urls[protocol]))
         vectors = getattr(clients, protocol).embed(photos[number % 40]).vectors
         return float(vectors[0] @ alone[number % 40])
 

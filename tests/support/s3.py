@@ -71,9 +71,10 @@ def moto() -> Iterator[str]:
 
 @contextmanager
 def in_place_of_aws(environment: dict[str, str]) -> Iterator[None]:
-    """Let this process and its children find a server, whichever was there before.
+    """Point this process and its children at an S3 server.
 
-    s3fs keeps its connections by their arguments, and does not look at the environment again.
+    s3fs caches connections by their arguments and ignores later changes to the environment, so
+    clear its cache on both sides.
     """
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():

@@ -60,8 +60,9 @@ def add_commands(commands: Commands) -> None:
         nargs="+",
         default=[0],
         metavar="US",
-        help="queue delays to try, in microseconds; some releases of Triton slow down with any"
-        " delay beside default_timeout_microseconds (%(default)s)",
+        help="queue delays to try, in microseconds; if config.pbtxt has"
+        " default_timeout_microseconds, some releases of Triton then slow down over time"
+        " (%(default)s)",
     )
     tune.add_argument(
         "--picture", type=Path, metavar="FILE", help="draw throughput and latency (.svg, .png)"
