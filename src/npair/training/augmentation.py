@@ -16,9 +16,10 @@ DECODE_SCALE = 1.44
 def augmentation(kind: str, size: int) -> Callable[[Tensor], Tensor]:
     """Return a function from uint8 [N, H, W, 3] to float [N, size, size, 3], 0 to 255.
 
-    kind: "photo" crops, rotates, flips, relights and erases at random, but keeps colours, which
-    tell a red apple from a green one; "drawing" only crops, rotates and shears, since a mirrored
-    character is a different one; "none" scales to size.
+    kind: "photo" crops, rotates, flips, relights and erases at random, blurs a few photos and takes
+    the colour from a few, but changes no colour into another, which tells a red apple from a green
+    one; "drawing" only crops, rotates and shears, since a mirrored character is a different one;
+    "none" scales to size.
     """
     crop = K.RandomResizedCrop((size, size), scale=(0.35 if kind == "photo" else 0.7, 1.0))
     transforms = {
@@ -29,6 +30,8 @@ def augmentation(kind: str, size: int) -> Callable[[Tensor], Tensor]:
             K.RandomBrightness((0.8, 1.2), p=0.8),
             K.RandomContrast((0.8, 1.2), p=0.8),
             K.RandomErasing(scale=(0.02, 0.2), p=0.25),
+            K.RandomGrayscale(p=0.1),
+            K.RandomGaussianBlur((11, 11), (0.2, 2.5), p=0.15),  # in pixels of the crop
         ),
         "drawing": (crop, K.RandomAffine(20.0, shear=10.0, p=0.5, padding_mode="border")),
         "none": (K.Resize((size, size)),),

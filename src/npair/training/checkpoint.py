@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,9 @@ class TrainingState:
             ],
             fused=True,
         )
-        return cls(network, AveragedModel(network, avg_fn=average, use_buffers=True), optimizer)
+        return cls(
+            network, AveragedModel(network, multi_avg_fn=average, use_buffers=True), optimizer
+        )
 
     def save(self, path: Path) -> None:
         """Write the checkpoint, whole or not at all; the first process alone writes."""
@@ -115,14 +117,17 @@ def load_network(run: Path) -> EmbeddingNetwork:
     return network.eval()
 
 
-def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+def moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], None]:
     """Return an exponential moving average that remembers longer as training goes on.
 
-    A short run thus forgets its first weights as well.
+    A short run thus forgets its first weights as well. Counts, which are integers, are copied.
     """
 
-    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+    def average(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor) -> None:
         present = min(decay, (1 + int(count)) / (10 + int(count)))
-        return averaged + (current - averaged) * (1 - present)
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, 1 - present)
+        else:
+            torch._foreach_copy_(averaged, current)
 
     return average

@@ -115,20 +115,22 @@ def _loop(
                 embeddings = network.embedding(batches.features(network, own.ravel()))
                 embeddings = gather(embeddings.view(*own.shape, -1))
                 loss = loss_of(embeddings, gather(batches.coarse(own)))
-                if not loss.isfinite():
-                    raise RunError(
-                        f"the loss is {loss.item()} at step {state.step};"
-                        " start anew with a lower --learning-rate"
-                    )
                 state.optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 sum_gradients(network)
                 nn.utils.clip_grad_norm_(network.parameters(), config.gradient_norm)
                 state.optimizer.step()
                 state.ema.update_parameters(network)
+                # A GPU computes while Python goes on, until a number is asked for: ask once.
+                figures = torch.stack([loss.detach(), batch_recall(embeddings)]).tolist()
+                if not math.isfinite(figures[0]):
+                    raise RunError(
+                        f"the loss is {figures[0]} at step {state.step};"
+                        " start anew with a lower --learning-rate"
+                    )
                 state.step += 1
-                losses.append(loss.item())
-                recalls.append(batch_recall(embeddings))
+                losses.append(figures[0])
+                recalls.append(figures[1])
                 progress.update()
                 progress.set_postfix(
                     epoch=epoch + 1,
@@ -226,13 +228,14 @@ def loss_function(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 @torch.no_grad()
-def batch_recall(embeddings: Tensor) -> float:
+def batch_recall(embeddings: Tensor) -> Tensor:
     """Return the share of anchors that have the largest product with their own positive.
 
     embeddings: [N, columns, D], anchors and positives in the first two columns.
+    Returns: fp32, a scalar on the embeddings' device.
     """
     nearest = (embeddings[:, 0] @ embeddings[:, 1].T).argmax(dim=1)
-    return (nearest == torch.arange(len(nearest), device=nearest.device)).float().mean().item()
+    return (nearest == torch.arange(len(nearest), device=nearest.device)).float().mean()
 
 
 def schedule(done: float, warmup: float) -> float:
