@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,13 +117,13 @@ def load_network(run: Path) -> EmbeddingNetwork:
     return network.eval()
 
 
-def moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], None]:
+def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
     """Return an exponential moving average that remembers longer as training goes on.
 
     A short run thus forgets its first weights as well. Counts, which are integers, are copied.
     """
 
-    def average(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor) -> None:
+    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
         present = min(decay, (1 + int(count)) / (10 + int(count)))
         if averaged[0].is_floating_point():
             torch._foreach_lerp_(averaged, current, 1 - present)

@@ -112,7 +112,8 @@ class TrainConfig:
     )
     augmentation: str = _knob(
         "auto",
-        "photo: crop, turn, flip, relight, erase, blur and grey; drawing: crop and turn; none: scale",
+        "photo: crop, turn, flip, relight, erase, blur and grey; drawing: crop and turn; none:"
+        " scale",
         ("auto", "photo", "drawing", "none"),
         from_data=True,
     )
