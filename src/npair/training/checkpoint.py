@@ -17,6 +17,7 @@ from npair.training.processes import rank, world_size
 from npair.training.run import RunError, TrainConfig, read_run
 
 CHECKPOINT = "checkpoint.pt"
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 @dataclass
@@ -117,13 +118,13 @@ def load_network(run: Path) -> EmbeddingNetwork:
     return network.eval()
 
 
-def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+def moving_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
     """Return an exponential moving average that remembers longer as training goes on.
 
     A short run thus forgets its first weights as well. Counts, which are integers, are copied.
     """
 
-    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+    def average(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
         present = min(decay, (1 + int(count)) / (10 + int(count)))
         if averaged[0].is_floating_point():
             torch._foreach_lerp_(averaged, current, 1 - present)
