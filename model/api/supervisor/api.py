@@ -60,7 +60,7 @@ class Api:
         return array("f", body[int(headers["Inference-Header-Content-Length"]) :])
 
     def requests_answered(self) -> int:
-        """The number of requests embedded so far, by all versions."""
+        """The number of requests answered so far, by all versions; refused ones are among them."""
         statistics = self._json("GET", f"/v2/models/{MODEL}/stats")["model_stats"]
         return sum(entry["inference_stats"]["success"]["count"] for entry in statistics)
 
