@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import math
 import os
 import re
 import threading
@@ -22,8 +23,8 @@ TIMEOUT = 1.0  # seconds
 class Overload:
     """Decides which batches of a model's version to refuse.
 
-    A thread reads how many requests wait, while there are any. If there are more than ``limit``,
-    the instances together refuse so many that half of it is left, the oldest first.
+    A thread reads how many requests wait, as long as there are any. If more than ``limit`` do, the
+    instances refuse the oldest, each its share, so that half of the limit is left.
     """
 
     def __init__(
@@ -53,12 +54,11 @@ class Overload:
         self.thread.join()
 
     def _look(self) -> None:
-        while not self.closing.wait(INTERVAL):
-            self.looking.wait()
+        while self.looking.wait() and not self.closing.wait(INTERVAL):
             self.looking.clear()
             waiting = self._waiting()
             too_many = waiting - self.limit // 2 if waiting > self.limit else 0
-            self.excess = -(-too_many // self.instances)
+            self.excess = math.ceil(too_many / self.instances)
             if waiting:  # whether or not another batch comes
                 self.looking.set()
 
