@@ -1,14 +1,13 @@
-"""What the limits of the queue cost: photos per second and latency with and without them.
+"""What Triton's limits of the queue cost: photos per second and latency with and without them.
 
     PYTHONPATH=model/api .venv/bin/python benchmarks/queue_limits.py --photos data/grocery
 
-Two servers take turns: one with the shipped config.pbtxt, one without its default_queue_policy.
+Two servers take turns: one with the shipped config.pbtxt, and one with a queue policy in it.
 Prints a table in Markdown, of medians and the worst p99. Needs: wrk (Debian: apt install wrk).
 """
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,7 +21,8 @@ from npair.data.sources import read_dataset
 from npair.releasing.tune import markdown, serving
 
 CONNECTIONS = (8, 16, 32)
-POLICY = r" default_queue_policy \{[^}]*\}"
+BATCHING = "dynamic_batching {"
+POLICY = " default_queue_policy { default_timeout_microseconds: 5000000 max_queue_size: 128 }"
 VECTOR = 512  # bytes
 
 
@@ -37,14 +37,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         write_bodies(photos, scratch / "bodies", lambda photo: photo, RAW)
-        unlimited = Path(shutil.copytree(MODELS, scratch / "models"))
-        config = unlimited / "npair/config.pbtxt"
-        text, found = re.subn(POLICY, "", config.read_text())
-        assert found == 1, "config.pbtxt has no default_queue_policy"
-        config.write_text(text)
+        limited = Path(shutil.copytree(MODELS, scratch / "models"))
+        config = limited / "npair/config.pbtxt"
+        text = config.read_text()
+        assert BATCHING in text
+        assert "default_queue_policy" not in text
+        config.write_text(text.replace(BATCHING, BATCHING + POLICY))
         loads: dict[tuple[str, int], list[Load]] = {}
         for _ in range(arguments.rounds):
-            for limits, models in (("yes", MODELS), ("no", unlimited)):
+            for limits, models in (("yes", limited), ("no", MODELS)):
                 with serving(models) as server:
                     url = f"{server.http}/v2/models/npair/infer"
                     closed_loop(url, scratch / "bodies", 8, 2, least=VECTOR)  # warm-up
@@ -62,7 +63,7 @@ def main() -> None:
             )
             worst = max(one.p99 for one in of)
             rows.append([connections, limits, *map("{:.0f}".format, (rate, p50, p99, worst))])
-    head = ["connections", "limits", "photos/s", "p50 ms", "p99 ms", "worst p99 ms"]
+    head = ["connections", "Triton's limits", "photos/s", "p50 ms", "p99 ms", "worst p99 ms"]
     print(markdown(head, rows))
 
 

@@ -43,6 +43,7 @@ def test_version_is_complete(published: Path) -> None:
         "model.py",
         "embedder.py",
         "engine.py",
+        "overload.py",
         "preprocess.py",
         "network.pt2",
         "network.xml",

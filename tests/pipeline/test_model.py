@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import contextlib
 import json
 import re
 import shutil
+import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -17,10 +20,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from soak import shared
+from support.clients import Clients
 from support.jpegs import many_scans
 from support.servers import eventually, free_ports, lines_until_ready, start
+from support.supervised import health
 
-from npair.client import InvalidPhotoError, NpairClient
+from npair.client import InvalidPhotoError, NpairClient, UnavailableError
 from npair.publishing.drawings import draw, encode
 from npair.releasing.config import with_release
 from npair.releasing.control import Server
@@ -87,15 +92,8 @@ class Served:
         self.control.load()
 
 
-@pytest.fixture(scope="module")
-def served(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Serve the first of two versions, with low limits."""
-    models = tmp_path_factory.mktemp("observed")
-    shutil.copytree(published, models / "npair")
-    shutil.copytree(published / "1", models / "npair/2")
-    config = models / "npair/config.pbtxt"
-    limits = {"max_bytes": "100000", "max_pixels": "1000000"}
-    config.write_text(with_release(config.read_text(), [1], limits))
+@contextlib.contextmanager
+def serving(models: Path) -> Iterator[Served]:
     process = start(
         **(ports := free_ports()), MODEL_REPOSITORY=str(models), NPAIR_CONTROL_SECRET="secret"
     )
@@ -106,6 +104,19 @@ def served(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     finally:
         process.terminate()
         process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def served(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Serve the first of two versions, with low limits."""
+    models = tmp_path_factory.mktemp("observed")
+    shutil.copytree(published, models / "npair")
+    shutil.copytree(published / "1", models / "npair/2")
+    config = models / "npair/config.pbtxt"
+    limits = {"max_bytes": "100000", "max_pixels": "1000000"}
+    config.write_text(with_release(config.read_text(), [1], limits))
+    with serving(models) as server:
+        yield server
 
 
 def test_counts_what_it_embeds(served: Served, published: Path) -> None:
@@ -315,3 +326,39 @@ def test_versions_are_apart_and_gone_when_unloaded(served: Served) -> None:
         finally:
             stop = True
     assert failures == []
+
+
+def test_what_waits_beyond_the_limit_is_turned_away(published: Path, tmp_path: Path) -> None:
+    """Have 40 callers at once, of whom 4 may wait; then one."""
+    models = tmp_path / "models"
+    shutil.copytree(published, models / "npair")
+    config = models / "npair/config.pbtxt"
+    config.write_text(with_release(config.read_text(), [1], {"queue_limit": "4"}))
+    large = encode(draw(0, 0, 1500), "PNG")
+    answers: Counter[str] = Counter()
+    with serving(models) as server:
+
+        def calling(url: str) -> Callable[[threading.Event], None]:
+            def call(stopping: threading.Event) -> None:
+                with NpairClient(url, retries=0, timeout=60) as client:
+                    while not stopping.is_set():
+                        try:
+                            client.embed(large)
+                            answers["embedded"] += 1
+                        except UnavailableError as error:
+                            answers[str(error)] += 1
+
+            return call
+
+        with Clients(*[calling(server.url)] * 20, *[calling(server.grpc)] * 20):
+            time.sleep(3)
+            well = health(server.url, MODEL_REPOSITORY=str(models))
+        assert well.returncode == 0, well.stderr
+        assert set(answers) == {"embedded", "more than 4 requests wait; try again later"}
+        turned_away = answers.total() - answers["embedded"]
+        # Golden photos may be among them.
+        eventually(lambda: server.series().total("npair_requests_turned_away_total") >= turned_away)
+        for url in (server.url, server.grpc):
+            with NpairClient(url, retries=0) as client:
+                for _ in range(20):
+                    client.embed(PHOTO)

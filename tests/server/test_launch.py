@@ -18,11 +18,11 @@ import pytest
 import tritonclient.grpc
 from supervisor import launch
 from supervisor.api import CONTROL_HEADER
-from supervisor.launch import scratch_folder, stack_bytes
+from supervisor.launch import METRICS_ADDRESS, scratch_folder, stack_bytes
 from supervisor.preflight import ServeError, in_url
 from support.models import ROOT, SHIPPED
 from support.servers import PORTS, free_ports, lines_until_ready, running, start
-from support.supervised import SERVE, child_of, control, ended, health, stopped
+from support.supervised import SERVE, child_of, control, ended, health, stopped, stubs_of
 from tritonclient.utils import InferenceServerException
 
 from npair.client import InvalidPhotoError, NpairClient
@@ -206,6 +206,8 @@ def test_on_all_ports(host: str, called: str, listens: str) -> None:
         ) as answer:
             assert answer.status == 200
         assert health(http_port, BIND_ADDRESS=host).returncode == 0
+        environment = Path(f"/proc/{stubs_of(process)[0]}/environ").read_bytes().split(b"\0")
+        assert f"{METRICS_ADDRESS}={called}:{metrics_port}".encode() in environment
     finally:
         stopped(process)
 

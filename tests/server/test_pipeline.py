@@ -14,7 +14,7 @@ import pytest
 from support.models import ROOT
 from support.servers import free_ports, lines_until_ready, start
 
-from npair.releasing.config import parse, with_release
+from npair.releasing.config import with_release
 
 PUBLISH = (ROOT / ".github/workflows/docker-publish-model.yml").read_text()
 PAGE = (ROOT / "docs/ci-cd.md").read_text()
@@ -88,10 +88,3 @@ def test_the_docs_tell_what_to_do_about_each_alert() -> None:
     page = (ROOT / "docs/monitoring.md").read_text()
     alerts = re.findall(r"alert: (\w+)", (ROOT / "monitoring/alerts.yml").read_text())
     assert re.findall(r"^\| (Npair\w+) \|", page, re.MULTILINE) == alerts
-
-
-def test_the_alert_knows_how_long_the_queue_may_be() -> None:
-    limit = parse(
-        (ROOT / "model_repository/npair/config.pbtxt").read_text()
-    ).dynamic_batching.default_queue_policy.max_queue_size
-    assert f"> 0.9 * {limit}\n" in (ROOT / "monitoring/alerts.yml").read_text()

@@ -23,12 +23,17 @@ class RequestError(Exception):
         self.late = late
 
 
+def called(host: str) -> str:
+    """The address at which this machine calls a listener at ``host``."""
+    # A wildcard address cannot be called; loopback reaches the same listener.
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
 class Api:
     """One server. All methods raise RequestError."""
 
     def __init__(self, host: str, port: int) -> None:
-        # A wildcard address cannot be called; loopback reaches the same listener.
-        self.host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self.host = called(host)
         self.port = port
 
     def confirms(self, path: str) -> bool | None:
@@ -55,7 +60,7 @@ class Api:
         return array("f", body[int(headers["Inference-Header-Content-Length"]) :])
 
     def requests_answered(self) -> int:
-        """The number of requests embedded so far, by all versions."""
+        """The number of requests answered so far, by all versions; refused ones are among them."""
         statistics = self._json("GET", f"/v2/models/{MODEL}/stats")["model_stats"]
         return sum(entry["inference_stats"]["success"]["count"] for entry in statistics)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from supervisor.api import CONTROL_HEADER
+from supervisor.api import CONTROL_HEADER, called
 from supervisor.logs import log
 from supervisor.options import MODEL
 from supervisor.preflight import IMAGE_SERVER, ServeError, in_url, store_location
@@ -51,6 +51,7 @@ ALLOCATOR = {
 }
 # Percentiles of latency, over the last minute: each as quantile:error.
 SUMMARIES = ("summary_latencies=true", "summary_quantiles=0.5:0.05,0.95:0.01,0.99:0.001")
+METRICS_ADDRESS = "NPAIR_METRICS_ADDRESS"  # the variable in which the model reads it
 SHELL_SAFE = re.compile("[A-Za-z0-9/._+@%-]+")  # needs no quotes in a shell, no escape in PATH
 SCRATCH_PARENTS = ("/tmp", "/var/tmp", "/dev/shm")
 
@@ -314,7 +315,7 @@ def open_files() -> int:
     return max(soft, min(hard, OPEN_FILES))
 
 
-def start(arguments: list[str], triton: Triton) -> subprocess.Popen[bytes]:
+def start(options: Options, arguments: list[str], triton: Triton) -> subprocess.Popen[bytes]:
     """Start the server. Call this from the main thread before there are others: the server dies
     with the thread that starts it.
     """
@@ -330,9 +331,10 @@ def start(arguments: list[str], triton: Triton) -> subprocess.Popen[bytes]:
         # prctl(PR_SET_PDEATHSIG): however this process ends, no orphan holds the ports.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
+    metrics = f"{in_url(called(options.host))}:{options.metrics_port}"
     return subprocess.Popen(
         arguments,
-        env=triton.environment,
+        env={**triton.environment, METRICS_ADDRESS: metrics},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,  # Ctrl-C reaches only this process, which ends the server in order

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from supervisor.api import Api, RequestError
 from supervisor.procfs import arguments, children, stub_seconds
 
-RETRY_AFTER = 1.0  # seconds in which a full queue should shrink
+RETRY_AFTER = 1.0  # seconds in which fewer requests should wait
 # Seconds that stubs may compute without an answer: 64 of the largest photos take minutes.
 WORKING_FOR = 600.0
 
@@ -80,7 +80,7 @@ class Probe:
         return result
 
     def _ask(self) -> Result:
-        """BUSY if no answer came in time or the queue was full."""
+        """BUSY if no answer came in time or too many requests waited."""
         try:
             version = self.api.newest_version()
             golden = self._golden(version)

@@ -71,7 +71,7 @@ class Supervisor:
         arguments = command(self.options, self.triton, self.secret)
         if not self.events.empty():
             return 0
-        self.process = start(arguments, self.triton)
+        self.process = start(self.options, arguments, self.triton)
         self.probe.server = self.process.pid
         log_reader = threading.Thread(target=self._read_log, daemon=True)
         log_reader.start()
