@@ -16,35 +16,31 @@ from typing import Any
 
 import numpy as np
 from cross_validation import lookalike_folds, run_one
-from training_runs import LITE0, Row, parser_of, rows_of
+from training_runs import Row, parser_of, rows_of
 
 from npair.scoring.intervals import over_seeds
+from npair.training.run import TrainConfig
 
 SEEDS = 1
-EPOCHS = 102  # what npair train chooses for the photos of a fold
+PROTOCOL = TrainConfig(network="compact", size=96, crop_size=80, views=1, epochs=40, evaluations=0)
 VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {},
-    "half as long": {"epochs": EPOCHS // 2},
-    "twice as long": {"epochs": 2 * EPOCHS},
-    "learning rate 0.0002": {"learning_rate": 2e-4},
-    "learning rate 0.0008": {"learning_rate": 8e-4},
     "N = 30": {"classes_per_batch": 30},
-    "N = 81": {"classes_per_batch": 81},
-    "N = 30, mined from C = 81": {"classes_per_batch": 30, "mine_from": 81},
+    "N = 15": {"classes_per_batch": 15},
     "no norm penalty": {"norm_penalty": 0.0},
-    "no coarse labels": {"coarse_smoothing": 0.0},
-    "twice the coarse smoothing": {"coarse_smoothing": 0.2},
     "cosine loss, temperature 0.1": {"loss": "cosine"},
-    "(N+1)-tuplet loss, N = 10": {"loss": "tuplet", "classes_per_batch": 10},
+    "(N+1)-tuplet loss, N = 8": {"loss": "tuplet"},
+    "N = 30, mined from C = 80": {"classes_per_batch": 30, "mine_from": 80},
     "no augmentation": {"augmentation": "none"},
     "crop and affine alone": {"augmentation": "drawing"},
+    "two views of 128 pixels": {"size": 128, "views": 2},
 }
 
 
 def main() -> None:
     arguments = parser_of(__doc__ or "", "ablation", VARIANTS).parse_args()
     configs = {
-        (name, seed): replace(LITE0, **{"epochs": EPOCHS, **VARIANTS[name]})
+        (name, seed): replace(PROTOCOL, **VARIANTS[name])
         for seed in range(SEEDS)
         for name in arguments.variants
     }
