@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import re
 import sys
@@ -14,7 +13,6 @@ from typing import Any, TextIO
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by Ray when it is imported
 
-import pyarrow as pa
 import ray
 import ray.data
 
@@ -72,14 +70,14 @@ def run(
     (left, progress), done = output.resume(), Done()
     if progress.done:
         say(f"{progress.done / progress.total:.0%} of {output.location} are done; continuing")
-    if len(left):
-        counter = Counter()
+    if left:
+        counter, made_of = Counter(), (version, source, output.location, precision)
         with (
             quiet() as stderr,
             cluster(address, actors) as count,
             shown_progress(counter, progress, source.unit, stderr),
         ):
-            for piece in embedded(left, version, source, output, precision, count):
+            for piece in embedded(left, count, made_of):
                 counter.add(**piece)
         done = counter.done
     return output.complete(about), done
@@ -118,7 +116,12 @@ def cluster(address: str | None, actors: int | None) -> Iterator[int]:
 
     Raises: BulkError if there is none, or for the error of an actor.
     """
-    local = {"num_cpus": actors or cores(), "include_dashboard": False}
+    local = {
+        "num_cpus": actors or cores(),
+        "include_dashboard": False,
+        # Ray starts processes for actors when they are made; those made beforehand stay idle.
+        "_system_config": {"prestart_worker_first_driver": False},
+    }
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
         ray.init(
@@ -166,21 +169,24 @@ def quiet() -> Iterator[TextIO]:
 
 
 def embedded(
-    left: pa.Table, version: Version, source: Source, output: Output, precision: str, actors: int
+    left: list[dict[str, Any]], actors: int, made_of: tuple[Version, Source, str, str]
 ) -> Iterator[dict[str, Any]]:
-    """Run pieces through actors, which write their rows. Yields: each piece's progress.Done."""
+    """Run pieces through actors, which write their rows.
+
+    made_of: the arguments of Embed. Yields: for each piece, the fields of progress.Done.
+    """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
-    size = math.ceil(len(left) / (TASKS * actors))
-    blocks = [left.slice(start, size) for start in range(0, len(left), size)]
-    done = ray.data.from_arrow(blocks).map_batches(
+    # No stage of Ray Data reads or writes: each would start processes beside the actors.
+    pieces = ray.data.from_items(left, override_num_blocks=min(len(left), TASKS * actors))
+    version, *others = made_of
+    done = pieces.map_batches(
         Embed,
-        fn_constructor_args=(ray.put(version), source, output.location, precision),
+        fn_constructor_args=(ray.put(version), *others),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
     )
-    # No stage of Ray Data reads or writes: each would start processes beside the actors.
     for batch in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from batch.to_pylist()

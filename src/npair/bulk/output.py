@@ -13,7 +13,7 @@ import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -114,8 +114,8 @@ class Output:
                 raise BulkError(f"{about.source} does not exist, or holds no photos")
             self._write(about)
 
-    def resume(self) -> tuple[pa.Table, Progress]:
-        """Return the pieces that are not written, with the columns of PLAN, and what is.
+    def resume(self) -> tuple[list[dict[str, Any]], Progress]:
+        """Return the pieces that are not written, as rows of PLAN, and how much is.
 
         Raises: BulkError if there is a file of no piece.
         """
@@ -128,7 +128,7 @@ class Output:
             )
         left = plan.filter(pa.array([name not in names for name in parts], pa.bool_()))
         total, rest = (pc.sum(table["size"]).as_py() or 0 for table in (plan, left))
-        return left, Progress(total - rest, total)
+        return left.to_pylist(), Progress(total - rest, total)
 
     def write(self, piece: int, rows: pa.Table) -> None:
         """Write the rows of a piece in one step, in place of those that it may have.
