@@ -116,12 +116,7 @@ def cluster(address: str | None, actors: int | None) -> Iterator[int]:
 
     Raises: BulkError if there is none, or for the error of an actor.
     """
-    local = {
-        "num_cpus": actors or cores(),
-        "include_dashboard": False,
-        # Ray starts processes for actors when they are made; those made beforehand stay idle.
-        "_system_config": {"prestart_worker_first_driver": False},
-    }
+    local = {"num_cpus": actors or cores(), "include_dashboard": False}
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
         ray.init(

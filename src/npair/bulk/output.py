@@ -26,7 +26,7 @@ from npair.bulk.schema import DICTIONARIES
 from npair.bulk.source import Piece, below
 from npair.bulk.storage import absolute, files_in, locate, reachable, write_whole
 
-ABOUT = "_bulk.json"
+ABOUT, PREFIX = "_bulk.json", "part-"
 PLAN = pa.schema({"piece": pa.int64(), "size": pa.int64(), "content": pa.string()})
 PIECES = 500  # in a row group of the plan
 
@@ -59,7 +59,7 @@ class Progress(NamedTuple):
 
 def part(piece: int) -> str:
     """Return the name of a piece's file: known beforehand, so that no piece has two."""
-    return f"part-{piece:08}.parquet"
+    return f"{PREFIX}{piece:08}.parquet"
 
 
 class Output:
@@ -119,14 +119,10 @@ class Output:
 
         Raises: BulkError if there is a file of no piece.
         """
-        plan, names = self._pieces(), self._names()
+        plan = self._pieces()
         parts = [part(piece) for piece in plan["piece"].to_pylist()]
-        if strange := names - set(parts):
-            raise BulkError(
-                f"{self.location} is unfinished, and holds {min(strange)}, which is not of this"
-                f" list or not of this release; delete it and {self.state}, and run again"
-            )
-        left = plan.filter(pa.array([name not in names for name in parts], pa.bool_()))
+        written = self._written(parts)
+        left = plan.filter(pa.array([name not in written for name in parts], pa.bool_()))
         total, rest = (pc.sum(table["size"]).as_py() or 0 for table in (plan, left))
         return left.to_pylist(), Progress(total - rest, total)
 
@@ -144,11 +140,12 @@ class Output:
     def complete(self, about: About) -> About:
         """Check that each row is there once, and write so.
 
-        Raises: BulkError if a piece has too few rows, or too many.
+        Raises: BulkError if a piece has too few rows or too many, or a file is of no piece.
         """
         plan = self._pieces(["piece", "size"])
+        sizes = dict(zip(plan["piece"].to_pylist(), plan["size"].to_pylist(), strict=True))
+        files = [f"{self.path}/{name}" for name in sorted(self._written(map(part, sizes)))]
         rows, refused = dict[int, int](), 0
-        files = [f"{self.path}/{part(piece)}" for piece in plan["piece"].to_pylist()]
         with reachable(self.location):
             table = ds.dataset(files, filesystem=self.system, format="parquet")
             for batch in table.to_batches(columns=["piece", "reason"]):
@@ -159,7 +156,7 @@ class Output:
                     refused += group["reason_count"]
         wrong = [
             part(piece)
-            for piece, size in zip(plan["piece"].to_pylist(), plan["size"].to_pylist(), strict=True)
+            for piece, size in sizes.items()
             if piece not in rows or (about.unit == "photos" and rows[piece] != size)
         ]
         if wrong:
@@ -179,11 +176,17 @@ class Output:
             if self.system.get_file_info(self.state).type != fs.FileType.NotFound:
                 self.system.delete_dir(self.state)
 
-    def _names(self) -> set[str]:
-        """Return the names of the files with rows."""
+    def _written(self, parts: Iterable[str]) -> set[str]:
+        """Return the names of the files with rows. Raises: BulkError if one is not of parts."""
         with reachable(self.location):
-            found = files_in(self.system, self.path)
-        return {below(file.path, self.path) for file in found} - {ABOUT}
+            names = {below(file.path, self.path) for file in files_in(self.system, self.path)}
+        written = {name for name in names if name.startswith(PREFIX)}
+        if strange := written.difference(parts):
+            raise BulkError(
+                f"{self.location} holds {min(strange)}, which is of another list or release;"
+                f" delete it and {self.state}, and run again"
+            )
+        return written
 
     def _write(self, about: About) -> None:
         """Write what the output holds."""
