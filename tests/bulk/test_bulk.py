@@ -101,6 +101,22 @@ def test_killed_and_continued(photos: Path, bucket: str) -> None:
     assert "24 rows in s3://bucket/out" in again.stdout
 
 
+def test_an_actor_that_dies(photos: Path, tmp_path: Path) -> None:
+    """Another takes its piece. No worker of Ray takes cores from actors for reading or writing."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(photos, out, "--json"), stdout=subprocess.PIPE, text=True)
+    while not list(out.glob("part-*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    titles = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in family(process.pid)}
+    workers = {pid: title for pid, title in titles.items() if title.startswith("ray::")}
+    (actor,) = (pid for pid, title in workers.items() if "MapWorker" in title)
+    os.kill(actor, signal.SIGKILL)
+    told = json.loads(process.communicate()[0])
+    assert (process.returncode, told["rows"], told["refused"]) == (0, PHOTOS, 2)
+    assert len(workers) <= 6, "the actor, three of Ray Data, and Ray's two agents of a node"
+
+
 def test_requests_to_the_store(bucket: str, caplog: pytest.LogCaptureFixture) -> None:
     """Count what docs/scale.md reckons with: two for a path, two for a shard of a thousand."""
     store = s3fs.S3FileSystem(skip_instance_cache=True)
