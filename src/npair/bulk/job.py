@@ -26,7 +26,7 @@ from npair.bulk.storage import absolute
 from npair.bulk.version import Version
 from npair.serving.engine import cores
 
-TASKS = 100  # for each actor at most: Ray keeps them all in memory, with their pieces
+TASKS = 100  # for each actor at most, of one piece or several: Ray keeps an object for each
 
 
 def run(
