@@ -44,7 +44,6 @@ from machine import MODELS, VERSION, command_line, descendants, proportional_mem
 from support.s3 import free_ports, seaweed
 
 from npair.bulk.actor import grouped
-from npair.bulk.output import Output
 from npair.bulk.version import Version
 from npair.client import NpairClient
 from npair.data.files import SUFFIXES
@@ -124,10 +123,10 @@ def command(photos: object, out: object, piece: int) -> list[str]:
 def killed(scratch: Path, kills: int) -> list[str]:
     """Kill a job when a share of its pieces is written, and continue it to its end."""
     pieces = -(-len(pq.read_table(scratch / "list.parquet")) // PIECE)
-    checkpoints = Path(Output(str(scratch / "out")).checkpoints)
+    out = scratch / "out"
     for kill in range(kills):
-        process = subprocess.Popen(command(scratch / "list.parquet", scratch / "out", PIECE))
-        while len(committed(checkpoints)) < pieces * (kill + 1) // (kills + 1):
+        process = subprocess.Popen(command(scratch / "list.parquet", out, PIECE))
+        while len(written(out)) < pieces * (kill + 1) // (kills + 1):
             if process.poll() is not None:
                 return [f"the job ended by itself, with {process.returncode}"]
             time.sleep(0.01)
@@ -137,15 +136,15 @@ def killed(scratch: Path, kills: int) -> list[str]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
-        say(f"killed {len(family)} processes, {len(committed(checkpoints))} of {pieces} pieces")
-    done = finished(scratch / "list.parquet", scratch / "out", PIECE)
+        say(f"killed {len(family)} processes, {len(written(out))} of {pieces} pieces")
+    done = finished(scratch / "list.parquet", out, PIECE)
     again = done.told["now"]["photos"]
     say(f"continued with {again} rows: {done.told['rows']} are written")
     return []
 
 
-def committed(checkpoints: Path) -> list[Path]:
-    return [path for path in checkpoints.glob("*.parquet") if ".pending" not in path.name]
+def written(out: Path) -> list[Path]:
+    return list(out.glob("part-*.parquet"))
 
 
 def compared(scratch: Path, paths: dict[str, Path]) -> list[str]:

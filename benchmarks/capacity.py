@@ -18,7 +18,6 @@ from npair.bulk.schema import DICTIONARIES, PRECISIONS, schema
 from npair.releasing.tune import markdown
 
 DIMENSION, PIECE = 128, 1000
-NUMBER = 8  # bytes of a piece's number, by which Ray's filter knows a row that is written
 
 
 def main() -> None:
@@ -50,7 +49,6 @@ def table(measured: argparse.Namespace) -> str:
             [f"vectors in {precision}", f"{photos * row_bytes(precision) / 1e9:,.0f} GB"]
             for precision in PRECISIONS
         ),
-        ["memory to continue in one job", f"{photos * NUMBER / 1e9:.0f} GB for each filter"],
     ]
     return markdown([f"{photos:.0e} photos", ""], rows)
 

@@ -82,13 +82,10 @@ def test_killed_and_continued(photos: Path, bucket: str) -> None:
     store.put(str(photos), "bucket/photos", recursive=True)
     out = f"{bucket}/out"
     process = subprocess.Popen(command(f"{bucket}/photos", out), text=True)
-    while len(committed(store)) < 2:
+    while len(store.glob(f"{out}/part-*.parquet")) < 2:
         assert process.poll() is None
         time.sleep(0.05)
     kill(process)
-    # As if the store had copied a checkpoint, and not yet deleted what it was before.
-    path = committed(store)[0]
-    store.copy(path, path.removesuffix(".parquet") + ".pending.parquet")
     done = subprocess.run(
         command(f"{bucket}/photos", out, "--json"), check=True, capture_output=True, text=True
     )
@@ -102,6 +99,22 @@ def test_killed_and_continued(photos: Path, bucket: str) -> None:
         command(f"{bucket}/photos", out), check=True, capture_output=True, text=True
     )
     assert "24 rows in s3://bucket/out" in again.stdout
+
+
+def test_an_actor_that_dies(photos: Path, tmp_path: Path) -> None:
+    """Another takes its piece. No worker of Ray takes cores from actors for reading or writing."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(photos, out, "--json"), stdout=subprocess.PIPE, text=True)
+    while not list(out.glob("part-*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    titles = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in family(process.pid)}
+    workers = {pid: title for pid, title in titles.items() if title.startswith("ray::")}
+    (actor,) = (pid for pid, title in workers.items() if "MapWorker" in title)
+    os.kill(actor, signal.SIGKILL)
+    told = json.loads(process.communicate()[0])
+    assert (process.returncode, told["rows"], told["refused"]) == (0, PHOTOS, 2)
+    assert len(workers) <= 6, "the actor, three of Ray Data, and Ray's two agents of a node"
 
 
 def test_requests_to_the_store(bucket: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -122,11 +135,6 @@ def test_requests_to_the_store(bucket: str, caplog: pytest.LogCaptureFixture) ->
             assert len(list(source.photos(piece.content, 10**6))) == photos
         methods = [re.findall("HEAD|GET|PUT|POST", line)[0] for line in caplog.messages]
         assert methods == ["HEAD", "GET"]
-
-
-def committed(store: s3fs.S3FileSystem) -> list[str]:
-    found: list[str] = store.find("bucket/out.unfinished/checkpoints")
-    return [path for path in found if path.endswith(".parquet") and ".pending" not in path]
 
 
 def check_rows(out: str, store: s3fs.S3FileSystem) -> None:

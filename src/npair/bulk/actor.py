@@ -1,4 +1,4 @@
-"""An actor of a bulk job: one core that reads pieces of a list and embeds their photos."""
+"""An actor of a bulk job: one core that reads pieces of a list, embeds them, and writes rows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import socket
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ import pyarrow as pa
 import ray
 
 from npair.bulk import BulkError
+from npair.bulk.output import Output
+from npair.bulk.progress import Done
 from npair.bulk.schema import schema
 from npair.bulk.source import Source
 from npair.bulk.version import Version
@@ -26,32 +29,32 @@ Item = TypeVar("Item")
 
 
 class Embed:
-    """Turns pieces into rows, by the version's own code."""
+    """Turns pieces into rows of an output, by the version's own code."""
 
-    def __init__(self, version: Any, source: Source, precision: str, counter: Any) -> None:
-        """version: a reference to a Version. counter: an actor that sums what is done."""
+    def __init__(self, version: Any, source: Source, out: str, precision: str) -> None:
+        """version: a reference to a Version. out: the output's location."""
         self.version: Version = ray.get(version)
-        self.source, self.counter = source, counter
+        self.source, self.output = source, Output(out)
         manifest = self.version.manifest
         self.made_by = (manifest.model, manifest.version, self.version.manifest_sha256)
         self.schema = schema(manifest.embedding.dimension, precision)
         self.stack, self.fault = contextlib.ExitStack(), ""
         try:
             self.embedder = self.stack.enter_context(self.version.embedder())
-            counter.start.remote()
         except Exception as error:  # published code has exception classes of its own
             # Raised by the first call, since Ray says more of an error there than of one here.
             reason = re.sub(r"\S*/npair-bulk-\S+: ", "", str(error))
             self.fault = f"{socket.gethostname()} cannot run the version: {reason}"
+        self.began = time.monotonic()
 
     def __call__(self, pieces: pa.Table) -> pa.Table:
-        """Embed pieces, the columns of output.PLAN. Returns: the columns of schema.schema."""
+        """Embed and write pieces, the columns of output.PLAN. Returns: those of progress.Done."""
         if self.fault:
             raise BulkError(self.fault)
-        return pa.concat_tables([self._embed(**piece) for piece in pieces.to_pylist()])
+        return pa.Table.from_pylist([self._embed(**piece) for piece in pieces.to_pylist()])
 
-    def _embed(self, piece: int, size: int, content: str) -> pa.Table:
-        limits, rest = self.version.limits, size
+    def _embed(self, piece: int, size: int, content: str) -> dict[str, float]:
+        limits = self.version.limits
         ids: list[str] = []
         answers: list[Any] = []
         photos = self.source.photos(json.loads(content), limits.max_bytes)
@@ -62,12 +65,10 @@ class Embed:
             answers += [
                 next(vectors) if isinstance(photo.read, bytes) else photo.read for photo in group
             ]
-            refused = sum(not isinstance(answer, np.ndarray) for answer in answers[-len(group) :])
-            done = len(group) if self.source.unit == "photos" else sum(map(len, read))
-            rest -= done
-            self.counter.add.remote(len(group), refused, done)
-        self.counter.add.remote(0, 0, rest)
-        return self._rows(piece, ids, answers)
+        rows = self._rows(piece, ids, answers)
+        self.output.write(piece, rows)
+        refused = len(rows) - rows["reason"].null_count
+        return Done(len(rows), refused, size, time.monotonic() - self.began)._asdict()
 
     def _rows(self, piece: int, ids: Sequence[str], answers: Sequence[Any]) -> pa.Table:
         """Make rows of embeddings, float32 [D], and of reasons."""

@@ -9,38 +9,24 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by Ray when it is imported
 
 import ray
 import ray.data
-from ray.data.checkpoint import CheckpointConfig
-from ray.data.datasource import FilenameProvider
 
 from npair.bulk import BulkError
 from npair.bulk.actor import Embed
 from npair.bulk.lists import open_source
-from npair.bulk.output import About, Output, Progress
+from npair.bulk.output import About, Output
 from npair.bulk.progress import Counter, Done, shown_progress
-from npair.bulk.schema import DICTIONARIES, PREFIX
 from npair.bulk.source import Source
 from npair.bulk.storage import absolute
 from npair.bulk.version import Version
 from npair.serving.engine import cores
 
-# CPUs beside those of the actors: one for Ray's filter of what is written already, one for tasks
-# that read pieces and write rows, and more of these in a large cluster. If the actors had all, a
-# continued job would never end.
-SPARE, MANY = 2, 32
-WRITING = {"num_cpus": 0.25}  # a task that writes waits for the store
-
-
-class Names(FilenameProvider):  # type: ignore[misc]  # Ray's types are skipped
-    """Names files by job and task, from which Ray's checkpoints know what to delete."""
-
-    def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
-        return f"{PREFIX}{write_uuid}-{task_index:08}.parquet"
+TASKS = 100  # for each actor at most, of one piece or several: Ray keeps an object for each
 
 
 def run(
@@ -59,7 +45,7 @@ def run(
     photos, version_folder, out: locations. precision: one of schema.PRECISIONS.
     rows: photos of a piece, where the list has no parts of its own.
     address: of the Ray cluster; by default, one is started on this machine. actors: by default, as
-    many as there are cores, or a few less than the CPUs of a cluster.
+    many as there are cores, or CPUs of the cluster.
     Returns: what the output holds, and what was embedded now. Raises: BulkError.
     """
     version, output, source = Version.read(version_folder), Output(out), open_source(photos)
@@ -81,14 +67,19 @@ def run(
     if about.rows is not None:
         output.tidy()
         return about, Done()
-    progress, done = output.resume(), Done()
+    (left, progress), done = output.resume(), Done()
     if progress.done:
         say(f"{progress.done / progress.total:.0%} of {output.location} are done; continuing")
-    if progress.done < progress.total:
-        with quiet() as stderr, cluster(address, actors) as count:
-            done = embed(
-                version, source, output, progress, precision=precision, actors=count, stderr=stderr
-            )
+    if left:
+        counter, made_of = Counter(), (version, source, output.location, precision)
+        with (
+            quiet() as stderr,
+            cluster(address, actors) as count,
+            shown_progress(counter, progress, source.unit, stderr),
+        ):
+            for piece in embedded(left, count, made_of):
+                counter.add(**piece)
+        done = counter.done
     return output.complete(about), done
 
 
@@ -125,7 +116,7 @@ def cluster(address: str | None, actors: int | None) -> Iterator[int]:
 
     Raises: BulkError if there is none, or for the error of an actor.
     """
-    local = {"num_cpus": (actors or cores()) + SPARE, "include_dashboard": False}
+    local = {"num_cpus": actors or cores(), "include_dashboard": False}
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
         ray.init(
@@ -138,8 +129,7 @@ def cluster(address: str | None, actors: int | None) -> Iterator[int]:
         where = f"Ray at {address} cannot be reached" if address else "Ray does not start"
         raise BulkError(f"{where}: {error}") from error
     try:
-        found = int(ray.cluster_resources().get("CPU", 0))
-        yield actors or max(1, found - SPARE - found // MANY)
+        yield actors or max(1, int(ray.cluster_resources().get("CPU", 0)))
     except ray.exceptions.RayError as error:
         ours = re.search(r"BulkError: (.*)", str(error))
         raise BulkError(ours[1] if ours else f"Ray: {error}") from error
@@ -173,43 +163,25 @@ def quiet() -> Iterator[TextIO]:
             os.dup2(stderr.fileno(), 2)
 
 
-def embed(
-    version: Version,
-    source: Source,
-    output: Output,
-    progress: Progress,
-    *,
-    precision: str,
-    actors: int,
-    stderr: TextIO,
-) -> Done:
-    """Run the pieces that are left through actors. Raises: BulkError."""
+def embedded(
+    left: list[dict[str, Any]], actors: int, made_of: tuple[Version, Source, str, str]
+) -> Iterator[dict[str, Any]]:
+    """Run pieces through actors, which write their rows.
+
+    made_of: the arguments of Embed. Yields: for each piece, the fields of progress.Done.
+    """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
-    context.checkpoint_config = CheckpointConfig(
-        "piece",
-        output.checkpoints,
-        override_filesystem=output.system,
-        delete_checkpoint_on_success=False,  # only once the output is checked
-    )
-    counter = ray.remote(num_cpus=0)(Counter).remote()
-    constructed = (ray.put(version), source, precision, counter)
-    pieces = ray.data.read_parquet(output.plan, filesystem=output.system)
-    rows = pieces.repartition(target_num_rows_per_block=1).map_batches(
+    # No stage of Ray Data reads or writes: each would start processes beside the actors.
+    pieces = ray.data.from_items(left, override_num_blocks=min(len(left), TASKS * actors))
+    version, *others = made_of
+    done = pieces.map_batches(
         Embed,
-        fn_constructor_args=constructed,
+        fn_constructor_args=(ray.put(version), *others),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
     )
-    with shown_progress(counter, progress, source.unit, stderr):
-        rows.write_parquet(
-            output.path,
-            filesystem=output.system,
-            filename_provider=Names(),
-            ray_remote_args=WRITING,
-            use_dictionary=DICTIONARIES,
-        )
-    done: Done = ray.get(counter.read.remote())
-    return done
+    for batch in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from batch.to_pylist()

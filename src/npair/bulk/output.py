@@ -1,8 +1,8 @@
 """The folder that ``npair bulk`` writes: rows of one list, embedded by one version.
 
-    vectors/part-*.parquet       see ``schema``
+    vectors/part-*.parquet       a file for each piece of the list; see ``schema``
     vectors/_bulk.json           what they are, and whether they are complete
-    vectors.unfinished/          until then: the list's pieces, and Ray's checkpoints
+    vectors.unfinished/          until then: the list's pieces
 
 Readers of Parquet pass over names that begin with an underscore.
 """
@@ -13,22 +13,22 @@ import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow import fs
 
 from npair.bulk import BulkError
-from npair.bulk.schema import PREFIX
-from npair.bulk.source import Piece
-from npair.bulk.storage import absolute, files_in, locate, reachable
+from npair.bulk.schema import DICTIONARIES
+from npair.bulk.source import Piece, below
+from npair.bulk.storage import absolute, files_in, locate, reachable, write_whole
 
-ABOUT = "_bulk.json"
+ABOUT, PREFIX = "_bulk.json", "part-"
 PLAN = pa.schema({"piece": pa.int64(), "size": pa.int64(), "content": pa.string()})
 PIECES = 500  # in a row group of the plan
-COMMITTED, PENDING = ".parquet", ".pending.parquet"  # Ray's checkpoints
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ class Progress(NamedTuple):
     total: int
 
 
+def part(piece: int) -> str:
+    """Return the name of a piece's file: known beforehand, so that no piece has two."""
+    return f"{PREFIX}{piece:08}.parquet"
+
+
 class Output:
     """An output to begin, to continue and to complete."""
 
@@ -67,7 +72,7 @@ class Output:
         if "/" not in self.path:
             raise BulkError(f"{location} is a bucket; name a folder in it, such as {location}/out")
         self.state = f"{self.path}.unfinished"
-        self.plan, self.checkpoints = f"{self.state}/pieces.parquet", f"{self.state}/checkpoints"
+        self.plan = f"{self.state}/pieces.parquet"
         self._about = f"{self.path}/{ABOUT}"
 
     def about(self) -> About | None:
@@ -109,57 +114,57 @@ class Output:
                 raise BulkError(f"{about.source} does not exist, or holds no photos")
             self._write(about)
 
-    def resume(self) -> Progress:
-        """Settle the checkpoints of a job that was killed, and return what is written.
+    def resume(self) -> tuple[list[dict[str, Any]], Progress]:
+        """Return the pieces that are not written, as rows of PLAN, and how much is.
 
-        Where a store cannot rename, Ray copies a pending checkpoint and then deletes it. If it was
-        killed in between, Ray would take the rows for unwritten and for written at once, and lose
-        them.
+        Raises: BulkError if there is a file of no piece.
         """
+        plan = self._pieces()
+        parts = [part(piece) for piece in plan["piece"].to_pylist()]
+        written = self._written(parts)
+        left = plan.filter(pa.array([name not in written for name in parts], pa.bool_()))
+        total, rest = (pc.sum(table["size"]).as_py() or 0 for table in (plan, left))
+        return left.to_pylist(), Progress(total - rest, total)
+
+    def write(self, piece: int, rows: pa.Table) -> None:
+        """Write the rows of a piece in one step, in place of those that it may have.
+
+        Raises: BulkError.
+        """
+        content = pa.BufferOutputStream()
+        pq.write_table(rows, content, use_dictionary=DICTIONARIES)
         with reachable(self.location):
-            names = {file.path for file in files_in(self.system, self.checkpoints)}
-            for path in names:
-                if path.removesuffix(PENDING) + COMMITTED in names - {path}:
-                    self.system.delete_file(path)
-            committed = [path for path in names if not path.endswith(PENDING)]
-            done = set[int]()
-            if committed:
-                table = ds.dataset(committed, filesystem=self.system, format="parquet")
-                for batch in table.to_batches(columns=["piece"]):
-                    done.update(batch["piece"].unique().to_pylist())
-        sizes = self._sizes()
-        return Progress(sum(sizes[piece] for piece in done), sum(sizes.values()))
+            path = f"{self.path}/{part(piece)}"
+            write_whole(self.system, path, content.getvalue(), self.state)
 
     def complete(self, about: About) -> About:
         """Check that each row is there once, and write so.
 
-        Raises: BulkError if rows of a piece are missing, or there twice.
+        Raises: BulkError if a piece has too few rows or too many, or a file is of no piece.
         """
-        sizes, files = self._sizes(), [file.path for file in self.parts()]
-        written: dict[int, tuple[str, int]] = {}
-        twice, refused = set[int](), 0
+        plan = self._pieces(["piece", "size"])
+        sizes = dict(zip(plan["piece"].to_pylist(), plan["size"].to_pylist(), strict=True))
+        files = [f"{self.path}/{name}" for name in sorted(self._written(map(part, sizes)))]
+        rows, refused = dict[int, int](), 0
         with reachable(self.location):
             table = ds.dataset(files, filesystem=self.system, format="parquet")
-            for batch in table.to_batches(columns=["piece", "reason", "__filename"]):
-                by = pa.table(batch).group_by(["piece", "__filename"])
+            for batch in table.to_batches(columns=["piece", "reason"]):
+                by = pa.table(batch).group_by("piece")
                 for group in by.aggregate([([], "count_all"), ("reason", "count")]).to_pylist():
-                    piece, file = group["piece"], group["__filename"]
-                    first, rows = written.get(piece, (file, 0))
-                    if first != file:
-                        twice.add(piece)
-                    written[piece] = first, rows + group["count_all"]
+                    piece = group["piece"]
+                    rows[piece] = rows.get(piece, 0) + group["count_all"]
                     refused += group["reason_count"]
-        short = [
-            piece
+        wrong = [
+            part(piece)
             for piece, size in sizes.items()
-            if piece not in written or (about.unit == "photos" and written[piece][1] < size)
+            if piece not in rows or (about.unit == "photos" and rows[piece] != size)
         ]
-        if short or twice:
+        if wrong:
             raise BulkError(
-                f"{self.location} lacks rows of {len(short)} pieces and has {len(twice)} pieces"
-                " twice: did two jobs write to it at once? Delete it, and run again"
+                f"{self.location} has rows too few or too many in {len(wrong)} pieces, such as"
+                f" {wrong[0]}; delete these files, and run again"
             )
-        about = replace(about, rows=sum(rows for _, rows in written.values()), refused=refused)
+        about = replace(about, rows=sum(rows.values()), refused=refused)
         with reachable(self.location):
             self._write(about)
         self.tidy()
@@ -171,29 +176,32 @@ class Output:
             if self.system.get_file_info(self.state).type != fs.FileType.NotFound:
                 self.system.delete_dir(self.state)
 
-    def parts(self) -> list[fs.FileInfo]:
-        """List the files with rows."""
-        return [
-            file for file in files_in(self.system, self.path) if file.base_name.startswith(PREFIX)
-        ]
+    def _written(self, parts: Iterable[str]) -> set[str]:
+        """Return the names of the files with rows. Raises: BulkError if one is not of parts."""
+        with reachable(self.location):
+            names = {below(file.path, self.path) for file in files_in(self.system, self.path)}
+        written = {name for name in names if name.startswith(PREFIX)}
+        if strange := written.difference(parts):
+            raise BulkError(
+                f"{self.location} holds {min(strange)}, which is of another list or release;"
+                f" delete it and {self.state}, and run again"
+            )
+        return written
 
     def _write(self, about: About) -> None:
-        """Write what the output holds, in one step."""
-        unfinished = f"{self.state}/{ABOUT}"
-        with self.system.open_output_stream(unfinished) as file:
-            file.write(json.dumps(asdict(about), indent=2).encode())
-        self.system.move(unfinished, self._about)
+        """Write what the output holds."""
+        content = pa.py_buffer(json.dumps(asdict(about), indent=2).encode())
+        write_whole(self.system, self._about, content, self.state)
 
-    def _sizes(self) -> dict[int, int]:
-        """Return the size of each piece."""
+    def _pieces(self, columns: list[str] | None = None) -> pa.Table:
+        """Return all pieces, with the columns of PLAN or some of them."""
         try:
-            table = pq.read_table(self.plan, filesystem=self.system, columns=["piece", "size"])
+            return pq.read_table(self.plan, columns=columns, filesystem=self.system)
         except FileNotFoundError as error:
             raise BulkError(
                 f"{self.location} is unfinished, but {self.state} is gone; delete both, and run"
                 " again"
             ) from error
-        return dict(zip(table["piece"].to_pylist(), table["size"].to_pylist(), strict=True))
 
     def _refuse_missing_bucket(self) -> None:
         bucket = self.path.partition("/")[0]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
-import ray
 from tqdm import tqdm
 
 from npair.bulk.output import Progress
@@ -32,26 +32,21 @@ class Done(NamedTuple):
 
 
 class Counter:
-    """Sums what the actors have done; itself an actor."""
+    """Sums what the actors have done."""
 
     def __init__(self) -> None:
-        self.done, self.began = Done(), 0.0
+        self.done, self.began = Done(), math.inf
 
-    def start(self) -> None:
-        """Begin to count seconds, unless another actor has."""
-        self.began = self.began or time.monotonic()
-
-    def add(self, photos: int, refused: int, size: int) -> None:
-        before = self.done
+    def add(self, photos: int, refused: int, size: int, seconds: float) -> None:
+        """Add a piece. seconds: for which its actor has been ready."""
+        before, now = self.done, time.monotonic()
+        self.began = min(self.began, now - seconds)  # clocks of two machines do not compare
         self.done = Done(
             before.photos + photos,
             before.refused + refused,
             before.size + size,
-            time.monotonic() - self.began,
+            now - self.began,
         )
-
-    def read(self) -> Done:
-        return self.done
 
 
 def line(done: Done, progress: Progress, unit: str) -> str:
@@ -64,13 +59,15 @@ def line(done: Done, progress: Progress, unit: str) -> str:
 
 
 @contextlib.contextmanager
-def shown_progress(counter: Any, progress: Progress, unit: str, stream: TextIO) -> Iterator[None]:
+def shown_progress(
+    counter: Counter, progress: Progress, unit: str, stream: TextIO
+) -> Iterator[None]:
     """Show a line in place on a terminal, or a line a minute in a log."""
     terminal, ended = stream.isatty(), threading.Event()
 
     def show() -> None:
         while not ended.wait(TERMINAL_SECONDS if terminal else LOG_SECONDS):
-            text = line(ray.get(counter.read.remote()), progress, unit)
+            text = line(counter.done, progress, unit)
             print(
                 f"{CLEAR}{text}" if terminal else text,
                 end="" if terminal else "\n",

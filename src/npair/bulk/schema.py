@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-PREFIX = "part-"
 # Columns of few values. A dictionary of a vector's numbers would take half as much space again.
 DICTIONARIES = ["reason", "model", "version", "manifest", "piece"]
 PRECISIONS = {"fp32": pa.float32(), "fp16": pa.float16()}
@@ -16,8 +15,8 @@ def schema(dimension: int, precision: str) -> pa.Schema:
     id: its name in the list. reason: why the photo was refused, in the server's words, else null.
     vector: of unit length, or zeros if there is a reason, since pyarrow does not read nulls of this
     type from Parquet. model, version, manifest: what embedded it; manifest is the SHA-256 of the
-    version's manifest.json, in hexadecimal. piece: the part of the list that it belongs to, by
-    which Ray's checkpoints count.
+    version's manifest.json, in hexadecimal. piece: the part of the list that it belongs to; its
+    file is named by it.
     precision: one of PRECISIONS.
     """
     return pa.schema(

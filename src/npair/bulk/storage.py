@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import uuid
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -57,6 +58,20 @@ def files_in(system: fs.FileSystem, path: str) -> list[fs.FileInfo]:
     except UnicodeDecodeError as error:
         name = shown(os.fsdecode(error.object))
         raise BulkError(f"the name {name} is not UTF-8; rename the file") from error
+
+
+def write_whole(system: fs.FileSystem, path: str, content: pa.Buffer, scratch: str) -> None:
+    """Write a file in one step: whoever looks finds all of it, or what was there before.
+
+    scratch: a folder on the same disk. Raises: OSError.
+    """
+    # An object store shows what is written once it is closed; a disk does at once.
+    local = isinstance(system, fs.LocalFileSystem)
+    written = f"{scratch}/{uuid.uuid4().hex}" if local else path
+    with system.open_output_stream(written) as file:
+        file.write(content)
+    if local:
+        system.move(written, path)
 
 
 @contextlib.contextmanager

@@ -51,8 +51,8 @@ def add_commands(commands: Commands) -> None:
     bulk.add_argument(
         "--actors",
         type=number(int, least=1),
-        help="processes that embed, of one core each (the cores of this machine, or a few less"
-        " than the CPUs of a cluster)",
+        help="processes that embed, of one core each (the cores of this machine, or the CPUs of a"
+        " cluster)",
     )
     bulk.add_argument("--json", action="store_true", help="print JSON")
 
