@@ -218,11 +218,14 @@ def clip_folder(environments: Path) -> Path:
 
 
 def repository_of(version: Path, scratch: Path) -> Path:
-    """Create a model repository of one npair version, which may lie in another checkout."""
+    """Create a model repository of one npair version, with the config.pbtxt that lies beside it.
+
+    It may lie in another checkout.
+    """
     folder = scratch / "models/npair"
     folder.mkdir(parents=True)
     (folder / version.name).symlink_to(version)
-    config = (MODELS / "npair/config.pbtxt").read_text()
+    config = (version.parent / "config.pbtxt").read_text()
     (folder / "config.pbtxt").write_text(with_release(config, [int(version.name)], {}))
     return folder.parent
 

@@ -182,14 +182,14 @@ def begun(photos: Path, out: Path, **changes: Any) -> None:
 
 
 def test_outputs_are_not_mixed(photos: Path, tmp_path: Path) -> None:
-    out, other = tmp_path / "out", tmp_path / "15"
+    out, other = tmp_path / "out", tmp_path / "16"
     begun(photos, out)
     shutil.copytree(SHIPPED, other, ignore=shutil.ignore_patterns("__pycache__"))
-    rewrite_manifest(other, version=15)
+    rewrite_manifest(other, version=16)
     (tmp_path / "others").mkdir()
     (tmp_path / "others/1.png").write_bytes(PNG)
     for (named, version), reason in [
-        ((photos, other), r"holds vectors of version 14 .* not of version 15 .* never mixed"),
+        ((photos, other), r"holds vectors of version 15 .* not of version 16 .* never mixed"),
         ((tmp_path / "others", SHIPPED), f"is unfinished, with the list {photos};"),
     ]:
         with pytest.raises(BulkError, match=reason):

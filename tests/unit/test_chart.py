@@ -264,11 +264,11 @@ def test_versions_come_from_the_image_a_volume_or_a_store() -> None:
 
 
 def test_a_job_changes_all_pods() -> None:
-    resources = rendered(*VOLUME, "--set=promotion.command=promote 15 --keep 14")
+    resources = rendered(*VOLUME, "--set=promotion.command=promote 16 --keep 15")
     job = only(resources, "Job")
-    assert job["metadata"]["name"] == "shop-promote-15-keep-14"
+    assert job["metadata"]["name"] == "shop-promote-16-keep-15"
     (container,) = pods(resources)["Job"]["containers"]
-    assert "exec python -m npair promote 15 --keep 14 " in container["args"][0]
+    assert "exec python -m npair promote 16 --keep 15 " in container["args"][0]
     (url,) = re.findall(r"--url http://(\S+):8000", container["args"][0])
     assert only(resources, "Service", url)["spec"]["clusterIP"] == "None"
     (models,) = (m for m in container["volumeMounts"] if m["mountPath"] == "/models")

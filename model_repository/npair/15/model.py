@@ -19,10 +19,12 @@ import triton_python_backend_utils as pb_utils
 
 from .embedder import Embedder, Vector
 from .engine import cores
+from .overload import Overload
 from .preprocess import Limits
 from .refusal import REASONS, PhotoError
 
 REPORT_INTERVAL = 1.0  # seconds between updates of the server's metrics
+QUEUE_LIMIT = 128  # waiting requests, unless config.pbtxt says otherwise
 STALLED_FOR = 10  # seconds without progress in a batch after which its process exits
 # Lines logged of each kind per interval; the rest is counted, so that no client floods the log.
 LOGGED = 5
@@ -56,16 +58,30 @@ class TritonPythonModel:
         for name, reason in self.embedder.passed_over.items():
             pb_utils.Logger.log_warn(f"{served}, not by {name}: {reason}")
         self.report = Report(self.embedder, folder.name)
+        limit = _number(config, "queue_limit", QUEUE_LIMIT)
+        self.overload = Overload(
+            args["model_name"],
+            folder.name,
+            limit=limit,
+            instances=instances,
+            warn=pb_utils.Logger.log_warn,
+        )
+        self.busy = f"more than {limit} requests wait; try again later"
         self.watchdog = Watchdog()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Return one response per request, in order. A bad photo fails only its own request."""
         with self.watchdog:
+            if self.overload.refuses(len(requests)):
+                self.report.turned_away += len(requests)
+                unavailable = pb_utils.TritonError.UNAVAILABLE
+                return [_error(self.busy, unavailable) for _ in requests]
             return self._execute(requests)
 
     def finalize(self) -> None:
         """End the threads, and remove this process's metrics."""
         self.watchdog.close()
+        self.overload.close()
         self.report.close()
         self.embedder.close()
 
@@ -139,6 +155,7 @@ class Report:
         self.embedder, self.version = embedder, version
         self.batches: deque[int] = deque()  # photos in each batch since the last update
         self.refused = Counter(dict.fromkeys(REASONS, 0))
+        self.turned_away = 0  # requests
         self.lines: Counter[str] = Counter()  # by kind, since the last update
         self.families: list[Any] = []  # deleting them removes their metrics
         labels = {"version": version, "engine": embedder.engine, "process": str(os.getpid())}
@@ -154,6 +171,10 @@ class Report:
         self.counters = [counter.Metric(labels=labels) for counter in counters]
         rejected = family("COUNTER", "npair_photos_rejected_total", "Photos refused")
         self.counters += [rejected.Metric(labels={**labels, "reason": why}) for why in REASONS]
+        turned_away = family(
+            "COUNTER", "npair_requests_turned_away_total", "Requests refused unread"
+        )
+        self.counters.append(turned_away.Metric(labels=labels))
         sizes = family("HISTOGRAM", "npair_batch_photos", "Photos in a batch")
         self.sizes = sizes.Metric(labels=labels, buckets=BATCHES)
         description = "Mean length of the golden photos' embeddings before they were scaled to 1"
@@ -201,7 +222,7 @@ class Report:
         closing = False
         while not closing:
             closing = self.closing.wait(REPORT_INTERVAL)
-            totals = [*astuple(self.embedder.work), *self.refused.values()]
+            totals = [*astuple(self.embedder.work), *self.refused.values(), self.turned_away]
             for counter, total, before in zip(self.counters, totals, sent, strict=True):
                 if total > before:
                     counter.increment(total - before)
@@ -223,21 +244,24 @@ def _response(answers: Sequence[Vector | PhotoError]) -> Any:
         if isinstance(answer, PhotoError)
     ]
     if reasons:
-        error = pb_utils.TritonError("; ".join(reasons), pb_utils.TritonError.INVALID_ARG)
-        return pb_utils.InferenceResponse(error=error)
+        return _error("; ".join(reasons), pb_utils.TritonError.INVALID_ARG)
     vectors = np.stack(answers)  # type: ignore[arg-type]
     return pb_utils.InferenceResponse([pb_utils.Tensor("EMBEDDING", vectors)])
 
 
-def _parameter(config: dict[str, Any], key: str) -> str:
-    """Return a parameter of config.pbtxt, empty if it is missing."""
-    text: str = config["parameters"].get(key, {}).get("string_value", "")
+def _error(message: str, code: Any) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def _parameter(config: dict[str, Any], key: str, default: object = "") -> str:
+    """Return a parameter of config.pbtxt."""
+    text: str = config["parameters"].get(key, {}).get("string_value", str(default))
     return text
 
 
-def _number(config: dict[str, Any], key: str) -> int:
+def _number(config: dict[str, Any], key: str, default: object = "") -> int:
     """Read a parameter. Raises: ValueError if it is missing or not a positive whole number."""
-    text = _parameter(config, key)
+    text = _parameter(config, key, default)
     if not text.isdecimal() or not int(text):
         raise ValueError(
             f'config.pbtxt: parameter "{key}" must be a positive whole number, found "{text}"'
