@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from support.servers import eventually
 
-from npair.serving.overload import ADDRESS, INTERVAL, Overload
+from npair.serving.overload import ADDRESS, CALM_INTERVAL, Overload
 
 METRICS = """\
 # TYPE nv_inference_pending_request_count gauge
@@ -98,15 +98,15 @@ def test_up_to_the_limit_nothing_is_refused(metrics: Metrics) -> None:
 def test_an_idle_instance_does_not_look(metrics: Metrics) -> None:
     """It looks after a batch, then for as long as requests wait, even without another batch."""
     with overload() as one:
-        time.sleep(3 * INTERVAL)
+        time.sleep(2 * CALM_INTERVAL)
         assert metrics.looks == 0
         metrics.waiting(1)
         one.refuses(1)
         eventually(lambda: metrics.looks > 3)
         metrics.waiting(0)
-        time.sleep(3 * INTERVAL)
+        time.sleep(2 * CALM_INTERVAL)
         looks = metrics.looks
-        time.sleep(3 * INTERVAL)
+        time.sleep(2 * CALM_INTERVAL)
         assert metrics.looks == looks
 
 
@@ -141,7 +141,7 @@ def test_without_metrics_nothing_is_refused(
         one.refuses(1)
         eventually(lambda: warnings)
         one.refuses(1)
-        time.sleep(3 * INTERVAL)
+        time.sleep(2 * CALM_INTERVAL)
         assert not one.refuses(1)
     assert len(warnings) == 1
     assert reason in warnings[0]
