@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from machine import MODELS, PEERS, ROOT, VERSION, free_port
+from machine import PEERS, ROOT, VERSION, free_port
 from supervisor.launch import find_triton
 from wrk import Load
 

@@ -16,7 +16,9 @@ from collections.abc import Callable
 
 WAITING = "nv_inference_pending_request_count"
 ADDRESS = "NPAIR_METRICS_ADDRESS"  # the variable in which serve.py names the server's metrics port
-INTERVAL = 0.05  # seconds between two looks at the queue; each takes half a millisecond
+# Seconds between two looks at the queue, and if half of the limit or fewer wait. A look takes half a
+# millisecond of CPU, in which the instance waits.
+INTERVAL, CALM_INTERVAL = 0.05, 0.25
 TIMEOUT = 1.0  # seconds
 
 
@@ -54,11 +56,13 @@ class Overload:
         self.thread.join()
 
     def _look(self) -> None:
-        while self.looking.wait() and not self.closing.wait(INTERVAL):
+        half, interval = self.limit // 2, CALM_INTERVAL
+        while self.looking.wait() and not self.closing.wait(interval):
             self.looking.clear()
             waiting = self._waiting()
-            too_many = waiting - self.limit // 2 if waiting > self.limit else 0
+            too_many = waiting - half if waiting > self.limit else 0
             self.excess = math.ceil(too_many / self.instances)
+            interval = INTERVAL if waiting > half else CALM_INTERVAL
             if waiting:  # whether or not another batch comes
                 self.looking.set()
 
