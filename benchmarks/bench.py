@@ -59,6 +59,7 @@ from machine import (
     VERSION,
     command_line,
     free_port,
+    photos_to_send,
     proportional_memory,
     python_of,
     resized,
@@ -78,9 +79,7 @@ def main() -> None:
     if not shutil.which("wrk"):
         sys.exit("wrk is missing; on Debian: apt install wrk")
     dataset = read_dataset(arguments.photos)
-    if dataset.val is None:
-        sys.exit(f"{arguments.photos} has no val photos")
-    photos = [path.read_bytes() for path in dataset.val.paths[:: max(1, len(dataset.val) // 50)]]
+    photos = photos_to_send(dataset)
 
     bench = Bench(photos, arguments)
     contestants = [Contestant(ALL[0], "npair", Setting(2, 1))]

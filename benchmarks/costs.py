@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from machine import MODELS, ROOT, VERSION, command_line, descendants, pyplot
+from machine import MODELS, ROOT, VERSION, command_line, descendants, photos_to_send, pyplot
 from supervisor import procfs
 
 from npair.cli.evaluate import embed_served
@@ -57,8 +57,7 @@ def main() -> None:
 
 def report(dataset: Dataset, rounds: int, seconds: int, pictures: Path | None) -> None:
     """Print the sections one by one, as they are measured."""
-    assert dataset.val is not None
-    photos = [path.read_bytes() for path in dataset.val.paths[:: max(1, len(dataset.val) // 50)]]
+    photos = photos_to_send(dataset)
     for section in (
         partial(recall, dataset),
         partial(by_connections, photos, rounds, seconds, pictures),

@@ -14,6 +14,8 @@ from typing import Any
 from PIL import Image
 from supervisor import procfs
 
+from npair.data.dataset import Dataset
+
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = Path(__file__).parent / "peers"
 MODELS = ROOT / "model_repository"
@@ -29,6 +31,14 @@ def command_line(doc: str | None, photos: str) -> argparse.ArgumentParser:
         "--photos", type=Path, default=Path("data/grocery"), help=f"{photos} (%(default)s)"
     )
     return parser
+
+
+def photos_to_send(dataset: Dataset) -> list[bytes]:
+    """Read about 50 val photos, evenly spread. Exits if there is no val."""
+    if dataset.val is None:
+        sys.exit("the data set has no val photos")
+    paths = dataset.val.paths
+    return [path.read_bytes() for path in paths[:: max(1, len(paths) // 50)]]
 
 
 def python_of(name: str, parent: Path) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from contestants import RAW
-from machine import MODELS, command_line
+from machine import MODELS, command_line, photos_to_send
 from wrk import Load, closed_loop, write_bodies
 
 from npair.data.sources import read_dataset
@@ -31,9 +31,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
     parser.add_argument("--seconds", type=int, default=6, help="of each load (%(default)s)")
     arguments = parser.parse_args()
-    dataset = read_dataset(arguments.photos)
-    paths = (dataset.val or dataset.train).paths
-    photos = [path.read_bytes() for path in paths[:: max(1, len(paths) // 50)]]
+    photos = photos_to_send(read_dataset(arguments.photos))
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         write_bodies(photos, scratch / "bodies", lambda photo: photo, RAW)

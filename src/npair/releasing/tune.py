@@ -85,14 +85,17 @@ def with_setting(config: str, setting: Setting) -> str:
 
     Raises: ConfigError if instance_group or dynamic_batching is not on one line.
     """
-    batching = f"preferred_batch_size: [ {setting.batch} ] " if setting.batch else ""
-    batching += f"max_queue_delay_microseconds: {setting.delay} " if setting.delay else ""
     kept = parse(config).dynamic_batching
     for tuned in ("preferred_batch_size", "max_queue_delay_microseconds"):
         kept.ClearField(tuned)
+    batching = [
+        f"preferred_batch_size: [ {setting.batch} ]" if setting.batch else "",
+        f"max_queue_delay_microseconds: {setting.delay}" if setting.delay else "",
+        on_one_line(kept),
+    ]
     lines = {
         "instance_group": f"instance_group [ {{ count: {setting.instances} kind: KIND_CPU }} ]",
-        "dynamic_batching": f"dynamic_batching {{ {batching}{on_one_line(kept)} }}",
+        "dynamic_batching": f"dynamic_batching {{ {' '.join(filter(None, batching))} }}",
     }
     return with_lines(config, lines)
 
