@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from supervisor.api import CONTROL_HEADER
+from supervisor.launch import METRICS_ADDRESS
 from supervisor.watch import FALLBACK
 from support.models import ROOT
 
 from npair.releasing import control, release, tune
+from npair.serving import overload
 
 SOURCE = ROOT / "src/npair"
 
@@ -171,4 +173,5 @@ def test_both_sides_agree_on_names() -> None:
     """Compare constants that each side defines, since neither may import the other."""
     assert control.CONTROL_HEADER == CONTROL_HEADER
     assert release.FALLBACK == FALLBACK
+    assert overload.ADDRESS == METRICS_ADDRESS
     assert (ROOT / "model/api/serve.py").samefile(tune.SERVE)

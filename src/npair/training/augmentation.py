@@ -16,10 +16,10 @@ DECODE_SCALE = 1.44
 def augmentation(kind: str, size: int) -> Callable[[Tensor], Tensor]:
     """Return a function from uint8 [N, H, W, 3] to float [N, size, size, 3], 0 to 255.
 
-    kind: "photo" crops, rotates, flips, relights and erases at random, blurs a few photos and takes
-    the colour from a few, but changes no colour into another, which tells a red apple from a green
-    one; "drawing" only crops, rotates and shears, since a mirrored character is a different one;
-    "none" scales to size.
+    kind: "photo" crops, rotates, flips, relights and erases at random, and blurs some photos or
+    turns them grey; it never changes the hue, which tells a red apple from a green one; "drawing"
+    only crops, rotates and shears, since a mirrored character is a different one; "none" scales to
+    size.
     """
     crop = K.RandomResizedCrop((size, size), scale=(0.35 if kind == "photo" else 0.7, 1.0))
     transforms = {

@@ -94,9 +94,9 @@ class Batches:
 
 
 def _on(device: torch.device, pixels: npt.NDArray[np.uint8]) -> Tensor:
-    """Return all photos: on a GPU if they leave it room to train, else mapped from disk as before.
+    """Return all photos: on a GPU if they leave it room to train, else mapped from disk.
 
-    A GPU would wait longer for the photos of a step than it takes for the step.
+    Reading a step's photos from disk takes longer than a GPU needs for the step.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
