@@ -9,8 +9,10 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from openvino.tools.ovc.logger import get_logger_state
@@ -24,6 +26,7 @@ from npair.publishing.graphs import ENGINES, write_graphs
 from npair.releasing.release import check_pins
 from npair.releasing.repository import open_repository
 from npair.serving.embedder import Embedder
+from npair.serving.engine import import_openvino
 from npair.training.checkpoint import load_network
 from npair.training.train import train
 
@@ -101,6 +104,34 @@ def test_engines_are_measured(published: Path) -> None:
         assert (published / "1" / graph).exists() == (
             graph in {engine["graph"] for engine in kept.values()}
         )
+
+
+@pytest.mark.parametrize("folder", ["published", "shipped"])
+def test_int8_is_exact_without_vnni(folder: str, request: pytest.FixtureRequest) -> None:
+    """Without VNNI, CPUs add two products of 8 bits in 16: 2 * 255 * 64 fits, 2 * 255 * 127 does
+    not. Depthwise convolutions add single products.
+    """
+    version = SHIPPED if folder == "shipped" else request.getfixturevalue("published") / "1"
+    graph = import_openvino().Core().read_model(version / "network-int8.xml")
+    weights = [
+        constant
+        for operation in graph.get_ops()
+        if operation.get_type_name() in ("Convolution", "MatMul")
+        for constant in quantised_weights(operation)
+    ]
+    assert weights
+    assert max(np.abs(each.astype(int)).max() for each in weights) <= 64
+
+
+def quantised_weights(operation: Any) -> list[npt.NDArray[np.int8]]:
+    """The int8 constants from which an operation's second input is computed."""
+    above, found = [operation.input_value(1).get_node()], []
+    while above:
+        node = above.pop()
+        if node.get_type_name() == "Constant":
+            found.append(node.data)
+        above += [each.get_node() for each in node.input_values()]
+    return [each for each in found if each.dtype == np.int8]
 
 
 def test_graph_is_the_network(published: Path, trained: Path) -> None:

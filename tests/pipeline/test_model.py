@@ -124,8 +124,8 @@ def test_counts_what_it_embeds(served: Served, published: Path) -> None:
     embedder = Embedder(published / "1", cores=1)
 
     def norm(photo: bytes) -> float:
-        pixels = decode(photo, embedder.preprocessing, UNLIMITED)[np.newaxis]
-        return float(np.linalg.norm(embedder.network(pixels, all_cores=False)))
+        pixels = decode(photo, embedder.preprocessing, UNLIMITED)
+        return float(np.linalg.norm(embedder.network([pixels], all_cores=False)))
 
     def counted() -> tuple[float, ...]:
         names, series = (

@@ -143,8 +143,8 @@ def _quantised(model: Any, calibration: npt.NDArray[np.uint8]) -> Any:
         fast_bias_correction=False,
         advanced_parameters=nncf.AdvancedQuantizationParameters(
             activations_range_estimator_params=RangeEstimatorParametersSet.HISTOGRAM,
-            # For CPUs without VNNI, on which int8 is not used.
-            overflow_fix=nncf.OverflowFix.DISABLE,
+            # Weights of 7 bits, since CPUs without VNNI add products in pairs, in 16 bits.
+            overflow_fix=nncf.OverflowFix.ENABLE,
         ),
     )
 
