@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument(
         "--version",
         type=Path,
-        default=Path("model_repository/npair/15"),
+        default=Path("model_repository/npair/16"),
         help="folder of the published version (%(default)s)",
     )
     arguments = parser.parse_args()

@@ -189,7 +189,7 @@ def test_outputs_are_not_mixed(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "others").mkdir()
     (tmp_path / "others/1.png").write_bytes(PNG)
     for (named, version), reason in [
-        ((photos, other), r"holds vectors of version 15 .* not of version 16 .* never mixed"),
+        ((photos, other), r"holds vectors of version 16 .* not of version 17 .* never mixed"),
         ((tmp_path / "others", SHIPPED), f"is unfinished, with the list {photos};"),
     ]:
         with pytest.raises(BulkError, match=reason):

@@ -16,8 +16,8 @@ from collections.abc import Callable
 
 WAITING = "nv_inference_pending_request_count"
 ADDRESS = "NPAIR_METRICS_ADDRESS"  # the variable in which serve.py names the server's metrics port
-# Seconds between two looks at the queue, the second while half of the limit or fewer wait. A look
-# takes half a millisecond of CPU.
+# Seconds between looks at the queue: INTERVAL while more than half of the limit wait, otherwise
+# CALM_INTERVAL, since a look takes half a millisecond of CPU.
 INTERVAL, CALM_INTERVAL = 0.05, 0.25
 TIMEOUT = 1.0  # seconds
 

@@ -183,7 +183,8 @@ class Embedder:
             full = len(items) // (BATCH * self.threads) * BATCH * self.threads
             batches = [items[start : start + BATCH] for start in range(0, full, BATCH)]
             singles = [items[start : start + 1] for start in range(full, len(items))]
-            parts = self.pool.map(embed, batches + singles, itertools.repeat(False))
+            run = self.pool.map if self.threads > 1 else map
+            parts = run(embed, batches + singles, itertools.repeat(False))
             return [answer for answers in parts for answer in answers]
 
     @contextlib.contextmanager
@@ -220,7 +221,7 @@ class Embedder:
         vectors: list[Vector] = []
         for part in [pixels] if len(pixels) == BATCH else [[photo] for photo in pixels]:
             began = time.perf_counter()
-            embeddings = self.network(np.stack(part), all_cores=all_cores)
+            embeddings = self.network(part, all_cores=all_cores)
             seconds = time.perf_counter() - began
             vectors.extend(unit(embeddings))
             norm = float(np.linalg.norm(embeddings, axis=1).sum())
