@@ -10,7 +10,7 @@ run in turn, for several rounds, under the same load from wrk: closed loops of 1
 connections. The load checks the status and size of every answer; before it, every photo's embedding
 is checked. Prints tables in Markdown; --json keeps all measurements.
 
---also adds another version of npair to the same rounds. Check out a retired one from the history:
+--also adds other versions of npair to the same rounds. Check out a retired one from the history:
 
     git worktree add ../older COMMIT
     make bench ARGS='--short --seconds 3 --also ../older/model_repository/npair/10'
@@ -83,8 +83,9 @@ def main() -> None:
 
     bench = Bench(photos, arguments)
     contestants = [Contestant(ALL[0], "npair", Setting(2, 1))]
-    if arguments.also:
-        contestants.append(Contestant(ALL[0], "npair", Setting(2, 1), arguments.also.resolve()))
+    contestants += [
+        Contestant(ALL[0], "npair", Setting(2, 1), version.resolve()) for version in arguments.also
+    ]
     by_name = {peer.name: peer for peer in ALL}
     tuned = [
         bench.tuned(by_name[name], mode)
@@ -147,7 +148,9 @@ def options() -> argparse.Namespace:
         default=list(OTHERS),
         help="networks in wide use (all)",
     )
-    parser.add_argument("--also", type=Path, help="folder of another npair version")
+    parser.add_argument(
+        "--also", type=Path, nargs="+", default=[], help="folders of other npair versions"
+    )
     parser.add_argument(
         "--short",
         action="store_true",
