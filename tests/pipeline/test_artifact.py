@@ -108,8 +108,8 @@ def test_engines_are_measured(published: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["published", "shipped"])
 def test_int8_is_exact_without_vnni(folder: str, request: pytest.FixtureRequest) -> None:
-    """Without VNNI, CPUs add two products of 8 bits in 16: 2 * 255 * 64 fits, 2 * 255 * 127 does
-    not. Depthwise convolutions add single products.
+    """Without VNNI, CPUs add pairs of products in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 does
+    not. Depthwise convolutions make no pairs.
     """
     version = SHIPPED if folder == "shipped" else request.getfixturevalue("published") / "1"
     graph = import_openvino().Core().read_model(version / "network-int8.xml")

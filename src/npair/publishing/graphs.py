@@ -143,7 +143,7 @@ def _quantised(model: Any, calibration: npt.NDArray[np.uint8]) -> Any:
         fast_bias_correction=False,
         advanced_parameters=nncf.AdvancedQuantizationParameters(
             activations_range_estimator_params=RangeEstimatorParametersSet.HISTOGRAM,
-            # Weights of 7 bits, since CPUs without VNNI add products in pairs, in 16 bits.
+            # Weights of 7 bits: CPUs without VNNI add pairs of products in 16 bits.
             overflow_fix=nncf.OverflowFix.ENABLE,
         ),
     )
