@@ -28,7 +28,7 @@ def keep_freed_memory() -> None:
     if mallopt:
         for parameter, value in (
             (M_MMAP_MAX, 0),
-            (M_TRIM_THRESHOLD, 2**31 - 1),
+            (M_TRIM_THRESHOLD, -1),
             (M_ARENA_MAX, 1),
         ):
             mallopt(parameter, value)
