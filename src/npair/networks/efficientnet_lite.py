@@ -13,7 +13,7 @@ import re
 import textwrap
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,20 +86,16 @@ class SameConv2d(nn.Conv2d):
         return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
 
 
-def activated(conv: SameConv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """Convolve, normalise and apply ReLU6: in place in training, which halves its memory."""
-    return F.relu6(normalised(conv, norm, x), inplace=conv.training)
-
-
-def normalised(conv: SameConv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """Convolve, then normalise by ImageNet's means and variances, in training as well.
+def normalised(conv: SameConv2d, norm: nn.BatchNorm2d, x: Tensor, *, relu6: bool = True) -> Tensor:
+    """Convolve, normalise by ImageNet's means and variances, in training as well, and clip.
 
     Those of a million photos describe new photos better than those of small batches. As they are
     fixed, a layer's gains can be multiplied into its weights: training is then faster, and keeps
     one map of each layer in memory instead of three.
     """
     if not conv.training:
-        return cast("Tensor", norm(conv(x)))
+        scaled: Tensor = norm(conv(x))
+        return F.relu6(scaled) if relu6 else scaled
     assert norm.running_mean is not None  # it tracks statistics
     assert norm.running_var is not None
     gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
@@ -110,31 +106,40 @@ def normalised(conv: SameConv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     # On CPUs, oneDNN's bf16 gradients of these take 2 to 10 times as long as in fp32.
     slow = device == "cpu" and conv.groups > 1 and (conv.stride[0] > 1 or conv.kernel_size[0] > 3)
     inner = torch.float32 if slow and dtype == torch.bfloat16 else dtype
-    options = conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups
     with torch.autocast(device, enabled=False):
         inputs = conv.pad(x).to(inner), weight.to(inner), bias.to(inner)
-        return cast("Tensor", _Convolution.apply(*inputs, *options).to(dtype))  # type: ignore[no-untyped-call]
+        options = conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups
+        output: Tensor = _Convolution.apply(relu6, *inputs, *options)  # type: ignore[no-untyped-call]
+        return output.to(dtype)
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution whose bias gets its gradient by a sum.
+    """A convolution, and ReLU6 in place: its gradient needs the output, as the next layer's does.
 
-    On CPUs, oneDNN's own gradient of the bias takes three times as long.
+    The bias gets its gradient by a sum. On CPUs, oneDNN's own takes three times as long.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, *options: Any) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(
+        ctx: Any, relu6: bool, x: Tensor, weight: Tensor, bias: Tensor, *options: Any
+    ) -> Tensor:
+        output: Tensor = torch.ops.aten.convolution(x, weight, bias, *options)
+        if relu6:
+            output.clamp_(0, 6)
+        ctx.save_for_backward(x, weight, output if relu6 else None)
         ctx.options = options
-        return cast("Tensor", torch.ops.aten.convolution(x, weight, bias, *options))
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = [*ctx.needs_input_grad[:2], False]
+        x, weight, output = ctx.saved_tensors
+        if output is not None:
+            gradient = torch.ops.aten.hardtanh_backward(gradient, output, 0, 6)
+        wanted = [*ctx.needs_input_grad[1:3], False]
         of_x, of_weight, _ = torch.ops.aten.convolution_backward(
-            gradient, *ctx.saved_tensors, None, *ctx.options, wanted
+            gradient, x, weight, None, *ctx.options, wanted
         )
-        return of_x, of_weight, gradient.sum((0, 2, 3)), *[None] * len(ctx.options)
+        return None, of_x, of_weight, gradient.sum((0, 2, 3)), *[None] * len(ctx.options)
 
 
 class Block(nn.Module):
@@ -156,9 +161,9 @@ class Block(nn.Module):
         self.project_conv, self.bn2 = SameConv2d(inner, channels, 1), _norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = activated(self.expand_conv, self.bn0, x) if self.expands else x
-        inner = activated(self.depthwise_conv, self.bn1, inner)
-        projected = normalised(self.project_conv, self.bn2, inner)
+        inner = normalised(self.expand_conv, self.bn0, x) if self.expands else x
+        inner = normalised(self.depthwise_conv, self.bn1, inner)
+        projected = normalised(self.project_conv, self.bn2, inner, relu6=False)
         return x + projected if self.adds else projected
 
 
@@ -186,8 +191,8 @@ class EfficientNetLite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Photos [N, 3, H, W], standardised by MEAN and STD -> mean of the last map [N, 1280]."""
-        x = self.blocks(activated(self.conv_stem, self.bn0, x))
-        return activated(self.conv_head, self.bn1, x).mean(dim=(2, 3))
+        x = self.blocks(normalised(self.conv_stem, self.bn0, x))
+        return normalised(self.conv_head, self.bn1, x).mean(dim=(2, 3))
 
 
 def load_weights(network: EfficientNetLite, name: str, file: Path | None = None) -> str:
