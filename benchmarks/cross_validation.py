@@ -1,6 +1,6 @@
 """Recall of the recipe on photos of other visits, by cross-validation.
 
-    python benchmarks/cross_validation.py --data data/grocery --epochs 100
+    python benchmarks/cross_validation.py --data data/grocery --epochs 17
 
 Trains and scores on folds of lookalikes, each held back once. A run whose result is on file is
 skipped, so the command can be stopped and started again.
@@ -26,7 +26,7 @@ FOLDS = 3
 
 def main() -> None:
     parser = parser_of(__doc__ or "", "cross-validation")
-    parser.add_argument("--epochs", type=int, default=100, help="(%(default)s)")
+    parser.add_argument("--epochs", type=int, default=0, help="(as npair train chooses)")
     arguments = parser.parse_args()
     configs = {("recipe", 0): TrainConfig(epochs=arguments.epochs, evaluations=0)}
     folds = partial(lookalike_folds, ["train", "val"], arguments)
