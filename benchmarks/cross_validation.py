@@ -26,7 +26,7 @@ FOLDS = 3
 
 def main() -> None:
     parser = parser_of(__doc__ or "", "cross-validation")
-    parser.add_argument("--epochs", type=int, default=0, help="(as npair train chooses)")
+    parser.add_argument("--epochs", type=int, default=0, help="(chosen by npair train)")
     arguments = parser.parse_args()
     configs = {("recipe", 0): TrainConfig(epochs=arguments.epochs, evaluations=0)}
     folds = partial(lookalike_folds, ["train", "val"], arguments)

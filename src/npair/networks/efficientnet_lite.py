@@ -87,11 +87,12 @@ class SameConv2d(nn.Conv2d):
 
 
 def normalised(conv: SameConv2d, norm: nn.BatchNorm2d, x: Tensor, *, relu6: bool = True) -> Tensor:
-    """Convolve, normalise by ImageNet's means and variances, in training as well, and clip.
+    """Convolve, normalise and, unless ``relu6`` is false, apply ReLU6.
 
-    Those of a million photos describe new photos better than those of small batches. As they are
-    fixed, a layer's gains can be multiplied into its weights: training is then faster, and keeps
-    one map of each layer in memory instead of three.
+    Normalisation keeps ImageNet's means and variances, in training as well: those of a million
+    photos describe new photos better than those of a small batch. As they are fixed, training
+    multiplies each layer's gains into its weights. That is faster, and keeps one map of each layer
+    in memory instead of three.
     """
     if not conv.training:
         scaled: Tensor = norm(conv(x))
@@ -114,9 +115,10 @@ def normalised(conv: SameConv2d, norm: nn.BatchNorm2d, x: Tensor, *, relu6: bool
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution, and ReLU6 in place: its gradient needs the output, as the next layer's does.
+    """A convolution and, if wanted, ReLU6.
 
-    The bias gets its gradient by a sum. On CPUs, oneDNN's own takes three times as long.
+    ReLU6's gradient is computed from its output, which the next layer keeps anyway. The bias's is
+    summed here, because oneDNN takes at least twice as long on CPUs.
     """
 
     @staticmethod
