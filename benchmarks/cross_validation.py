@@ -1,9 +1,9 @@
 """Recall of the recipe on photos of other visits, by cross-validation.
 
-    python benchmarks/cross_validation.py --data data/grocery --epochs 17
+    python benchmarks/cross_validation.py --data data/grocery --epochs 17 --frozen-stages 0 3 5
 
-Trains and scores on folds of lookalikes, each held back once. A run whose result is on file is
-skipped, so the command can be stopped and started again.
+Trains and scores on folds of lookalikes, each held back once, with each number of frozen stages. A
+run whose result is on file is skipped, so the command can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -22,20 +22,38 @@ from npair.scoring.intervals import over_seeds
 from npair.training.run import TrainConfig
 
 FOLDS = 3
+MEASURES = ("fine", "coarse", "map_at_r", "eer")
 
 
 def main() -> None:
     parser = parser_of(__doc__ or "", "cross-validation")
     parser.add_argument("--epochs", type=int, default=0, help="(chosen by npair train)")
+    parser.add_argument("--frozen-stages", type=int, nargs="+", default=[3], help="(3)")
     arguments = parser.parse_args()
-    configs = {("recipe", 0): TrainConfig(epochs=arguments.epochs, evaluations=0)}
+    configs = {
+        (variant_of(stages), 0): TrainConfig(
+            frozen_stages=stages, epochs=arguments.epochs, evaluations=0
+        )
+        for stages in arguments.frozen_stages
+    }
     folds = partial(lookalike_folds, ["train", "val"], arguments)
     rows = rows_of(arguments, configs, folds, run_one)
-    for kind in ("fine", "coarse"):
-        print(
-            f"Recall@1 {kind}: "
-            f"{' ± '.join(f'{number:.3f}' for number in over_seeds([row[kind] for row in rows]))}"
-        )
+    print("| variant | folds | Recall@1 fine | coarse | MAP@R | EER |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = [row for row in rows if row["variant"] == variant]
+        cells = [interval([row[name] for row in own]) for name in MEASURES]
+        print(f"| {variant} | {len(own)} | {' | '.join(cells)} |")
+
+
+def variant_of(frozen_stages: int) -> str:
+    return f"{frozen_stages} frozen stages"
+
+
+def interval(values: Sequence[float]) -> str:
+    """The mean of the folds with its 95 % interval, by Student's t; one fold has no interval."""
+    numbers = over_seeds(values) if len(values) > 1 else values
+    return " ± ".join(f"{number:.3f}" for number in numbers)
 
 
 def lookalike_folds(splits: Sequence[str], arguments: argparse.Namespace) -> Mapping[int, Path]:

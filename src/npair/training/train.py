@@ -27,6 +27,7 @@ from npair.data.checks import Findings
 from npair.data.dataset import Dataset
 from npair.data.pixels import decode_dataset, default_cache
 from npair.data.sources import read_dataset
+from npair.networks.efficientnet_lite import EfficientNetLite
 from npair.networks.network import EmbeddingNetwork, build_network, embed, new_network
 from npair.scoring.evaluate import compare
 from npair.training.augmentation import DECODE_SCALE
@@ -88,6 +89,8 @@ def train(
             network = build_network(started["network"])
         else:
             network = _start_run(run, config, dataset, findings)
+        if isinstance(network.backbone, EfficientNetLite):
+            network.backbone.freeze(config.frozen_stages)
         score = _score_on_val(dataset, config, cache) if config.evaluations else None
         say(*findings.lines(), *summary(config, dataset, network, batches))
         state = TrainingState.start(network, config, device)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.architectures import check_rebuilt_and_exported
 from support.models import ROOT
-from torch import Tensor
+from torch import Tensor, nn
 
 from npair.networks import NetworkError
 from npair.networks.efficientnet_lite import VARIANTS, EfficientNetLite, load_weights
@@ -108,6 +108,16 @@ def test_trains_and_exports(tmp_path: Path) -> None:
     network(photos).square().sum().backward()
     assert not [name for name, parameter in network.named_parameters() if parameter.grad is None]
     check_rebuilt_and_exported(network, description, photos, tmp_path)
+
+
+@pytest.mark.parametrize(("stages", "blocks"), [(0, 0), (1, 1), (3, 5), (7, 16)])
+def test_frozen_stages_get_no_gradients(stages: int, blocks: int) -> None:
+    network = EfficientNetLite(NAME)
+    network.freeze(stages)
+    network(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    first = nn.ModuleList([network.conv_stem, network.bn0, network.blocks[:blocks]])
+    kept = set(first.parameters()) if stages else set()
+    assert {parameter for parameter in network.parameters() if parameter.grad is None} == kept
 
 
 def test_takes_other_weights_of_the_same_network(tmp_path: Path) -> None:
