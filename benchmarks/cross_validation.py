@@ -28,7 +28,14 @@ MEASURES = ("fine", "coarse", "map_at_r", "eer")
 def main() -> None:
     parser = parser_of(__doc__ or "", "cross-validation")
     parser.add_argument("--epochs", type=int, default=0, help="(chosen by npair train)")
-    parser.add_argument("--frozen-stages", type=int, nargs="+", default=[3], help="(3)")
+    parser.add_argument(
+        "--frozen-stages",
+        type=int,
+        nargs="+",
+        default=[TrainConfig().frozen_stages],
+        metavar="N",
+        help="numbers of stages to compare (that of npair train)",
+    )
     arguments = parser.parse_args()
     configs = {
         (variant_of(stages), 0): TrainConfig(
@@ -42,18 +49,16 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == variant]
-        cells = [interval([row[name] for row in own]) for name in MEASURES]
+        if len(own) < 2:
+            continue  # one fold has no interval
+        cells = [
+            "{:.3f} ± {:.3f}".format(*over_seeds([row[name] for row in own])) for name in MEASURES
+        ]
         print(f"| {variant} | {len(own)} | {' | '.join(cells)} |")
 
 
 def variant_of(frozen_stages: int) -> str:
     return f"{frozen_stages} frozen stages"
-
-
-def interval(values: Sequence[float]) -> str:
-    """The mean of the folds with its 95 % interval, by Student's t; one fold has no interval."""
-    numbers = over_seeds(values) if len(values) > 1 else values
-    return " ± ".join(f"{number:.3f}" for number in numbers)
 
 
 def lookalike_folds(splits: Sequence[str], arguments: argparse.Namespace) -> Mapping[int, Path]:

@@ -194,7 +194,7 @@ class EfficientNetLite(nn.Module):
         self.conv_head, self.bn1 = SameConv2d(channels_in, HEAD, 1), _norm(HEAD)
 
     def freeze(self, stages: int) -> None:
-        """Keep the weights of the stem and of the first ``stages`` as they are; 0 keeps none."""
+        """Exclude the stem and this many of the first stages from training; 0 excludes nothing."""
         if stages:
             for part in (self.conv_stem, self.bn0, self.blocks[: self.stage_ends[stages - 1]]):
                 part.requires_grad_(False)

@@ -95,7 +95,7 @@ def summary(
         where = f"{world_size()} processes, each on {where}"
     weights = "random weights" if config.network == "compact" else "pretrained weights"
     if config.network in VARIANTS and config.frozen_stages:
-        weights += f" and keeps those of its first {config.frozen_stages} stages"
+        weights += f" and keeps those of the first {config.frozen_stages} of 7 stages"
     return [
         f"photos: {splits}, {len(dataset.train.fine_names)} classes; {dataset.made}",
         f"network {config.network}, which starts from {weights}: {parameters:.1f} M"

@@ -72,8 +72,8 @@ class TrainConfig:
     )
     frozen_stages: int = _knob(
         3,
-        "of an EfficientNet-Lite: the stem and this many of its 7 stages keep their first weights;"
-        " 0: train all",
+        "of an EfficientNet-Lite: how many of its 7 stages, beside the stem, keep the weights that"
+        " they start from; 0: train everything",
         least=0,
         most=7,
     )
