@@ -38,15 +38,21 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     configs = {
-        (variant_of(stages), 0): TrainConfig(
+        (variant_of(stages, arguments.epochs), 0): TrainConfig(
             frozen_stages=stages, epochs=arguments.epochs, evaluations=0
         )
         for stages in arguments.frozen_stages
     }
     folds = partial(lookalike_folds, ["train", "val"], arguments)
-    rows = rows_of(arguments, configs, folds, run_one)
-    print("| variant | folds | Recall@1 fine | coarse | MAP@R | EER |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(table(rows_of(arguments, configs, folds, run_one)))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The variants' means and 95 % intervals over folds in Markdown."""
+    lines = [
+        "| variant | folds | Recall@1 fine | coarse | MAP@R | EER |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == variant]
         if len(own) < 2:
@@ -54,11 +60,13 @@ def main() -> None:
         cells = [
             "{:.3f} ± {:.3f}".format(*over_seeds([row[name] for row in own])) for name in MEASURES
         ]
-        print(f"| {variant} | {len(own)} | {' | '.join(cells)} |")
+        lines.append(f"| {variant} | {len(own)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def variant_of(frozen_stages: int) -> str:
-    return f"{frozen_stages} frozen stages"
+def variant_of(frozen_stages: int, epochs: int) -> str:
+    """Name a variant. epochs: 0 for as many as ``npair train`` chooses."""
+    return f"{frozen_stages} frozen stages" + (f", {epochs} epochs" if epochs else "")
 
 
 def lookalike_folds(splits: Sequence[str], arguments: argparse.Namespace) -> Mapping[int, Path]:

@@ -10,14 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import cross_validation
 import jinja2
 import robustness
 import unseen
-from cross_validation import variant_of
 
 from npair.networks.network import build_network, multiply_adds
 from npair.scoring.evaluate import Evaluation
-from npair.scoring.intervals import over_seeds
 from npair.scoring.report import DEFINITIONS
 from npair.scoring.retrieval import MEASURES
 
@@ -40,10 +39,6 @@ def card(version: Path) -> str:
     manifest = json.loads((version / "manifest.json").read_bytes())
     scores = Evaluation.from_dict(manifest["metrics"]["val"])
     training = manifest["training"]
-    frozen_stages = training["train"].get("frozen_stages", 0)  # versions up to 16 had none
-    folds = [
-        row for row in rows("cross-validation.jsonl") if row["variant"] == variant_of(frozen_stages)
-    ]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         undefined=jinja2.StrictUndefined,
@@ -63,9 +58,8 @@ def card(version: Path) -> str:
             (DEFINITIONS[name][0], getattr(scores.fine, name), getattr(scores.coarse, name))
             for name in MEASURES
         ],
-        frozen_stages=frozen_stages,
-        folds=folds,
-        across={kind: over_seeds([row[kind] for row in folds]) for kind in ("fine", "coarse")},
+        frozen_stages=training["train"].get("frozen_stages", 0),  # versions up to 16 had none
+        cross_validation=cross_validation.table(rows("cross-validation.jsonl")),
         scored=rows("scored.jsonl"),
         robustness=robustness.table(rows("robustness.jsonl")),
         unseen=unseen.table(rows("unseen.jsonl")),
