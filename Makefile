@@ -50,6 +50,9 @@ install: .venv/dev ## Prepare .venv for training, tests and serving
 serve: .venv/serve ## Start Triton with model_repository/ (HTTP_PORT, GRPC_PORT, METRICS_PORT, BIND_ADDRESS)
 	@exec $(BIN)/python model/api/serve.py
 
+# Two processes share the cores: threads that spin while they wait for work would take them from each other.
+test test-fast test-faults test-bulk test-upgrade: export OMP_WAIT_POLICY := passive
+
 test: .venv/dev .venv/clients/installed .venv/kubernetes ## Run all tests, on real servers (those of the search page need chromium and chromedriver)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
