@@ -142,6 +142,22 @@ def test_graph_is_the_network(published: Path, trained: Path) -> None:
         assert np.einsum("nd,nd->n", embedder.embed(pixels[:batch]), expected).min() > 0.99999
 
 
+def test_two_views_are_served_as_they_were_trained(
+    repository: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Each weight is in the graph once and has two uses there."""
+    assert train(dataset, tmp_path / "run", dataclasses.replace(TINY, views=2))
+    folder = publish_into(repository, tmp_path / "run", dataset)
+    engines = json.loads((folder / "manifest.json").read_text())["engines"]
+    assert {"openvino-int8", "openvino-fp32", "torch"} <= set(engines)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    expected = embed(load_network(tmp_path / "run"), pixels)
+    for name in engines:
+        embedder = Embedder(folder, cores=1, engine=name)
+        cosines = np.einsum("nd,nd->n", embedder.embed(pixels), expected)
+        assert cosines.min() > (0.99999 if name.endswith("fp32") else 0.99), (name, cosines)
+
+
 def test_code_is_the_serving_code(published: Path) -> None:
     for name in artifact.CODE:
         assert (published / "1" / name).read_bytes() == (
