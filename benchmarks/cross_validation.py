@@ -66,7 +66,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def variant_of(frozen_stages: int, epochs: int) -> str:
     """Name a variant. epochs: 0 for as many as ``npair train`` chooses."""
-    return f"{frozen_stages} frozen stages" + (f", {epochs} epochs" if epochs else "")
+    return f"{frozen_stages} frozen stages, {epochs or 'default'} epochs"
 
 
 def lookalike_folds(splits: Sequence[str], arguments: argparse.Namespace) -> Mapping[int, Path]:
