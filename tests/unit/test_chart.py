@@ -273,7 +273,7 @@ def test_a_job_changes_all_pods() -> None:
     assert only(resources, "Service", url)["spec"]["clusterIP"] == "None"
     (models,) = (m for m in container["volumeMounts"] if m["mountPath"] == "/models")
     assert "readOnly" not in models
-    pip = f"'npair[release,s3]=={npair.__version__}'"
+    pip = f"'npair[release,s3,gs]=={npair.__version__}'"
     assert pip in container["args"][0], "appVersion in Chart.yaml is the version of npair"
     own = rendered(*VOLUME, "--set=promotion.command=rollback,promotion.package=")
     (container,) = pods(own)["Job"]["containers"]
