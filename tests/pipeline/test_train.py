@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +19,12 @@ from support.models import TINY, TINY_OPTIONS
 from npair.cli.evaluate import embed_run
 from npair.data.pixels import decode_dataset, default_cache
 from npair.data.sources import read_dataset
+from npair.networks.network import new_network
 from npair.publishing.drawings import write_dataset
-from npair.training.checkpoint import load_network, moving_average
-from npair.training.defaults import choose_defaults
+from npair.training.checkpoint import TrainingState, load_network, moving_average
+from npair.training.defaults import choose_defaults, default_epochs
 from npair.training.run import RunError, TrainConfig
-from npair.training.train import interruption, schedule, train
+from npair.training.train import batch_recall, interruption, schedule, train
 
 
 def weights(run: Path) -> torch.Tensor:
@@ -135,30 +138,26 @@ def test_early_stopping_keeps_the_best_network(dataset: Path, tmp_path: Path) ->
     )
     kept = embed_run(tmp_path / "run", dataset_, pixels, "val").evaluate()
     assert kept.fine.recall_at_1.value == max(recalls)
+    assert train(dataset, tmp_path / "run", config, resume=True), "a run that stopped has ended"
+    assert len(read_log(tmp_path / "run")) == len(recalls)
 
 
 def test_chooses_by_the_data(dataset: Path, tmp_path: Path) -> None:
     photos = read_dataset(dataset).train
     chosen = choose_defaults(TrainConfig(), photos)
-    assert (chosen.network, chosen.augmentation, chosen.epochs) == (
-        "efficientnet-lite0",
-        "photo",
-        150,
-    )
+    assert (chosen.network, chosen.augmentation) == ("efficientnet-lite0", "photo")
     assert (chosen.size, chosen.crop_size, chosen.views, chosen.learning_rate) == (
         128,
         112,
         1,
         4e-4,
     )
-    assert choose_defaults(TrainConfig(size=64, epochs=3), photos).epochs == 3
     chosen = choose_defaults(TrainConfig(network="compact"), photos)
-    assert (chosen.size, chosen.crop_size, chosen.views, chosen.augmentation, chosen.epochs) == (
+    assert (chosen.size, chosen.crop_size, chosen.views, chosen.augmentation) == (
         128,
         80,
         2,
         "photo",
-        400,
     )
     chosen = choose_defaults(TrainConfig(network="facebook/dinov2-small", size=210), photos)
     assert (chosen.size, chosen.crop_size, chosen.views, chosen.learning_rate) == (
@@ -176,6 +175,53 @@ def test_chooses_by_the_data(dataset: Path, tmp_path: Path) -> None:
         1,
         "drawing",
     )
+
+
+def test_epochs_follow_the_number_of_photos() -> None:
+    assert [default_epochs("compact", photos) for photos in (24, 2_640, 10**6)] == [400, 300, 10]
+    assert [default_epochs("efficientnet-lite0", n) for n in (24, 2_640, 10**6)] == [150, 68, 10]
+
+
+def test_a_run_interrupted_after_every_step_misses_no_row(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(embeddings: torch.Tensor) -> torch.Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return batch_recall(embeddings)
+
+    config = dataclasses.replace(TINY, epochs=2, evaluations=2)
+    monkeypatch.setattr("npair.training.train.batch_recall", interrupted)
+    assert not train(dataset, tmp_path / "run", config)
+    while not train(dataset, tmp_path / "run", config, resume=True):
+        pass
+    rows = read_log(tmp_path / "run")
+    assert [(row["epoch"], "val" in row) for row in rows] == [(1, True), (2, True)]
+
+
+def test_a_resumed_run_has_a_row_for_each_epoch(
+    dataset: Path, trained: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    rows = (run / "log.jsonl").read_text()
+    one_too_many = rows.splitlines()[-1].replace('"epoch": 2', '"epoch": 3')
+    (run / "log.jsonl").write_text(f"{rows}{one_too_many}\n{one_too_many[:40]}")
+    assert train(dataset, run, TINY, resume=True)
+    assert (run / "log.jsonl").read_text() == rows
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
+    network, _ = new_network("compact", width=8, views=1)
+    state = TrainingState.start(network, TrainConfig(), torch.device("cpu"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"checkpoint\.pt cannot be written .*make room"):
+            state.save(tmp_path / "checkpoint.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_does_not_write_over_a_run(dataset: Path, trained: Path) -> None:

@@ -194,12 +194,13 @@ def load_dataset(
 
     splits: what holds SPLIT_OPTIONS, by default the arguments.
     """
+    from npair.data.dataset import HoldOut
     from npair.data.pixels import decode_dataset, default_cache
     from npair.data.sources import read_dataset
 
-    options = {name: getattr(splits or arguments, name) for name in SPLIT_OPTIONS}
-    dataset = read_dataset(arguments.data, **options)
-    return decode_dataset(dataset, preprocessing, arguments.cache or default_cache())
+    hold_out = HoldOut(**{name: getattr(splits or arguments, name) for name in SPLIT_OPTIONS})
+    cache = arguments.cache or default_cache()
+    return decode_dataset(read_dataset(arguments.data), preprocessing, cache, hold_out)
 
 
 def command_line(*words: object, repository: str = MODEL_FOLDER) -> str:

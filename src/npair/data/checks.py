@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from npair.data.dataset import SPLITS, Dataset
+from npair.data.dataset import SPLITS, DataError, Dataset, HoldOut, hold_out_val
 from npair.data.files import OTHER_SUFFIXES, SUFFIXES, shown, summary
 
 # With fewer, a network learns these photos by heart rather than the products they show.
@@ -79,12 +79,15 @@ class Findings:
 
 
 def clean(
-    dataset: Dataset, digests: Mapping[Path, str], corrupt: Mapping[Path, str]
+    dataset: Dataset, digests: Mapping[Path, str], corrupt: Mapping[Path, str], hold_out: HoldOut
 ) -> tuple[Dataset, Findings]:
     """Leave out corrupt photos and all but one copy of each other, the one in the latest split.
 
+    Then divide the rest, if the data set has no splits: copies would decide which of them is val.
+
     digests: SHA-256 of each photo that could be read. corrupt: why photos cannot be used.
     Returns: the data set, with the digests of its photos, and the findings.
+    Raises: DataError for too few classes.
     """
     places: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for split, photos in dataset.splits.items():
@@ -110,7 +113,10 @@ def clean(
         for split, photos in dataset.splits.items()
         if kept[split] or split == "train"
     }
-    train = splits["train"]
+    cleaned = replace(dataset, splits=splits, digests=digests)
+    if not dataset.made:
+        cleaned = hold_out_val(cleaned, hold_out)
+    train = cleaned.train
     counts = np.bincount(train.fine, minlength=len(train.fine_names))
     findings = Findings(
         corrupt=tuple(corrupt.items()),
@@ -122,7 +128,13 @@ def clean(
         median=float(np.median(counts[counts > 0])) if len(train) else 0.0,
         ignored=dataset.ignored,
     )
-    return replace(dataset, splits=splits, digests=digests), findings
+    usable = int((counts >= 2).sum())
+    if usable < 2:
+        raise DataError(
+            f"training needs at least two classes with two photos each, {usable} remained in train;"
+            f" add photos. {' '.join(findings.lines())}"
+        )
+    return cleaned, findings
 
 
 def _first(things: Sequence[str]) -> str:

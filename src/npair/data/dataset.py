@@ -6,7 +6,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +63,7 @@ class Photos:
 class Dataset:
     """Photos by split: ``train`` and, if the data set has them, ``val`` and ``test``.
 
-    made: how the photos were divided, in words; empty if they are yet to be divided.
+    made: how the photos were divided, in words; empty if all are in train and yet to be divided.
     ignored: files and folders beside the photos that are not part of the data set.
     digests: SHA-256 of the photos that have been read, by path.
     """
@@ -98,6 +98,19 @@ class Dataset:
                 coarse = photos.coarse_names[photos.coarse[index]]
                 digest.update(json.dumps([split, photo, fine, coarse]).encode())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """How train is divided if a data set has no splits, as a function of the seed.
+
+    Moves ``val_share`` of each class with at least three photos to val (``split_by="photo"``), or
+    that share of the classes, at least two (``"class"``).
+    """
+
+    split_by: str = "photo"
+    val_share: float = 0.1
+    seed: int = 0
 
 
 class Row(NamedTuple):
@@ -157,35 +170,34 @@ def by_split(
     return splits
 
 
-def hold_out_val(dataset: Dataset, split_by: str, val_share: float, seed: int) -> Dataset:
-    """Move a share of train's photos, or of its classes, to val, as ``read_dataset`` says.
-
-    Raises: DataError for options out of range or too few classes.
-    """
-    photos, rng = dataset.train, np.random.default_rng(seed)
-    if not 0 < val_share < 1:
-        raise DataError(f"the share of val is {val_share}; it must lie between 0 and 1")
-    if split_by not in ("photo", "class"):
-        raise DataError(f"a data set can be split by photo or by class, not by {split_by!r}")
-    classes = len(photos.fine_names)
-    needed = 2 if split_by == "photo" else 4
-    if classes < needed:
-        raise DataError(
-            f"a split by {split_by} needs at least {needed} classes, found {classes}: "
-            + ", ".join(photos.fine_names)
-        )
-    if split_by == "class":
-        count = min(max(2, round(val_share * classes)), classes - 2)
-        in_val = np.isin(photos.fine, rng.choice(classes, count, replace=False))
-        made = f"split by class, seed {seed}: {count} of {classes} classes are val"
+def hold_out_val(dataset: Dataset, how: HoldOut) -> Dataset:
+    """Move photos from train to val. Raises: DataError for bad options or too few classes."""
+    photos, rng = dataset.train, np.random.default_rng(how.seed)
+    if not 0 < how.val_share < 1:
+        raise DataError(f"the share of val is {how.val_share}; it must lie between 0 and 1")
+    if how.split_by not in ("photo", "class"):
+        raise DataError(f"a data set can be split by photo or by class, not by {how.split_by!r}")
+    labels = np.unique(photos.fine)
+    if how.split_by == "class":
+        if len(labels) < 4:
+            raise DataError(
+                f"a split by class needs at least 4 classes, found {len(labels)}: "
+                + ", ".join(photos.fine_names[label] for label in labels)
+            )
+        count = min(max(2, round(how.val_share * len(labels))), len(labels) - 2)
+        in_val = np.isin(photos.fine, rng.choice(labels, count, replace=False))
+        made = f"split by class, seed {how.seed}: {count} of {len(labels)} classes are val"
     else:
         in_val = np.zeros(len(photos), dtype=bool)
-        for label in range(classes):
+        for label in labels:
             members = np.flatnonzero(photos.fine == label)
             if len(members) >= 3:  # leave two in train, which make a pair
-                count = min(max(1, round(val_share * len(members))), len(members) - 2)
+                count = min(max(1, round(how.val_share * len(members))), len(members) - 2)
                 in_val[rng.choice(members, count, replace=False)] = True
-        made = f"split by photo, seed {seed}: {val_share} of each class's photos are val"
-    parts = {"train": np.flatnonzero(~in_val), "val": np.flatnonzero(in_val)}
-    splits = {split: photos.select(indices) for split, indices in parts.items() if len(indices)}
-    return Dataset(splits, made, dataset.ignored)
+        made = f"split by photo, seed {how.seed}: {how.val_share} of each class's photos are val"
+        if not in_val.any():
+            made = "no photo is val, since no class has three"
+    splits = {"train": photos.select(np.flatnonzero(~in_val))}
+    if in_val.any():
+        splits["val"] = photos.select(np.flatnonzero(in_val))
+    return replace(dataset, splits=splits, made=made)

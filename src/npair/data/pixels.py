@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npair.data.checks import Findings, clean
-from npair.data.dataset import DataError, Dataset, Photos
+from npair.data.dataset import DataError, Dataset, HoldOut, Photos
 from npair.data.files import LIMITS, digest_of_json, parallel_map, read_photo
 from npair.serving import code_of
 from npair.serving.preprocess import Preprocessing, decode
@@ -45,18 +45,19 @@ def default_cache() -> Path:
 
 
 def decode_dataset(
-    dataset: Dataset, preprocessing: Preprocessing, cache: Path
+    dataset: Dataset, preprocessing: Preprocessing, cache: Path, hold_out: HoldOut | None = None
 ) -> tuple[Dataset, Pixels, Findings]:
     """Decode all photos and leave out those that would spoil training or its scores.
 
+    If the data set has no splits, divide what remains as ``hold_out`` or its defaults say.
     Keeps the pixels in the folder ``cache`` and finds them there if photos, preprocessing and
     decoder are the same; names, labels and splits do not count. Photos whose digests the data set
     holds are not hashed again. No more than a few photos are in memory at a time.
 
     Returns: the data set without what the findings say was left out; the pixels of its photos; the
     findings.
-    Raises: DataError if fewer than two classes with two photos each remain in train, or the cache
-    cannot be written.
+    Raises: DataError if fewer than two classes with two photos each remain in train, if they are
+    too few to be divided, or if the cache cannot be written.
     """
     paths = list(dict.fromkeys(path for photos in dataset.splits.values() for path in photos.paths))
 
@@ -76,13 +77,7 @@ def decode_dataset(
     sources = dict(sorted((digest, path) for path, digest in digests.items()))
     array, reasons = _cached(sources, preprocessing, cache)
     corrupt |= {path: reasons[digest] for path, digest in digests.items() if digest in reasons}
-    kept, findings = clean(dataset, digests, corrupt)
-    usable = int((np.bincount(kept.train.fine) >= 2).sum())
-    if usable < 2:
-        raise DataError(
-            f"training needs at least two classes with two photos each, {usable} remained in train;"
-            f" add photos. {' '.join(findings.lines())}"
-        )
+    kept, findings = clean(dataset, digests, corrupt, hold_out or HoldOut())
     row_of = {digest: row for row, digest in enumerate(sources)}
     rows = {path: row_of[digest] for path, digest in digests.items() if path not in corrupt}
     return kept, Pixels(array, rows), findings

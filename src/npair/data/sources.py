@@ -13,7 +13,6 @@ from npair.data.dataset import (
     Dataset,
     Row,
     by_split,
-    hold_out_val,
     label_of,
     named_splits,
     split_of,
@@ -29,9 +28,7 @@ SYSTEM_FOLDERS = {
 }
 
 
-def read_dataset(
-    source: Path, *, split_by: str = "photo", val_share: float = 0.1, seed: int = 0
-) -> Dataset:
+def read_dataset(source: Path) -> Dataset:
     """Find the photos of a data set and their labels, without opening any photo.
 
     source: one of
@@ -46,25 +43,22 @@ def read_dataset(
     Splits go by any name in ``SPLIT_NAMES``, such as ``valid`` or ``Test``. Labels that differ only
     in blanks or in Unicode form (NFC, NFD) are one, and a listed path may have either form.
 
-    Keeps the splits that the source names. Otherwise moves photos from train to val: ``val_share``
-    of each class with at least three photos (``split_by="photo"``), or that share of the classes,
-    at least two (``"class"``). The choice is a function of the seed.
+    Keeps the splits that the source names. If it names none, all photos are in train, and
+    ``decode_dataset`` holds some out.
 
-    Raises: DataError for any other source, a malformed line, a missing photo, folders that may be
-    splits or classes, or too few classes.
+    Raises: DataError for any other source, a malformed line, a missing photo, or folders that may
+    be splits or classes.
     """
     if source.suffix.lower() in DELIMITERS and source.is_file():
-        dataset = read_table(source)
-    elif not source.is_dir():
+        return read_table(source)
+    if not source.is_dir():
         raise DataError(
             f"{source} is neither a folder nor a .csv or .tsv table; name one that exists"
         )
-    else:
-        inner = source / "dataset"
-        nested = "train" in find_lists(inner) and "train" not in find_lists(source)
-        root = inner if nested else source
-        dataset = read_lists(root) if find_lists(root) else _read_folders(root)
-    return dataset if dataset.made else hold_out_val(dataset, split_by, val_share, seed)
+    inner = source / "dataset"
+    nested = "train" in find_lists(inner) and "train" not in find_lists(source)
+    root = inner if nested else source
+    return read_lists(root) if find_lists(root) else _read_folders(root)
 
 
 def _read_folders(root: Path) -> Dataset:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import npair.serving
-from npair.data.dataset import Dataset
+from npair.data.dataset import Dataset, HoldOut
 from npair.data.pixels import Pixels, decode_dataset
 from npair.data.sources import read_dataset
 from npair.networks.network import EMBEDDING_DIM, EmbeddingNetwork, build_network
@@ -74,10 +74,8 @@ def read_source(run: Path, data: Path, cache: Path) -> Source:
     network = restore(run) if (run / NAME).exists() else load_network(run)
     config = TrainConfig(**training["train"])
     preprocessing = config.preprocessing()
-    dataset = read_dataset(
-        data, split_by=config.split_by, val_share=config.val_share, seed=config.seed
-    )
-    dataset, pixels, _ = decode_dataset(dataset, preprocessing, cache)
+    hold_out = HoldOut(config.split_by, config.val_share, config.seed)
+    dataset, pixels, _ = decode_dataset(read_dataset(data), preprocessing, cache, hold_out)
     if dataset.fingerprint() != training["data"]["fingerprint"]:
         raise PublishError(f"{run} was not trained on {data}; name the data that it was trained on")
     return Source(training, network, preprocessing, dataset, pixels)

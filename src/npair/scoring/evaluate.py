@@ -272,7 +272,8 @@ class Comparison:
 def sides(dataset: Dataset, split: str) -> tuple[Photos, Photos]:
     """Return a split's photos and their gallery: train or, if it lacks their classes, the same.
 
-    Raises: DataError if the data set has no such split.
+    Raises: DataError if the data set has no such split, or if it holds a single photo and train
+    lacks its class.
     """
     if split not in dataset.splits:
         raise DataError(
@@ -280,7 +281,14 @@ def sides(dataset: Dataset, split: str) -> tuple[Photos, Photos]:
             " these (--split)"
         )
     queries, train = dataset.splits[split], dataset.train
-    return queries, train if protocol_of(queries.fine, train.fine) == "gallery" else queries
+    if protocol_of(queries.fine, train.fine) == "gallery":
+        return queries, train
+    if len(queries) < 2:
+        raise DataError(
+            f"the split {split} is a single photo, {queries.paths[0]}, whose class train lacks, so"
+            " there is nothing to compare it with; add photos of its class"
+        )
+    return queries, queries
 
 
 def compare(
@@ -289,7 +297,7 @@ def compare(
     """Embed a split and its gallery, each photo once.
 
     embed: returns unit vectors, float32 [n, d].
-    Raises: DataError if the data set has no such split.
+    Raises: DataError as ``sides`` does.
     """
     query_photos, gallery_photos = sides(dataset, split)
     queries = embed(query_photos)

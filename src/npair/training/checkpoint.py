@@ -61,7 +61,10 @@ class TrainingState:
         )
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint, whole or not at all; the first process alone writes."""
+        """Write the checkpoint, whole or not at all; the first process alone writes.
+
+        Raises: RunError if it cannot be written.
+        """
         if rank() == 0:
             unfinished = path.with_suffix(".unfinished")
             checkpoint = {
@@ -72,8 +75,14 @@ class TrainingState:
                 "best": self.best,
                 "misses": self.misses,
             }
-            torch.save(checkpoint, unfinished)
-            unfinished.replace(path)
+            try:
+                torch.save(checkpoint, unfinished)
+                unfinished.replace(path)
+            except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+                unfinished.unlink(missing_ok=True)
+                raise RunError(
+                    f"{path} cannot be written ({error}); make room, and go on with --resume"
+                ) from error
 
     def restore(self, path: Path, device: torch.device) -> None:
         """Continue from a checkpoint."""

@@ -23,9 +23,9 @@ SEEN_PRETRAINED, EPOCHS_PRETRAINED = 180_000, 150
 
 
 def choose_defaults(config: TrainConfig, photos: Photos) -> TrainConfig:
-    """Replace each 0 or "auto" by a choice that fits the train photos.
+    """Replace each 0 or "auto", but that of the epochs, by a choice that fits the photos.
 
-    Looks at the number of photos and at INSPECTED_PHOTOS of them at most.
+    Looks at INSPECTED_PHOTOS of them at most.
     """
     indices = np.unique(np.linspace(0, len(photos) - 1, INSPECTED_PHOTOS).astype(int))
     inspected = [inspect_photo(photos.paths[index]) for index in indices]
@@ -54,8 +54,6 @@ def choose_defaults(config: TrainConfig, photos: Photos) -> TrainConfig:
     fitting = int(min(largest, max(32, 16 * (short_side // 16))))
     size = config.size or (fitting if any_size else largest)
     crop_size = 16 * round(size / enlargement / 16) if any_size else size
-    seen = SEEN_FROM_SCRATCH if compact else SEEN_PRETRAINED
-    most_epochs = EPOCHS_FROM_SCRATCH if compact else EPOCHS_PRETRAINED
     return replace(
         config,
         network=network,
@@ -63,10 +61,17 @@ def choose_defaults(config: TrainConfig, photos: Photos) -> TrainConfig:
         crop_size=config.crop_size or crop_size,
         views=config.views or views,
         classes_per_batch=config.classes_per_batch or (8 if config.loss == "tuplet" else 60),
-        epochs=config.epochs or min(most_epochs, max(10, round(seen / len(photos)))),
         augmentation=augmentation,
         learning_rate=config.learning_rate or learning_rate,
     )
+
+
+def default_epochs(network: str, photos: int) -> int:
+    """Return the number of epochs for as many train photos."""
+    seen, most = SEEN_PRETRAINED, EPOCHS_PRETRAINED
+    if network == "compact":
+        seen, most = SEEN_FROM_SCRATCH, EPOCHS_FROM_SCRATCH
+    return min(most, max(10, round(seen / photos)))
 
 
 def inspect_photo(path: Path) -> tuple[int, bool] | None:

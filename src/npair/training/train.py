@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from npair.data.checks import Findings
-from npair.data.dataset import Dataset
+from npair.data.dataset import Dataset, HoldOut
 from npair.data.pixels import decode_dataset, default_cache
 from npair.data.sources import read_dataset
 from npair.networks.efficientnet_lite import EfficientNetLite
 from npair.networks.network import EmbeddingNetwork, build_network, embed, new_network
-from npair.scoring.evaluate import compare
+from npair.scoring.evaluate import compare, sides
 from npair.training.augmentation import DECODE_SCALE
 from npair.training.batches import Batches
 from npair.training.checkpoint import CHECKPOINT, TrainingState
-from npair.training.defaults import choose_defaults, summary
+from npair.training.defaults import choose_defaults, default_epochs, summary
 from npair.training.loss import CosineNPairLoss, NPairLoss, TupletLoss
 from npair.training.processes import (
     any_process,
@@ -74,12 +74,13 @@ def train(
     cache = cache or default_cache()
     keep_freed_memory()
     with process_group() as device:
-        dataset = read_dataset(
-            data, split_by=config.split_by, val_share=config.val_share, seed=config.seed
-        )
+        dataset = read_dataset(data)
         config = choose_defaults(config, dataset.train)
         decoded = replace(config.preprocessing(), size=round(DECODE_SCALE * config.crop_size))
-        dataset, pixels, findings = decode_dataset(dataset, decoded, cache)
+        hold_out = HoldOut(config.split_by, config.val_share, config.seed)
+        dataset, pixels, findings = decode_dataset(dataset, decoded, cache, hold_out)
+        epochs = config.epochs or default_epochs(config.network, len(dataset.train))
+        config = replace(config, epochs=epochs)
         batches = Batches(config, dataset.train, pixels, device)
         config = replace(config, classes_per_batch=batches.classes)
         torch.manual_seed(config.seed)
@@ -96,6 +97,7 @@ def train(
         state = TrainingState.start(network, config, device)
         if started:
             state.restore(run / CHECKPOINT, device)
+            _trim_log(run, state.step // batches.per_epoch)
         return _loop(state, batches, config, run, score)
 
 
@@ -106,10 +108,14 @@ def _loop(
     network, device = state.network, batches.device
     loss_of = loss_function(config)
     steps = config.epochs * batches.per_epoch
+    first = state.step // batches.per_epoch
+    # A run that stopped early has ended, and is resumed for its report alone.
+    epochs = range(first, first if _stops_early(state, config) else config.epochs)
     with interruption() as interrupted, _progress(state.step, steps) as progress:
-        for epoch in range(state.step // batches.per_epoch, config.epochs):
-            began, losses, recalls = time.monotonic(), [], []
-            while state.step < (epoch + 1) * batches.per_epoch:
+        for epoch in epochs:
+            began, losses, recalls, came = time.monotonic(), [], [], False
+            end = (epoch + 1) * batches.per_epoch
+            while state.step < end and not came:
                 torch.manual_seed((config.seed * 1_000_003 + state.step) * world_size() + rank())
                 share = schedule(state.step / steps, config.warmup)
                 state.set_learning_rate(config.learning_rate * share)
@@ -140,28 +146,51 @@ def _loop(
                     loss=f"{losses[-1]:.3f}",
                     batch_recall=f"{recalls[-1]:.2f}",
                 )
-                if any_process(interrupted(), device):
-                    state.save(run / CHECKPOINT)
-                    say(f"interrupted at step {state.step} of {steps}; go on with --resume")
-                    return False
+                came = any_process(interrupted(), device)
 
-            seconds, stop = round(time.monotonic() - began, 1), False
-            row: dict[str, Any] = {"epoch": epoch + 1, "loss": float(np.mean(losses))}
-            row |= {"batch_recall": float(np.mean(recalls)), "seconds": seconds}
-            if score and _evaluation_due(epoch, config) and rank() == 0:
-                row["val"] = score(state.ema.module)
-                if config.patience:
-                    state.note_recall(epoch + 1, row["val"]["fine"])
-                    stop = state.misses >= config.patience
-            _report(row, run)
+            if state.step == end:
+                row: dict[str, Any] = {"epoch": epoch + 1, "loss": float(np.mean(losses))}
+                row["batch_recall"] = float(np.mean(recalls))
+                row["seconds"] = round(time.monotonic() - began, 1)
+                if score and _evaluation_due(epoch, config) and rank() == 0:
+                    row["val"] = score(state.ema.module)
+                    if config.patience:
+                        state.note_recall(epoch + 1, row["val"]["fine"])
+                _report(row, run)
             state.save(run / CHECKPOINT)
-            if any_process(stop, device):
+            if came:
+                say(f"interrupted at step {state.step} of {steps}; go on with --resume")
+                return False
+            if any_process(_stops_early(state, config), device):
                 say(f"stopped early: no better val recall in {config.patience} evaluations")
                 break
     if state.best:
         best = state.best
         say(f"kept the network of epoch {best['epoch']}, val recall@1 {best['fine']:.3f}")
     return True
+
+
+def _stops_early(state: TrainingState, config: TrainConfig) -> bool:
+    return bool(config.patience) and state.misses >= config.patience
+
+
+def _trim_log(run: Path, epochs: int) -> None:
+    """Keep a row for each of the epochs that the checkpoint has.
+
+    A row is written before its checkpoint, so a kill or a full disk may leave one too many, or cut.
+    """
+    log = run / "log.jsonl"
+    if rank() or not log.exists():
+        return
+    rows = {}
+    for line in log.read_text().splitlines():
+        with suppress(ValueError):
+            row = json.loads(line)
+            rows[row["epoch"]] = line
+    unfinished = log.with_suffix(".unfinished")
+    kept = (line for epoch, line in sorted(rows.items()) if epoch <= epochs)
+    unfinished.write_text("".join(line + "\n" for line in kept))
+    unfinished.replace(log)
 
 
 def _read_started(run: Path) -> dict[str, Any]:
@@ -199,9 +228,11 @@ def _score_on_val(dataset: Dataset, config: TrainConfig, cache: Path) -> Score |
     """Return a function from a network to its Recall@1 on val, or None if there is no val.
 
     If val shares no class with train, val photos are compared with each other.
+    Raises: DataError if there is a single one.
     """
     if not dataset.val:
         return None
+    sides(dataset, "val")  # to be refused now, not after hours
     dataset, pixels, _ = decode_dataset(dataset, config.preprocessing(), cache)
 
     def score(network: nn.Module) -> dict[str, float]:

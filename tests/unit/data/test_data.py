@@ -8,6 +8,7 @@ import shutil
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from support.models import ROOT
 from support.photos import PREPROCESSING, folders, photo, sizes, table
 
 from npair.client import photos as client_photos
-from npair.data.dataset import SPLIT_NAMES, DataError, Dataset
+from npair.data.dataset import SPLIT_NAMES, DataError, Dataset, HoldOut, hold_out_val
 from npair.data.files import OTHER_SUFFIXES, SUFFIXES, summary
 from npair.data.pixels import decode_dataset
 from npair.data.sources import SYSTEM_FOLDERS, find_photos, read_dataset
@@ -242,7 +243,7 @@ class TestReadFolders:
             (tmp_path / "root/class 0" / name).touch()
         (tmp_path / "root/class 0/dangling.png").symlink_to("nowhere")
         dataset, _, findings = decode_dataset(
-            read_dataset(tmp_path / "root", val_share=0.25), PREPROCESSING, tmp_path / "cache"
+            read_dataset(tmp_path / "root"), PREPROCESSING, tmp_path / "cache"
         )
         assert sum(sizes(dataset).values()) == 10
         lines = "\n".join(findings.lines())
@@ -315,12 +316,12 @@ class TestReadTable:
         assert dataset.train.coarse_names == ("Obst",)
         assert dataset.made == "as the column split of photos.csv says"
 
-    def test_reads_tabs_and_splits_what_is_not_split(self, tmp_path: Path) -> None:
+    def test_reads_tabs(self, tmp_path: Path) -> None:
         rows = "".join(
             f"{path}\t{path.parent.name}\n" for path in sorted(folders(tmp_path).rglob("*.png"))
         )
         dataset = read_dataset(table(tmp_path, "path\tlabel\n" + rows, "photos.tsv"))
-        assert sizes(dataset) == {"train": 24, "val": 6}
+        assert sizes(dataset) == {"train": 30}
         assert dataset.train.coarse_names == dataset.train.fine_names
 
     @pytest.mark.parametrize(
@@ -471,12 +472,16 @@ def test_the_client_reads_the_same_files(tmp_path: Path) -> None:
     assert sorted(str(path.relative_to(root)) for path in found.photos) == names
 
 
+def divided(root: Path, **options: Any) -> Dataset:
+    return hold_out_val(read_dataset(root), HoldOut(**options))
+
+
 class TestSplit:
     def test_by_photo_takes_a_share_of_each_class(self, tmp_path: Path) -> None:
         root = folders(tmp_path, classes=2, photos=20)
         for number in range(2):
             photo(root / "pair" / f"{number}.png", 900 + number)
-        dataset = read_dataset(root, val_share=0.2, seed=3)
+        dataset = divided(root, val_share=0.2, seed=3)
         assert dataset.val is not None
         assert np.bincount(dataset.train.fine).tolist() == [16, 16, 2]
         assert np.bincount(dataset.val.fine).tolist() == [4, 4]
@@ -484,7 +489,7 @@ class TestSplit:
         assert not set(dataset.train.paths) & set(dataset.val.paths)
 
     def test_by_class_takes_whole_classes(self, tmp_path: Path) -> None:
-        dataset = read_dataset(folders(tmp_path), split_by="class")
+        dataset = divided(folders(tmp_path), split_by="class")
         assert dataset.val is not None
         assert len(set(dataset.val.fine)) == 2
         assert not set(dataset.train.fine) & set(dataset.val.fine)
@@ -492,21 +497,23 @@ class TestSplit:
 
     def test_a_large_share_leaves_pairs_in_train(self, tmp_path: Path) -> None:
         root = folders(tmp_path, classes=4)
-        assert np.bincount(read_dataset(root, val_share=0.99).train.fine).tolist() == [2, 2, 2, 2]
-        assert len(set(read_dataset(root, val_share=0.99, split_by="class").train.fine)) == 2
+        assert np.bincount(divided(root, val_share=0.99).train.fine).tolist() == [2, 2, 2, 2]
+        assert len(set(divided(root, val_share=0.99, split_by="class").train.fine)) == 2
 
     def test_is_a_function_of_the_seed(self, tmp_path: Path) -> None:
         root = folders(tmp_path)
-        first, again, other = (read_dataset(root, seed=seed).train.paths for seed in (0, 0, 1))
+        first, again, other = (divided(root, seed=seed).train.paths for seed in (0, 0, 1))
         assert first == again != other
 
     def test_refuses_too_few_classes(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="by class needs at least 4 classes, found 3: class 0"):
-            read_dataset(folders(tmp_path, classes=3), split_by="class")
-        with pytest.raises(DataError, match="by photo needs at least 2 classes, found 1"):
-            read_dataset(folders(tmp_path / "class 0", classes=1))
+            divided(folders(tmp_path, classes=3), split_by="class")
         with pytest.raises(DataError, match="share of val is 1"):
-            read_dataset(tmp_path, val_share=1)
+            divided(tmp_path, val_share=1)
+
+    def test_says_that_no_class_has_a_photo_to_spare(self, tmp_path: Path) -> None:
+        dataset = divided(folders(tmp_path, photos=2))
+        assert (dataset.val, dataset.made) == (None, "no photo is val, since no class has three")
 
 
 class TestFingerprint:

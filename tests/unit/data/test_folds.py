@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from support.photos import folders, photo, sizes
 
-from npair.data.dataset import DataError, Dataset
+from npair.data.dataset import DataError, Dataset, HoldOut
 from npair.data.folds import colour_histograms, folds, found_by_colour, write_folds
 from npair.data.pixels import PREVIEW, Pixels, decode_dataset
 from npair.data.sources import read_dataset
@@ -28,7 +28,9 @@ def visits(tmp_path: Path, cache: Path) -> tuple[Dataset, Pixels]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 pixels = np.asarray(draw(product, 0, 64)) * tint + copy
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
-    return decode_dataset(read_dataset(tmp_path / "photos", val_share=0.25), PREVIEW, cache)[:2]
+    return decode_dataset(
+        read_dataset(tmp_path / "photos"), PREVIEW, cache, HoldOut(val_share=0.25)
+    )[:2]
 
 
 def test_histograms_are_shares_of_colours(visits: tuple[Dataset, Pixels]) -> None:
@@ -76,7 +78,7 @@ def test_small_classes_are_spread() -> None:
 
 def test_tables_cover_every_photo_once(tmp_path: Path, cache: Path) -> None:
     dataset, pixels, _ = decode_dataset(
-        read_dataset(folders(tmp_path / "a, ü"), val_share=0.4), PREVIEW, cache
+        read_dataset(folders(tmp_path / "a, ü")), PREVIEW, cache, HoldOut(val_share=0.4)
     )
     tables = write_folds(dataset, pixels, 2, ["train", "val"], tmp_path / "folds")
     assert [path.name for path in tables] == ["fold-0.csv", "fold-1.csv"]

@@ -17,7 +17,7 @@ from support.photos import PNG, folders, photo, sizes
 
 import npair.data.dataset
 from npair.data import pixels
-from npair.data.dataset import DataError
+from npair.data.dataset import DataError, HoldOut, hold_out_val
 from npair.data.files import LIMITS, digest_of
 from npair.data.folds import write_folds
 from npair.data.pixels import decode_dataset, decode_photos, default_cache
@@ -104,6 +104,20 @@ class TestDecodeDataset:
         assert [path.name for path in findings.ignored] == []
         assert len(findings.lines()) == 5
 
+    def test_copies_do_not_decide_what_is_val(self, tmp_path: Path) -> None:
+        """Nor do photos that cannot be read, if the data set has no splits."""
+        root = folders(tmp_path / "once", photos=10)
+        copied = Path(shutil.copytree(root, tmp_path / "copied"))
+        for path in list(copied.rglob("*.png")):
+            for copy in range(3):
+                shutil.copy(path, path.with_name(f"{path.stem}-{copy}.png"))
+            path.with_name(f"{path.stem}-corrupt.png").write_bytes(b"")
+        once, again = (
+            decode_dataset(read_dataset(folder), SMALL, tmp_path / "cache")[0]
+            for folder in (root, copied)
+        )
+        assert sizes(once) == sizes(again) == {"train": 54, "val": 6}
+
     def test_names_the_first_few(self, tmp_path: Path) -> None:
         root = folders(tmp_path / "root")
         for number in range(7):
@@ -144,10 +158,10 @@ class TestCache:
         self, tmp_path: Path, decoded: list[int]
     ) -> None:
         root = folders(tmp_path / "root")
-        _, first, _ = decode_dataset(read_dataset(root, seed=0), SMALL, tmp_path / "cache")
+        _, first, _ = decode_dataset(read_dataset(root), SMALL, tmp_path / "cache")
         (root / "class 0").rename(root / "renamed")
         dataset, second, _ = decode_dataset(
-            read_dataset(root, seed=1, split_by="class"), SMALL, tmp_path / "cache"
+            read_dataset(root), SMALL, tmp_path / "cache", HoldOut("class", seed=1)
         )
         assert len(decoded) == 30
         np.testing.assert_array_equal(first.array, second.array)
@@ -249,7 +263,7 @@ class TestCache:
         read = read_dataset(folders(tmp_path / "root"))
         dataset, _, _ = decode_dataset(read, SMALL, tmp_path / "cache")
         decode_dataset(dataset, dataclasses.replace(SMALL, size=8), tmp_path / "cache")
-        assert dataset.fingerprint() == read.fingerprint()
+        assert dataset.fingerprint() == hold_out_val(read, HoldOut()).fingerprint()
         assert len(decoded) == 60
         assert sorted(hashed) == sorted(2 * hashed[:30]), "once for each data set that was read"
 

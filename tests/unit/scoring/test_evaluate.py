@@ -37,6 +37,13 @@ def test_unseen_classes_are_compared_with_each_other(dataset: Path) -> None:
     assert Comparison("nothing", queries, vectors, gallery, vectors).evaluate().protocol == "self"
 
 
+def test_refuses_a_photo_that_can_be_compared_with_nothing(dataset: Path) -> None:
+    train = read_dataset(dataset).train
+    seen, one = (train.select(np.flatnonzero(train.fine == label)) for label in (0, 1))
+    with pytest.raises(DataError, match=r"val is a single photo, .*\.jpg, whose class train lacks"):
+        sides(Dataset({"train": seen, "val": one.select([0])}, ""), "val")
+
+
 def test_names_the_splits_there_are(dataset: Path) -> None:
     with pytest.raises(DataError, match="no split test; it has train, val"):
         sides(read_dataset(dataset), "test")
