@@ -15,14 +15,15 @@ import pytest
 import torch
 from support.characters import write_characters
 from support.models import TINY, TINY_OPTIONS
+from support.photos import with_much_text
 
 from npair.cli.evaluate import embed_run
 from npair.data.pixels import decode_dataset, default_cache
 from npair.data.sources import read_dataset
 from npair.networks.network import new_network
-from npair.publishing.drawings import write_dataset
+from npair.publishing.drawings import draw, encode, write_dataset
 from npair.training.checkpoint import TrainingState, load_network, moving_average
-from npair.training.defaults import choose_defaults, default_epochs
+from npair.training.defaults import choose_defaults, default_epochs, inspect_photo
 from npair.training.run import RunError, TrainConfig
 from npair.training.train import batch_recall, interruption, schedule, train
 
@@ -222,6 +223,15 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_chooses_by_every_photo_that_training_reads(tmp_path: Path) -> None:
+    png = encode(draw(0, 0, 64), "PNG")
+    (tmp_path / "text.png").write_bytes(with_much_text(png))
+    (tmp_path / "cut.jpg").write_bytes(encode(draw(0, 0, 64), "JPEG")[:-2])
+    (tmp_path / "bad.png").write_bytes(png[:60])
+    found = [inspect_photo(tmp_path / name) for name in ("text.png", "cut.jpg", "bad.png")]
+    assert found == [(None, True), (64, True), None]
 
 
 def test_does_not_write_over_a_run(dataset: Path, trained: Path) -> None:

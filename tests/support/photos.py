@@ -43,3 +43,9 @@ def chunk(kind: bytes, content: bytes) -> bytes:
     """Return a chunk of a PNG file, with its length and checksum."""
     checksum = zlib.crc32(kind + content)
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def with_much_text(png: bytes) -> bytes:
+    """Return a PNG with more text than Pillow's ``Image.open`` allows."""
+    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(3_000_000)))
+    return png[:33] + text + png[33:]  # after the header

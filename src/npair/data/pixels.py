@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -85,17 +86,19 @@ def decode_dataset(
 
 def decode_photos(paths: Sequence[Path], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """Decode a few photos into memory: uint8 [n, size, size, 3]. Raises: DataError, OSError."""
-
-    def decode_photo(path: Path) -> npt.NDArray[np.uint8]:
-        try:
-            return decode(read_photo(path), preprocessing, LIMITS)
-        except PhotoError as error:
-            raise DataError(f"{path}: {error}") from error
-
     pixels = np.empty((len(paths), preprocessing.size, preprocessing.size, 3), dtype=np.uint8)
-    for row, photo in enumerate(parallel_map(decode_photo, paths, "decode")):
+    decode_one = partial(decode_photo, preprocessing=preprocessing)
+    for row, photo in enumerate(parallel_map(decode_one, paths, "decode")):
         pixels[row] = photo
     return pixels
+
+
+def decode_photo(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Decode a photo as training does: uint8 [size, size, 3]. Raises: DataError, OSError."""
+    try:
+        return decode(read_photo(path), preprocessing, LIMITS)
+    except PhotoError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _cached(
@@ -149,7 +152,7 @@ def _read_cache(
 def _write_cache(sources: Mapping[str, Path], preprocessing: Preprocessing, file: Path) -> None:
     """Decode photos into a file. Raises: OSError if it does not fit; nothing is left behind."""
 
-    def decode_photo(source: tuple[str, Path]) -> npt.NDArray[np.uint8] | PhotoError:
+    def decode_source(source: tuple[str, Path]) -> npt.NDArray[np.uint8] | PhotoError:
         digest, path = source
         photo = read_photo(path)
         if hashlib.sha256(photo).hexdigest() != digest:
@@ -169,7 +172,7 @@ def _write_cache(sources: Mapping[str, Path], preprocessing: Preprocessing, file
             np.lib.format.write_array_header_1_0(array, header)  # type: ignore[no-untyped-call]
             if shutil.disk_usage(staging).free < np.prod(shape):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            photos = parallel_map(decode_photo, list(sources.items()), "decode")
+            photos = parallel_map(decode_source, list(sources.items()), "decode")
             for digest, photo in zip(sources, photos, strict=True):
                 if isinstance(photo, PhotoError):
                     corrupt[digest] = str(photo)

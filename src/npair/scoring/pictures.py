@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from npair.data import Preprocessing
 from npair.data.dataset import Photos
+from npair.data.pixels import decode_photo
 from npair.scoring.evaluate import Comparison
 
 # Pixels.
@@ -18,7 +20,10 @@ CELL, FRAME, LABEL, MARGIN = 140, 4, 18, 6
 
 
 def thumbnail(path: Path) -> str:
-    """Return the square that the network sees as the data URI of a small JPEG. Raises: OSError."""
+    """Return the square that the network sees as the data URI of a small JPEG.
+
+    Raises: DataError, OSError.
+    """
     buffer = io.BytesIO()
     _square(path, THUMBNAIL).save(buffer, "JPEG", quality=72, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -30,9 +35,13 @@ def draw_neighbours(
     """Draw a row for each of some queries: the photo, then its nearest gallery photos.
 
     Neighbours are framed in green if they show the same product, else in red. The queries are
-    spread evenly over the split, however well they did. Raises: OSError.
+    spread evenly over the split, however well they did.
+    rows, neighbours: the most of each; fewer if there are no more photos.
+    Raises: DataError, OSError.
     """
-    chosen = np.linspace(0, len(compared.query_photos) - 1, rows).astype(int)
+    chosen = np.unique(np.linspace(0, len(compared.query_photos) - 1, rows).astype(int))
+    rows = len(chosen)
+    neighbours = min(neighbours, len(compared.gallery_photos) - compared.exclude_self)
     ranked = compared.nearest(neighbours)[0][chosen]
     width = (neighbours + 1) * (CELL + MARGIN) + 3 * MARGIN
     picture = Image.new("RGB", (width, rows * (CELL + LABEL + MARGIN) + MARGIN), "white")
@@ -55,7 +64,5 @@ def draw_neighbours(
 
 
 def _square(path: Path, side: int) -> Image.Image:
-    """Read a photo upright, its central square scaled to this side."""
-    with Image.open(path) as image:
-        image.draft("RGB", (2 * side, 2 * side))
-        return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side))
+    """Read a photo as the network sees it, but with this side."""
+    return Image.fromarray(decode_photo(path, Preprocessing(side, "BILINEAR", background=255)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from npair.data.dataset import Dataset, Photos
+from npair.data.dataset import DataError, Dataset, Photos
+from npair.data.pixels import PREVIEW, decode_photo
 from npair.networks.efficientnet_lite import VARIANTS
 from npair.networks.network import EmbeddingNetwork, multiply_adds
 from npair.training.batches import Batches
@@ -30,7 +32,8 @@ def choose_defaults(config: TrainConfig, photos: Photos) -> TrainConfig:
     indices = np.unique(np.linspace(0, len(photos) - 1, INSPECTED_PHOTOS).astype(int))
     inspected = [inspect_photo(photos.paths[index]) for index in indices]
     readable = [found for found in inspected if found is not None]
-    short_side = float(np.median([side for side, _ in readable])) if readable else 160.0
+    sides = [side for side, _ in readable if side is not None]
+    short_side = float(np.median(sides)) if sides else 160.0
     colourful = sum(colour for _, colour in readable) > len(readable) / 20
     augmentation = config.augmentation
     if augmentation == "auto":
@@ -74,15 +77,19 @@ def default_epochs(network: str, photos: int) -> int:
     return min(most, max(10, round(seen / photos)))
 
 
-def inspect_photo(path: Path) -> tuple[int, bool] | None:
-    """Return the shorter side in pixels and whether there is colour, None if it is unreadable."""
+def inspect_photo(path: Path) -> tuple[int | None, bool] | None:
+    """Return the shorter side in pixels and whether there is colour, None if it is unreadable.
+
+    The side alone is None for the few photos that training reads and Pillow refuses to open.
+    """
     try:
-        with Image.open(path) as image:
-            side = min(image.size)
-            image.draft("RGB", (64, 64))
-            pixels = np.asarray(image.convert("RGB").resize((32, 32))).astype(int)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        pixels = decode_photo(path, PREVIEW).astype(int)
+    except (DataError, OSError):
         return None
+    side = None
+    # Pillow's own limits, on pixels and on text, raise many kinds of errors.
+    with contextlib.suppress(Exception), Image.open(path) as image:
+        side = min(image.size)
     return side, bool((pixels.max(axis=2) - pixels.min(axis=2)).mean() > 4)
 
 
