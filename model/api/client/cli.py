@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import math
@@ -51,6 +52,7 @@ def main() -> int:
     )
     add_commands(parser.add_subparsers(required=True, metavar="COMMAND"))
     options = parser.parse_args()
+    print_any_name()
     try:
         code: int = options.command(options)
         sys.stdout.flush()
@@ -58,6 +60,12 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
     return code
+
+
+def print_any_name() -> None:
+    """Let standard output take the names of files that are not UTF-8, as they are."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

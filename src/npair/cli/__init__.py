@@ -30,6 +30,7 @@ def main() -> int:
     have exit codes of their own. An interrupted promotion is undone. Interrupted training saves a
     checkpoint; after SIGHUP, its last one remains.
     """
+    client_commands.print_any_name()
     try:
         try:
             return _run(parser().parse_args())

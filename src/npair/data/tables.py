@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from npair.data.dataset import (
 )
 from npair.data.files import shown
 
+LINE_END = r"\r\n?|\n"  # a lone CR is how Excel for Macs ends lines
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 OTHER_DELIMITERS = (",", ";", "\t")  # that either kind of table may have
 
@@ -99,7 +101,7 @@ def read_table(table: Path) -> Dataset:
 
 def _read_list(listing: Path) -> list[tuple[Path, int, int]]:
     photos, find = [], Finder()
-    for number, line in enumerate(_text(listing).split("\n"), start=1):
+    for number, line in enumerate(re.split(LINE_END, _text(listing)), start=1):
         if not line.strip():
             continue
         try:
@@ -157,16 +159,16 @@ def read_cells(
         return [known.get(name.strip().casefold(), name.strip()) for name in row]
 
     text = _text(table)
-    first, default = text.split("\n", 1)[0], DELIMITERS[table.suffix.lower()]
+    first, default = re.split(LINE_END, text, maxsplit=1)[0], DELIMITERS[table.suffix.lower()]
     fitting = (
         delimiter
         for delimiter in (default, *OTHER_DELIMITERS)  # spreadsheets choose by the user's language
         if set(required) <= set(names(next(csv.reader([first], delimiter=delimiter), [])))
     )
-    delimiter = next(fitting, default)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = 1
     try:
+        delimiter = next(fitting, default)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         header = names(next(reader, []))
         for column in required:
             if column not in header:
@@ -205,7 +207,7 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         wrong = error.start
     if wrong >= 0:
-        line = content.count(b"\n", 0, wrong) + 1
+        line = len(re.findall(LINE_END.encode(), content[:wrong])) + 1
         raise DataError(f"{path}:{line}: this is not UTF-8 text; save the file as UTF-8")
     return text
 

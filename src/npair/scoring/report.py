@@ -50,7 +50,8 @@ def write_report(
     evaluation: of the comparison.
     run, log: a run's config.json and the rows of its log.jsonl; None and empty if unknown.
     findings: facts about the data, in sentences.
-    Raises: OSError for a photo or a path that cannot be read or written.
+    Raises: DataError or OSError for a photo that cannot be read, OSError for a path that cannot be
+    written.
     """
     queries, gallery = compared.query_photos, compared.gallery_photos
     exclude_self = compared.exclude_self
@@ -103,7 +104,8 @@ def write_report(
             for found in importlib.metadata.distributions(name=name)
         },
     )
-    path.write_text(page, encoding="utf-8")
+    # A class is named after its folder, whose name may hold bytes that are not UTF-8.
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _template() -> jinja2.Template:

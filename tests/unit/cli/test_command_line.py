@@ -17,6 +17,7 @@ from support.commands import commands
 from support.models import SHIPPED
 
 from npair import cli
+from npair.client import cli as client_commands
 
 PARSERS = dict(commands())
 OF_CLIENT = {f"npair {name}" for name in ("embed", "compare", "rank", "ready")}
@@ -120,6 +121,18 @@ def test_releasing_needs_http(
         said = capsys.readouterr().err
         assert "over HTTP alone" in said
         assert "NPAIR_URL), got 'grpc://127.0.0.1:9'" in said
+
+
+@pytest.mark.parametrize("main", [cli.main, client_commands.main])
+def test_names_that_are_not_utf_8_are_printed_as_they_are(
+    main: Callable[[], int],
+    capsysbinary: pytest.CaptureFixture[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_commands, "run", lambda *_: print(os.fsdecode(b"\xc4.jpg")) or 0)
+    monkeypatch.setattr(sys, "argv", ["npair", "ready"])
+    assert main() == 0
+    assert capsysbinary.readouterr().out == b"\xc4.jpg\n"
 
 
 def test_versions_names_servers_that_do_not_answer(

@@ -77,6 +77,7 @@ class TestReadLists:
             ("b.jpg, 1, 2\n", "train.txt:1: no photo"),
             ("\n", "lists no photo"),
             (b"\xff.jpg, 1, 2\n", "not UTF-8"),
+            ("a.jpg, 1, 2\ra.jpg, one, 2\r", "train.txt:2: expected"),
         ],
     )
     def test_names_the_bad_line(self, tmp_path: Path, listing: str | bytes, reason: str) -> None:
@@ -84,6 +85,14 @@ class TestReadLists:
         table(tmp_path, listing, "train.txt")
         with pytest.raises(DataError, match=reason):
             read_dataset(tmp_path)
+
+    def test_reads_what_excel_for_macs_writes(self, listed: Path) -> None:
+        header = "Class ID (int),Class Name (str),Coarse Class ID (int),Coarse Class Name (str)\n"
+        table(listed, f"{header}0,apple,0,fruit\n", "classes.csv")
+        fingerprint = read_dataset(listed).fingerprint()
+        for name in ("train.txt", "val.txt", "classes.csv"):
+            table(listed, (listed / name).read_bytes().replace(b"\n", b"\r"), name)
+        assert read_dataset(listed).fingerprint() == fingerprint
 
     def test_missing_list(self, listed: Path) -> None:
         (listed / "train.txt").unlink()
@@ -356,6 +365,10 @@ class TestReadTable:
             ("path,label\nb.png,x\n", "csv:2: no photo at"),
             (f"path,label\n{'b' * 5000}.png,x\n", "csv:2: no photo at"),
             ("path,label\na.png,x\na.png,ä\n".encode("latin-1"), "csv:3: this is not UTF-8 text"),
+            ("path,label\ra.png,x\ra.png,ä\r".encode("latin-1"), "csv:3: this is not UTF-8 text"),
+            ("path,label\ra.png,x\r\ra.png,\r", "csv:4: no label"),
+            pytest.param(f"path,{'x' * 200_000}\n", "csv:1: field larger than", id="long name"),
+            pytest.param(f"path,label\na,{'x' * 200_000}\n", "csv:2: field larger", id="long cell"),
             ("path,label\na.png,x\n".encode("utf-16"), "csv:1: this is not UTF-8 text"),
             ("path,label\na.png,x\n".encode("utf-16-le"), "csv:1: this is not UTF-8 text"),
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -144,6 +145,13 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert not [
         tag for tag, attributes in parsed.tags if tag == "script" or "onerror" in attributes
     ]
+
+
+def test_a_name_may_not_be_utf_8(tmp_path: Path) -> None:
+    names = (os.fsdecode(b"\xc4pfel"), *HOSTILE[1:])
+    queries = replace(photos(tmp_path / "q", 4, 2), fine_names=names, coarse_names=names[:2])
+    _, parsed, _ = page(tmp_path, queries, replace(queries))
+    assert r"\udcc4pfel" in parsed.texts
 
 
 def test_is_accessible(tmp_path: Path) -> None:
