@@ -65,7 +65,7 @@ def number(
     """Return a type for an option: it parses an int or a float, and refuses one out of bounds."""
     bounds = {"of at least": least, "above": above, "below": below, "of at most": most}
     described = " and ".join(
-        f"{word} {bound:g}" for word, bound in bounds.items() if abs(bound) < math.inf
+        f"{word} {bound:.10g}" for word, bound in bounds.items() if abs(bound) < math.inf
     )
     what = "a whole number" if kind is int else "a number"
 

@@ -40,10 +40,11 @@ def add_commands(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from npair.training.train import train
-
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     config = TrainConfig(**{name: getattr(arguments, name) for name in names})
+    config.refuse_idle_options()
+    from npair.training.train import train
+
     run: Path = arguments.run
     if not train(arguments.data, run, config, resume=arguments.resume, cache=arguments.cache):
         return 130

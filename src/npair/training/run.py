@@ -50,7 +50,10 @@ class TrainConfig:
     """
 
     seed: int = _knob(
-        0, "seed of the weights, the batches and, if the data has no splits, of the split", least=0
+        0,
+        "seed of the weights, the batches and, if the data has no splits, of the split",
+        least=0,
+        most=2**32 - 1,
     )
     split_by: str = _knob(
         "photo",
@@ -98,7 +101,9 @@ class TrainConfig:
         0, "N, the classes in a batch, with two photos of each", from_data=True, least=2
     )
     mine_from: int = _knob(
-        0, "mine each batch's N hardest classes from this many; 0: do not mine", least=0
+        0,
+        "npair and cosine: mine each batch's N hardest classes from this many; 0: do not mine",
+        least=0,
     )
     epochs: int = _knob(
         0, "number of epochs, each of as many photos as train has", from_data=True, least=1
@@ -140,6 +145,13 @@ class TrainConfig:
         least=0,
     )
 
+    def refuse_idle_options(self) -> None:
+        """Refuse options that do nothing beside others. Raises: RunError."""
+        if self.mine_from and self.loss == "tuplet":
+            raise RunError("--mine-from does nothing with --loss tuplet; leave one of them out")
+        if self.patience and not self.evaluations:
+            raise RunError("--patience does nothing with --evaluations 0; leave one of them out")
+
     def preprocessing(self) -> Preprocessing:
         """Return how photos are decoded for evaluation and serving."""
         return Preprocessing(size=self.size, resample="BILINEAR", background=255)
@@ -160,17 +172,25 @@ def read_run(run: Path) -> dict[str, Any]:
         else:
             started = json.loads((run / "config.json").read_text())
         TrainConfig(**started["train"])
+        # npair 0.2.0 froze no stage, and had no option to write down.
+        started["train"].setdefault("frozen_stages", 0)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{run} is not a run of this npair: {error}") from error
     return started
 
 
-def git_commit() -> str | None:
-    """Return the commit of the running code, ``-dirty`` if files differ, None outside git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+def git_commit(file: Path = Path(__file__)) -> str | None:
+    """Return the commit of the running code, ``-dirty`` if files differ.
+
+    file: of that code. An installed package may lie inside a repository that does not hold it.
+    Returns: None if git does not track the file.
+    """
+    git = ["git", "-C", str(file.parent)]
+    describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(
-            [*command, "--abbrev=40", "--exclude=*"], check=True, capture_output=True, text=True
-        ).stdout.strip()
+        subprocess.run(
+            [*git, "ls-files", "--error-unmatch", file.name], check=True, capture_output=True
+        )
+        return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

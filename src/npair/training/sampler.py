@@ -7,6 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from npair.training.run import RunError
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -95,9 +97,15 @@ def hardest_classes(
 
     embeddings: float32 [C, 2, D], two photos of each class.
     Returns: int64 [n], distinct, in the order of choice.
+    Raises: RunError if a product of embeddings is not finite.
     """
     own = np.einsum("id,id->i", embeddings[:, 0], embeddings[:, 1])
     violation = np.einsum("iad,cbd->icab", embeddings, embeddings).max(axis=(2, 3)) - own[:, None]
+    if not np.isfinite(violation).all():
+        raise RunError(
+            "the products of the network's embeddings are not finite;"
+            " start anew with a lower --learning-rate"
+        )
     hardest = [int(rng.integers(len(embeddings)))]
     worst = violation[hardest[0]].copy()
     while len(hardest) < n:

@@ -69,6 +69,7 @@ def test_numbers_have_bounds(command: str) -> None:
     ("words", "reason"),
     [
         ("train --data d --run r --epochs 0", "--epochs: expected a whole number of at least 1"),
+        ("train --data d --run r --seed 4294967296", "of at least 0 and of at most 4294967295"),
         ("train --data d --run r --learning-rate 0", "--learning-rate: expected a number above 0"),
         ("train --data d --run r --views 0", "--views: invalid choice: 0 (choose from 1, 2)"),
         ("train --data d --run r --val-share 1", "expected a number above 0 and below 1, got '1'"),
@@ -86,6 +87,15 @@ def test_wrong_numbers_are_named(
     with pytest.raises(SystemExit, match="2"):
         npair(*words.split())
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["--loss tuplet --mine-from 9", "--evaluations 0 --patience 2"])
+def test_training_refuses_options_that_do_nothing(
+    words: str, npair: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, last = words.split()[:2], words.split()[2]
+    assert npair("train", "--data", "d", "--run", "r", *words.split()) == 1
+    assert f"{last} does nothing with {' '.join(other)}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", PARSERS)

@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from npair.training.run import RunError
 from npair.training.sampler import NPairSampler, hardest_classes
 
 LABELS = np.repeat(np.arange(10), 5)
@@ -94,6 +95,14 @@ def test_mining_breaks_ties_at_random() -> None:
     }
     assert len(orders) > 20
     assert all(sorted(order) == list(range(6)) for order in orders)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_mining_refuses_embeddings_without_finite_products(value: float) -> None:
+    embeddings = np.full((6, 2, 3), value, dtype=np.float32)
+    with pytest.raises(RunError, match="lower --learning-rate"):
+        hardest_classes(embeddings, 2, np.random.default_rng(0))
 
 
 def test_mined_batches_bring_confused_classes_together() -> None:
