@@ -1,6 +1,6 @@
 """The contribution of each part of the training recipe, by cross-validation.
 
-    python benchmarks/ablation.py --data data/grocery
+    .venv/bin/python benchmarks/ablation.py --data data/grocery
 
 The protocol is reduced: the baseline is the defaults of npair train at a smaller size and with
 fewer epochs. Each variant changes the one thing that its name says. All are trained on the same

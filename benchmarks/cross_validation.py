@@ -1,6 +1,6 @@
 """Recall of the recipe on photos of other visits, by cross-validation.
 
-    python benchmarks/cross_validation.py --data data/grocery --epochs 17 --frozen-stages 0 3 5
+    .venv/bin/python benchmarks/cross_validation.py --epochs 17 --frozen-stages 0 3 5
 
 Trains and scores on folds of lookalikes, each held back once, with each number of frozen stages. A
 run whose result is on file is skipped, so the command can be stopped and started again.

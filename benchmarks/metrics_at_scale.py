@@ -1,6 +1,6 @@
 """Time and memory of evaluating many photos against each other.
 
-python benchmarks/metrics_at_scale.py --photos 200000
+.venv/bin/python benchmarks/metrics_at_scale.py --photos 200000
 
 The photos are synthetic clusters, since only their number matters.
 """

@@ -1,7 +1,7 @@
 """Load an exported gallery into Milvus, and search it there.
 
     npair index export vectors
-    .venv/bin/python benchmarks/milvus.py vectors --uri http://milvus:19530
+    PYTHONPATH=model/api .venv/bin/python benchmarks/milvus.py vectors --uri http://milvus:19530
 
 Without --uri, Milvus Lite does it, the embedded edition, which answers the same calls. The key is
 the row's id, so that loading again replaces rows. Prints how many rows there are, how many of a

@@ -1,6 +1,6 @@
 """Print the card of a published version in Markdown, from its manifest and the results in docs/.
 
-python benchmarks/model_card.py model_repository/npair/16 > docs/model-card.md
+.venv/bin/python benchmarks/model_card.py model_repository/npair/16 > docs/model-card.md
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from npair.networks.network import build_network, multiply_adds
 from npair.scoring.evaluate import Evaluation
 from npair.scoring.report import DEFINITIONS
 from npair.scoring.retrieval import MEASURES
+from npair.training.run import read_run
 
 HERE = Path(__file__).parent
 
@@ -38,7 +39,7 @@ def card(version: Path) -> str:
     """
     manifest = json.loads((version / "manifest.json").read_bytes())
     scores = Evaluation.from_dict(manifest["metrics"]["val"])
-    training = manifest["training"]
+    training = read_run(version)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         undefined=jinja2.StrictUndefined,
@@ -58,7 +59,7 @@ def card(version: Path) -> str:
             (DEFINITIONS[name][0], getattr(scores.fine, name), getattr(scores.coarse, name))
             for name in MEASURES
         ],
-        frozen_stages=training["train"].get("frozen_stages", 0),  # versions up to 16 had none
+        frozen_stages=training["train"]["frozen_stages"],
         cross_validation=cross_validation.table(rows("cross-validation.jsonl")),
         scored=rows("scored.jsonl"),
         robustness=robustness.table(rows("robustness.jsonl")),

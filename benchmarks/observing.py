@@ -1,9 +1,9 @@
 """Cost of metrics: a server with them beside one without, in turns, as ratios.
 
-    .venv/bin/python benchmarks/observing.py                # of a version's own metrics
-    .venv/bin/python benchmarks/observing.py --percentiles  # of Triton's percentiles of latency
+    PYTHONPATH=model/api .venv/bin/python benchmarks/observing.py
 
-Run nothing else meanwhile.
+By default of a version's own metrics; with --percentiles, of Triton's percentiles of latency. Run
+nothing else meanwhile.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
 """How many photos a product needs.
 
-    python benchmarks/photos_per_product.py --data data/grocery
+    .venv/bin/python benchmarks/photos_per_product.py --data data/grocery
 
 Draws 2, 4, 8 and 16 photos of each product from train, each draw from within the next larger one; a
 product with fewer photos keeps all. Each draw is the gallery in which the photos of val are
 searched for, and the photos that the variant "trained on them" is trained on.
 
 Variants: "ImageNet alone" uses the 1,280 features of EfficientNet-Lite0 without training; "the
-published version" has been trained on all photos of train, so that its gallery alone grows;
-"trained on them" is npair train with its defaults. With all photos, that is the published version,
-and its manifest has the result.
+published version", named in the results by its number, has been trained on all photos of train, so
+that its gallery alone grows; "trained on them" is npair train with its defaults.
 
 A run whose result is on file is skipped, so the command can be stopped and started again. At the
 end, it prints the table of docs/training.md; with --table it does nothing else.
@@ -31,9 +30,8 @@ from npair.data.pixels import PREVIEW, decode_dataset
 from npair.data.sources import read_dataset
 from npair.publishing.publish import embedding
 from npair.releasing.verify import published_code
-from npair.scoring.evaluate import Evaluation, compare
+from npair.scoring.evaluate import compare
 from npair.serving.engine import cores
-from npair.serving.manifest import Manifest
 from npair.training.run import TrainConfig
 
 PUBLISHED, TRAINED = "the published version", "trained on them"
@@ -62,7 +60,11 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[Row] = []
     for seed in arguments.seeds:
-        configs = {(name, seed): VARIANTS[name] for name in arguments.variants}
+        configs = {
+            (f"version {arguments.version.name}" if name == PUBLISHED else name, seed): config
+            for name, config in VARIANTS.items()
+            if name in arguments.variants
+        }
         rows = rows_of(
             arguments,
             configs,
@@ -101,12 +103,7 @@ def run_one(
 ) -> Row:
     """Search for the photos of val among those of a draw."""
     epochs = 0
-    if variant == TRAINED and table.stem.startswith(ALL):
-        manifest = Manifest.read(version)
-        assert manifest.metrics is not None
-        scores = Evaluation.from_dict(manifest.metrics["val"])
-        epochs = manifest.training["train"]["epochs"]
-    elif variant == TRAINED:
+    if variant == TRAINED:
         found, epochs = train_and_embed(variant, config, table, runs, cache)
         scores = found.evaluate()
     elif variant == IMAGENET:
@@ -129,14 +126,15 @@ def run_one(
 
 def table(rows: list[Row]) -> str:
     """The results in Markdown, means over seeds, and how far chance can move them."""
+    variants = dict.fromkeys(row["variant"] for row in rows)
     lines = [
-        f"| photos of a product | in all | {' | '.join(VARIANTS)} |",
-        "| --- | --- |" + " --- |" * len(VARIANTS),
+        f"| photos of a product | in all | {' | '.join(variants)} |",
+        "| --- | --- |" + " --- |" * len(variants),
     ]
     for photos in [*sorted({row["photos"] for row in rows} - {ALL}), ALL]:
         of_draw = [row for row in rows if row["photos"] == photos]
         cells = []
-        for variant in VARIANTS:
+        for variant in variants:
             own = [[row["fine"], row["coarse"]] for row in of_draw if row["variant"] == variant]
             cells.append("{:.3f} / {:.3f}".format(*np.mean(own, axis=0)) if own else "")
         if of_draw:

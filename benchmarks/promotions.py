@@ -1,6 +1,6 @@
 """Test releases under load: promotions, rollbacks, and kill -9 of each step at random moments.
 
-    .venv/bin/python benchmarks/promotions.py
+    PYTHONPATH=model/api .venv/bin/python benchmarks/promotions.py
 
 Trains and publishes two small versions and serves them. Four clients send requests without pauses
 or retries, over both protocols, single photos and batches. Prints a table in Markdown. Exits with

@@ -1,6 +1,6 @@
 """Robustness of versions to the changes that phones, shops and websites make to photos.
 
-    python benchmarks/robustness.py model_repository/npair/10 --data data/grocery
+    .venv/bin/python benchmarks/robustness.py model_repository/npair/10 --data data/grocery
 
 Each val photo is embedded unchanged and after each change, by the version's own code from its bytes
 on, and compared with the unchanged train photos. Changed photos are stored as PNG, which is

@@ -1,6 +1,6 @@
 """Recall on products that the network has never seen.
 
-    python benchmarks/unseen.py --data data/grocery
+    .venv/bin/python benchmarks/unseen.py --data data/grocery
 
 The products of train are dealt at random into three folds. For each fold, the network is trained on
 the products of the other two, and the photos of the fold's own products are searched for among each
@@ -22,7 +22,7 @@ again. At the end, it prints the table of the model card; with --table it does n
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -55,10 +55,15 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     configs = {
-        (name, SEED): replace(VARIANTS[name], epochs=arguments.epochs)
+        (variant_of(name, arguments.epochs), SEED): replace(VARIANTS[name], epochs=arguments.epochs)
         for name in arguments.variants
     }
     print(table(rows_of(arguments, configs, partial(product_folds, arguments), run_one)))
+
+
+def variant_of(name: str, epochs: int) -> str:
+    """Name a variant. epochs: of the trained ones, 0 for as many as ``npair train`` chooses."""
+    return name if name in (COLOURS, IMAGENET) else f"{name}, {epochs or 'default'} epochs"
 
 
 def product_folds(arguments: argparse.Namespace) -> Mapping[int, Path]:
@@ -124,17 +129,17 @@ def across_groups(found: Comparison, previews: Pixels) -> Row:
     }
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """The results in Markdown: means over folds with 95 % intervals by Student's t.
 
     Each difference is from ImageNet alone on the same fold.
     """
     imagenet = {row["fold"]: row for row in rows if row["variant"] == IMAGENET}
     lines = [
-        "| network | epochs | Recall@1 product | difference | Recall@1 kind | MAP@R |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| network | Recall@1 product | difference | Recall@1 kind | MAP@R |",
+        "| --- | --- | --- | --- | --- |",
     ]
-    for variant in VARIANTS:
+    for variant in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == variant and row["fold"] in imagenet]
         if len(own) < 2:
             continue
@@ -144,10 +149,7 @@ def table(rows: list[Row]) -> str:
         )
         mean, half = over_seeds([row["fine"] - imagenet[row["fold"]]["fine"] for row in own])
         difference = f"{mean:+.3f} ± {half:.3f}" if variant != IMAGENET else ""
-        lines.append(
-            f"| {variant} | {own[0]['epochs'] or '-'} | {fine} | {difference} | {coarse} "
-            f"| {map_at_r} |"
-        )
+        lines.append(f"| {variant} | {fine} | {difference} | {coarse} | {map_at_r} |")
     return "\n".join(lines)
 
 
