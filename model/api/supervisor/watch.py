@@ -62,8 +62,8 @@ class Watch:
                 verdict = self.judge(result.reason)
                 if verdict:
                     return verdict
-            else:
-                self.failing_since = None
+            else:  # loaded, even if it is busy
+                self.failing_since = self.changing_since = None
                 if result.outcome is Outcome.OK:
                     self._well(result.version)
         return None
