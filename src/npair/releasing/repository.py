@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from typing import Protocol
 from npair.objects import Objects, this_process
 
 MODEL = "npair"  # the only name that serve.py, clients and dashboards know
+LOG = logging.getLogger("npair.releasing")
 STORES = ("s3", "gs")  # the extras of pyproject.toml with their fsspec implementations
 
 
@@ -275,7 +277,20 @@ class Store(Objects, Repository):
         try:
             yield
         finally:
+            self._release(lock)
+
+    def _release(self, lock: str) -> None:
+        """Delete the lock, or warn: a failure must not hide the outcome of what it guarded."""
+        try:
             self._ask("rm_file", lock)
+        except FileNotFoundError:  # an answer was lost and the library asked again
+            pass
+        except (OSError, RepositoryError) as error:
+            LOG.warning(
+                "npair: the lock %s.releasing is left, and nobody takes it over; delete it: %s",
+                self.location,
+                error,
+            )
 
     def _holder(self, lock: str) -> str:
         try:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from npair.releasing import repository as repository_module
-from npair.releasing.repository import Folder, RepositoryError, open_repository
+from npair.releasing.repository import Folder, RepositoryError, Store, open_repository
 
 PUBLISHER = """
 import sys, time
@@ -257,6 +257,31 @@ def test_one_at_a_time(repository: Path) -> None:
         pass
     with second.exclusive():
         pass
+
+
+class TestALockThatStays:
+    """A store that cannot be reached when the lock is released hides nothing that was done."""
+
+    @pytest.fixture
+    def store(self, monkeypatch: pytest.MonkeyPatch) -> Store:
+        def ask(_: Store, operation: str, *_arguments: object, **_options: object) -> None:
+            if operation == "rm_file":
+                raise RepositoryError("s3://b/npair cannot be reached: timeout")
+
+        monkeypatch.setattr(Store, "_ask", ask)
+        store = Store.__new__(Store)  # without support for S3
+        store.location, store.root = "s3://b/npair", "b/npair"
+        return store
+
+    def test_success(self, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+        with store.exclusive():
+            pass
+        assert "the lock s3://b/npair.releasing is left" in caplog.text
+
+    def test_failure(self, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+        with pytest.raises(ValueError, match="golden set"), store.exclusive():
+            raise ValueError("golden set")
+        assert "the lock s3://b/npair.releasing is left" in caplog.text
 
 
 def test_what_is_no_repository(tmp_path: Path) -> None:
