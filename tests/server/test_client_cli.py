@@ -591,6 +591,7 @@ def test_server_failures(photos: Path) -> None:
     [
         ("embed", "{}", "--out", "x.csv"),
         ("embed", "{}", "--wait", "-1"),
+        ("ready", "--timeout", "inf"),
         ("embed", "{}", "--out", "{}/no/x.npz"),
         ("rank", "{}/a.png", "{}", "-k", "0"),
         ("rank", "{}/a.png", "{}/notes.npz"),

@@ -38,6 +38,8 @@ Answer = TypeVar("Answer")
 log = logging.getLogger("npair.client")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+# A socket's timeout wraps around where its milliseconds exceed 32 bits.
+MAX_SECONDS = 1e6
 MAX_RECONNECTS = 8  # to look for another server behind the same address
 # The smallest PNG: one white pixel.
 PIXEL = bytes.fromhex(
@@ -57,7 +59,7 @@ class NpairClient:
 
     url: http, https, grpc or grpcs://host:port. Proxies named by the environment are not used.
     version: pins a version; if None, each call of embed() stays with the version it first gets.
-    timeout: seconds for one request.
+    timeout: seconds for one request, a million at most.
     retries: repeats of a request if nobody answers, and of embed() if its version is gone. Each
         takes a new connection, on which a balancer may choose another server.
     batch_size, batch_bytes: limits of one request; a larger photo travels alone.
@@ -91,10 +93,11 @@ class NpairClient:
             raise ValueError(
                 f"the URL must be like http://host:8000 or grpc://host:8001, got {self.url!r}"
             )
-        if min(self.batch_size, self.batch_bytes) < 1 or self.timeout <= 0 or self.retries < 0:
-            raise ValueError(
-                "batch_size, batch_bytes and timeout must be positive, retries must not be negative"
-            )
+        if not (self.batch_size >= 1 and self.batch_bytes >= 1 and self.retries >= 0):  # or nan
+            raise ValueError("batch_size and batch_bytes must be positive, retries not negative")
+        if not 0 < self.timeout <= MAX_SECONDS:
+            limit = f"above 0 and up to {MAX_SECONDS:.0f}"
+            raise ValueError(f"timeout must be a number of seconds {limit}, got {self.timeout}")
         if self.api_key and not re.fullmatch("[!-~]+", self.api_key):
             raise ValueError("api_key must be printable ASCII without blanks")
         self.version = str(self.version) if self.version else None

@@ -179,7 +179,7 @@ def add_servers(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=number(float, above=0, most=1e9),
+        type=number(float, above=0, most=1e6),
         default=120.0,
         help="seconds to wait for each call to a server (%(default)g)",
     )

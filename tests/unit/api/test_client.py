@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 import pickle
 import re
 import socket
@@ -301,6 +302,8 @@ class TestErrors:
             *({"url": url} for url in ("ftp://a", "localhost:8000", "http://a:x")),
             {"url": "http://user:secret@a:1"},
             *({"timeout": 0}, {"retries": -1}, {"batch_size": 0}, {"batch_bytes": 0}),
+            *({"timeout": seconds} for seconds in (-1, 1e7, 1e10, math.inf, math.nan)),
+            *({name: math.nan} for name in ("retries", "batch_size", "batch_bytes")),
             *({"api_key": "two words"}, {"api_key": "clé"}),
             *({"ca": "/nowhere.pem"}, {"ca": __file__}, {"cert": (__file__, __file__)}),
         ],
