@@ -91,7 +91,9 @@ def _members(stream: Any, size: int, most: int) -> Iterator[tuple[str, bytes]]:
             if member.isfile() and is_photo(member.name):
                 file = shard.extractfile(member)
                 assert file is not None
-                yield member.name, file.read(most + 1)
+                # Rows are UTF-8, and names need not be: show other bytes, such as \xe9.
+                name = member.name.encode(errors="surrogateescape")
+                yield name.decode(errors="backslashreplace"), file.read(most + 1)
         if size - shard.offset < tarfile.BLOCKSIZE:  # tarfile takes half a header for the end
             raise tarfile.ReadError("it has no end marker")
 

@@ -168,3 +168,8 @@ def test_names_that_are_not_text(tmp_path: Path) -> None:
     photo(tmp_path / "caf\udce9.png")
     with pytest.raises(BulkError, match=r"caf\\udce9.png' is not UTF-8"):
         read(tmp_path)
+
+
+def test_members_whose_names_are_not_text(tmp_path: Path) -> None:
+    one = shard(tmp_path / "1.tar", {"caf\udce9.png": b"1", "caf\xe9.png": b"2"})
+    assert read(one) == [Photo(r"1.tar/caf\xe9.png", b"1"), Photo("1.tar/caf\xe9.png", b"2")]
