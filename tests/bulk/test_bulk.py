@@ -26,7 +26,7 @@ from support.photos import PNG
 from support.s3 import moto
 
 from npair.bulk import BulkError
-from npair.bulk.job import run
+from npair.bulk.job import cluster, run
 from npair.bulk.lists import open_source
 from npair.bulk.output import Output
 from npair.bulk.schema import schema
@@ -115,6 +115,12 @@ def test_an_actor_that_dies(photos: Path, tmp_path: Path) -> None:
     told = json.loads(process.communicate()[0])
     assert (process.returncode, told["rows"], told["refused"]) == (0, PHOTOS, 2)
     assert len(workers) <= 6, "the actor, three of Ray Data, and Ray's two agents of a node"
+
+
+def test_a_local_ray_whatever_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with cluster(None, 1) as actors:
+        assert actors == 1
 
 
 def test_requests_to_the_store(bucket: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -120,7 +120,7 @@ def cluster(address: str | None, actors: int | None) -> Iterator[int]:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
         ray.init(
-            address,
+            address or "local",  # not None, which takes a cluster that runs here or RAY_ADDRESS
             log_to_driver=False,
             logging_level=logging.CRITICAL,
             **({} if address else local),
