@@ -8,6 +8,7 @@ Vectors may be lists of fixed size or not: pyarrow cannot read back nulls among 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import pyarrow.dataset as ds
 from tqdm import tqdm
 
 from npair.client import Vectors
+from npair.data.files import shown
 from npair.gallery.build import create, finish
 from npair.gallery.gallery import IMPORTED, Gallery
 from npair.gallery.location import GalleryError, Where, locate, readable, writable
@@ -155,14 +157,19 @@ class _Files:
     def rows(self, path: str) -> Iterator[pa.RecordBatch]:
         """Yield a file's rows that have a vector, as a gallery stores them.
 
-        Raises: GalleryError for another kind of file, a damaged one, or one of another version than
-        those before.
+        Raises: GalleryError for another kind of file, a damaged one, one that cannot be searched,
+        or one of another version than those before.
         """
         try:
             dataset = ds.dataset(path, filesystem=self.filesystem, format="parquet")
             known = dataset.schema.names
             if missing := [name for name in NEEDED if name not in known]:
                 raise GalleryError(f"{path} has no column {' or '.join(missing)}; see npair bulk")
+            embedded = pc.is_null(pc.field("reason"))
+            ids = pc.value_counts(dataset.to_table(["id"], filter=embedded)["id"].drop_null())
+            if len(doubled := ids.filter(pc.greater(ids.field("counts"), 1))):
+                one, times = doubled[0].as_py().values()
+                raise GalleryError(f"{path} has the id {shown(one)} {times} times")
             names = [*NEEDED, *(name for name in OPTIONAL if name in known)]
             for batch in dataset.to_batches(columns=names, batch_size=ROWS):
                 rows = batch.filter(pc.is_null(batch["reason"]))
@@ -181,6 +188,14 @@ class _Files:
             raise GalleryError(f"{path} has vectors of several lengths")
         if not (abs(np.linalg.norm(_vectors(rows), axis=1) - 1) < UNIT).all():
             raise GalleryError(f"{path} has vectors that are no embeddings: their length is not 1")
+        optional = [name for name in OPTIONAL if name in rows.schema.names]
+        for row in rows.select(["id", *optional]).to_pylist():
+            if row.get("label", "") is None:
+                raise GalleryError(f"{path} has no label for {shown(row['id'])}")
+            if not _is_object_of_strings(row.get("columns") or "{}"):
+                raise GalleryError(
+                    f"{path} has columns of {shown(row['id'])} that are no JSON object of strings"
+                )
         each = [pc.unique(rows[name]).to_pylist() for name in ORIGIN]
         origin = tuple(str(values[0] or "") for values in each)
         if max(map(len, each)) > 1 or origin != (self.origin or origin):
@@ -200,6 +215,15 @@ def _opened(folder: Where) -> tuple[Any, str]:
     except (ImportError, ValueError, StoreError) as error:
         raise GalleryError(f"{folder} cannot be used: {error}") from error
     return objects.store, objects.root
+
+
+def _is_object_of_strings(text: Any) -> bool:
+    try:
+        found = json.loads(text)
+        json.dumps(found, ensure_ascii=False).encode()  # what no answer can hold: half a surrogate
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
 
 
 def _vectors(rows: pa.RecordBatch) -> Vectors:
@@ -271,9 +295,9 @@ def _refuse_other(gallery: Gallery, origin: tuple[str, ...]) -> None:
 
 
 def _refuse_doubles(table: lancedb.table.Table, database: lancedb.DBConnection) -> None:
-    """Drop a table that was filled just now if an id occurs twice, and say so."""
+    """Drop a table that was filled just now if an id is in several files, and say so."""
     found: Any = table.search()
     names = found.select(["photo"]).to_arrow()["photo"]
     if doubled := len(names) - pc.count_distinct(names).as_py():
         database.drop_table(table.name)
-        raise GalleryError(f"{doubled} ids occur more than once; nothing was imported")
+        raise GalleryError(f"{doubled} ids are in several files; nothing was imported")

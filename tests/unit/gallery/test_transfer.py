@@ -18,6 +18,8 @@ from npair.gallery.gallery import Gallery, PhotoGoneError
 from npair.gallery.location import Folder, GalleryError
 from npair.gallery.transfer import Imported, export_vectors, import_vectors
 
+ID = r"photos/class 2/2\.jpg"
+
 
 def npair(*arguments: object) -> int:
     with pytest.MonkeyPatch.context() as patch:
@@ -110,7 +112,15 @@ class TestVersions:
         (lambda table: changed(table, "vector", 2 * units(4)), "their length is not 1"),
         (lambda table: changed(table, "vector", np.full((4, 128), np.nan, np.float32)), "is not 1"),
         (lambda table: changed(table, "id", [None, "a", "b", "c"]), "has rows without an id"),
-        (lambda table: changed(table, "id", ["a", "b", "c", "c"]), "1 ids occur more than once"),
+        (lambda table: changed(table, "id", ["a", "b", "c", "c"]), "has the id c 2 times"),
+        (lambda table: table.append_column("label", [["a", "b", None, "d"]]), f"no label for {ID}"),
+        *(
+            (
+                lambda table, text=text: table.append_column("columns", [["{}", None, text, ""]]),
+                f"has columns of {ID} that are no JSON object of strings",
+            )
+            for text in ("red", "[]", '["a"]', '{"price": 3}', r'{"file": "\udce9"}', "[" * 99_999)
+        ),
         (lambda table: changed(table, "reason", ["bad"] * 4), "none of the 4 rows in .* has a vec"),
     ],
 )
@@ -121,6 +131,22 @@ def test_what_is_not_taken(change, reason: str, tmp_path: Path) -> None:  # type
         import_vectors(tmp_path / "bulk", tmp_path / "gallery")
     bulk_file(path, units(4))
     assert import_vectors(tmp_path / "bulk", tmp_path / "gallery").photos == 4
+
+
+def test_an_id_twice(tmp_path: Path) -> None:
+    """Refused in a file for a gallery that has rows, and in two files for a new gallery."""
+    index = tmp_path / "gallery"
+    for name in ("one", "two"):
+        path = bulk_file(tmp_path / f"{name}/part-0.parquet", units(4))
+    bulk_file(tmp_path / "two/part-1.parquet", units(4), first=3)
+    with pytest.raises(GalleryError, match="1 ids are in several files; nothing was imported"):
+        import_vectors(tmp_path / "two", index)
+    import_vectors(tmp_path / "one", index)
+    for ids in ([f"new/{number}.jpg" for number in (1, 1, 2, 3)], ["photos/class 0/0.jpg"] * 4):
+        pq.write_table(changed(pq.read_table(path), "id", ids), path)
+        with pytest.raises(GalleryError, match=rf"has the id {ids[0]} \d times"):
+            import_vectors(tmp_path / "two", index)
+    assert len(Gallery(index)) == 4
 
 
 def changed(table: pa.Table, name: str, values: object) -> pa.Table:
