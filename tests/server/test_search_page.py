@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 from selenium.webdriver import ActionChains
@@ -25,7 +26,9 @@ from support.web import call, serving
 
 from npair.client import NpairClient
 from npair.gallery.build import build
+from npair.gallery.gallery import Gallery
 from npair.publishing.drawings import draw
+from npair.web.search import MAX_K
 
 PRODUCT = 3
 KEY = "k" * 32
@@ -214,6 +217,21 @@ class TestSearch:
         page.one("#more").click()
         shows(page, neighbours(url, photo, k=48))
         assert not page.one("#more").is_displayed(), "there are 36"
+
+    def test_no_more_than_the_api_gives(
+        self, chromium: Browser, index: Path, triton: str, photo: Path, tmp_path: Path
+    ) -> None:
+        table = Gallery(shutil.copytree(index, tmp_path / "index")).table
+        table.add(pa.concat_tables([table.to_arrow()] * 2))
+        chromium.look(1280)
+        with serving(tmp_path / "index", triton) as url:
+            chromium.get(url)
+            chromium.choose(photo)
+            for k in (12, 24, 48, 96, MAX_K):
+                eventually(lambda k=k: len(chromium.run(CARDS)) == k)  # type: ignore[misc]
+                assert chromium.one("#more").is_displayed() == (k < MAX_K)
+                if k < MAX_K:
+                    chromium.one("#more").click()
 
     def test_by_neighbour_and_back(self, page: Browser, url: str, photo: Path) -> None:
         page.look(1280, still=False)

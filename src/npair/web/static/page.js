@@ -7,6 +7,7 @@ import { ask, picture, Refused } from "./service.js";
 import { prepare, PhotoError } from "./photo.js";
 
 const FIRST = 12; // neighbours at first
+const MOST = 100; // that the API gives: MAX_K
 const SOON = 200; // ms until the page says that it searches: most answers come before
 const SLOW = 4000; // ms until it says that the server takes its time
 const $ = (id) => document.getElementById(id);
@@ -116,8 +117,8 @@ function showAnswer(answer, query, k) {
     ["Same product", cards(same), "same"],
     [threshold === null ? "Nearest photos" : "Similar, below the threshold", cards(others)],
   ]);
-  $("more").hidden = answer.neighbours.length < k;
-  $("more").onclick = () => show(history.state, 2 * k);
+  $("more").hidden = answer.neighbours.length < k || k === MOST;
+  $("more").onclick = () => show(history.state, Math.min(2 * k, MOST));
   const words = verdict(neighbours, same.length, threshold);
   say({ ...words, status: `${words.kind}: ${words.title}. ${words.detail}` });
   document.title = `${words.title} – npair`;
