@@ -18,7 +18,7 @@ import numpy as np
 from cross_validation import lookalike_folds, run_one
 from training_runs import Row, parser_of, rows_of
 
-from npair.scoring.intervals import over_seeds
+from npair.scoring.intervals import over_runs
 from npair.training.run import TrainConfig
 
 SEEDS = 1
@@ -71,7 +71,7 @@ def table(rows: list[Row]) -> str:
             for name in ("fine", "coarse", "map_at_r", "eer")
         )
         pairs = [(row, baseline[row["fold"], row["seed"]]) for row in own]
-        mean, half = over_seeds([row["fine"] - base["fine"] for row, base in pairs])
+        mean, half = over_runs([row["fine"] - base["fine"] for row, base in pairs])
         difference = f"{mean:+.3f} ± {half:.3f}" if variant != "baseline" else ""
         lines.append(
             f"| {variant} | {len(own)} | {fine:.3f} | {difference} | {coarse:.3f} "

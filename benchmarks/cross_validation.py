@@ -18,7 +18,7 @@ from training_runs import Row, parser_of, rows_of, train_and_embed
 from npair.data.folds import write_folds
 from npair.data.pixels import PREVIEW, decode_dataset
 from npair.data.sources import read_dataset
-from npair.scoring.intervals import over_seeds
+from npair.scoring.intervals import over_runs
 from npair.training.run import TrainConfig
 
 FOLDS = 3
@@ -58,7 +58,7 @@ def table(rows: Sequence[Row]) -> str:
         if len(own) < 2:
             continue  # one fold has no interval
         cells = [
-            "{:.3f} ± {:.3f}".format(*over_seeds([row[name] for row in own])) for name in MEASURES
+            "{:.3f} ± {:.3f}".format(*over_runs([row[name] for row in own])) for name in MEASURES
         ]
         lines.append(f"| {variant} | {len(own)} | {' | '.join(cells)} |")
     return "\n".join(lines)

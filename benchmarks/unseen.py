@@ -35,7 +35,7 @@ from npair.data.folds import colour_histograms, folds, write_tables
 from npair.data.pixels import PREVIEW, Pixels, decode_dataset
 from npair.data.sources import read_dataset
 from npair.scoring.evaluate import Comparison, compare
-from npair.scoring.intervals import over_seeds
+from npair.scoring.intervals import over_runs
 from npair.training.run import TrainConfig
 
 SEED = 0  # of the folds and of training
@@ -144,10 +144,10 @@ def table(rows: Sequence[Row]) -> str:
         if len(own) < 2:
             continue
         fine, coarse, map_at_r = (
-            "{:.3f} ± {:.3f}".format(*over_seeds([row[name] for row in own]))
+            "{:.3f} ± {:.3f}".format(*over_runs([row[name] for row in own]))
             for name in ("fine", "coarse", "map_at_r")
         )
-        mean, half = over_seeds([row["fine"] - imagenet[row["fold"]]["fine"] for row in own])
+        mean, half = over_runs([row["fine"] - imagenet[row["fold"]]["fine"] for row in own])
         difference = f"{mean:+.3f} ± {half:.3f}" if variant != IMAGENET else ""
         lines.append(f"| {variant} | {fine} | {difference} | {coarse} | {map_at_r} |")
     return "\n".join(lines)

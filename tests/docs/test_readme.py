@@ -78,11 +78,21 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 120
 
 
-@pytest.mark.parametrize(
+pages = pytest.mark.parametrize(
     "page",
     [path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]],
     ids=str,
 )
+
+
+@pages
+def test_no_paragraph_is_a_placeholder_or_comes_twice(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    paragraphs = [text for text in re.split(r"\n\s*\n", prose) if text and text[0] != "#"]
+    assert [text for text in paragraphs if text.isupper() or paragraphs.count(text) > 1] == []
+
+
+@pages
 def test_make_targets_that_pages_name_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`make ([a-z0-9-]+)", (ROOT / page).read_text())) <= targets

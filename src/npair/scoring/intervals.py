@@ -88,14 +88,14 @@ def bootstrap(outcomes: Floats, classes: npt.NDArray[np.int64]) -> list[Estimate
     ]
 
 
-def over_seeds(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of runs that differ by their seed alone, and half the width of its 95 %
-    confidence interval (Student's t).
+def over_runs(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of runs that differ by their fold or their seed, and half the width of its
+    95 % confidence interval (Student's t).
 
     Raises: ValueError for fewer than two values, which say nothing about spread.
     """
     if len(values) < 2:
-        raise ValueError(f"an interval over seeds needs at least two runs, got {len(values)}")
+        raise ValueError(f"an interval over runs needs at least two, got {len(values)}")
     standard_error = np.std(values, ddof=1) / np.sqrt(len(values))
     half_width = student_t.ppf(0.975, len(values) - 1) * standard_error
     return float(np.mean(values)), float(half_width)

@@ -17,7 +17,7 @@ from sklearn.metrics import roc_curve
 
 import npair.scoring.retrieval
 from npair.scoring.evaluate import Evaluation, clusters, evaluate, protocol_of
-from npair.scoring.intervals import Difference, difference, over_seeds
+from npair.scoring.intervals import Difference, difference, over_runs
 from npair.scoring.retrieval import LabelledVectors, Retrieval, Vectors, nearest
 from npair.scoring.verification import RESOLUTION, verification
 
@@ -306,13 +306,13 @@ def test_protocol() -> None:
     assert protocol_of(np.concatenate([seen, unseen]), seen) == "gallery"
 
 
-def test_over_seeds() -> None:
+def test_over_runs() -> None:
     runs = [0.61, 0.64, 0.66]
-    mean, half_width = over_seeds(runs)
+    mean, half_width = over_runs(runs)
     interval = ttest_1samp(runs, 0).confidence_interval(0.95)
     assert (mean - half_width, mean + half_width) == pytest.approx((interval.low, interval.high))
     with pytest.raises(ValueError, match="at least two"):
-        over_seeds([0.6])
+        over_runs([0.6])
 
 
 def test_refuses_what_it_cannot_score() -> None:
