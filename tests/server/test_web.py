@@ -29,7 +29,7 @@ from npair.client import HttpTransport, NpairClient
 from npair.gallery.build import build
 from npair.gallery.gallery import Gallery
 from npair.web import guard
-from npair.web.app import BODIES
+from npair.web.app import BODIES, LIMITS
 from npair.web.search import MAX_PHOTO, SIDE
 
 VERSION = SHIPPED.name
@@ -374,11 +374,14 @@ class TestGuard:
 
     def test_more_bodies_than_memory_is_for_are_refused(self, web: str, photo: bytes) -> None:
         host, port = web.removeprefix("http://").split(":")
-        waiting = [socket.create_connection((host, int(port))) for _ in range(BODIES)]
+        largest = LIMITS["/v1/embeddings"]
+        waiting = [socket.create_connection((host, int(port))) for _ in range(BODIES // largest)]
         try:
             for connection in waiting:
-                connection.sendall(head("/search", 9))
+                connection.sendall(head("/v1/embeddings", largest))
             eventually(lambda: call(web, "/search", photo).status == 503)
+            assert call(web, "/search", iter([photo])).status == 503, "in chunks"
+            assert call(web, "/search", method="POST").status == 400, "without a body"
         finally:
             for connection in waiting:
                 connection.close()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -32,7 +31,7 @@ from npair.web.search import MAX_K, MAX_PHOTO, Info, Neighbours, Search
 
 STATIC = Path(__file__).parent / "static"
 LIMITS = {"/search": MAX_PHOTO + SMALL, "/v1/embeddings": 64 << 20}  # bytes of a body
-BODIES = 16  # requests whose bodies are in memory at the same time
+BODIES = 128 << 20  # bytes of all bodies that are in memory at the same time
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 SEARCH_BODY: dict[str, Any] = {
@@ -126,7 +125,7 @@ def create_app(search: Search, *, hosts: frozenset[str], key: str) -> ASGIApp:
 def _api(search: Search, embedder: Embedder) -> APIRouter:
     """The routes that need the key. Blocking work runs in threads."""
     api = APIRouter()
-    bodies = asyncio.Semaphore(BODIES)
+    room = _Room()
 
     @api.get("/info")
     def info() -> Info:
@@ -140,7 +139,7 @@ def _api(search: Search, embedder: Embedder) -> APIRouter:
         photo: Annotated[str | None, Query(description="a gallery's photo to search by")] = None,
     ) -> Neighbours:
         """Find the photos that are most similar to a photo."""
-        async with _slot(bodies):
+        with room.taken(request):
             sent = await _photo(request)
             if bool(sent) == (photo is not None):
                 message = "send one photo as the body, or name one of the gallery with ?photo=ID"
@@ -164,7 +163,7 @@ def _api(search: Search, embedder: Embedder) -> APIRouter:
     @api.post("/v1/embeddings", openapi_extra={"requestBody": EMBEDDINGS_BODY})
     async def embeddings(request: Request) -> Embeddings:
         """Embed photos, as OpenAI's clients send them."""
-        async with _slot(bodies):
+        with room.taken(request):
             return await run_in_threadpool(embedder.embed, await request.body())
 
     @api.get("/v1/models")
@@ -206,12 +205,25 @@ def _public(search: Search) -> APIRouter:
     return public
 
 
-@asynccontextmanager
-async def _slot(bodies: asyncio.Semaphore) -> AsyncIterator[None]:
-    if bodies.locked():
-        raise RefusedError(503, "too many requests at once; try again", code="busy")
-    async with bodies:
-        yield
+class _Room:
+    """Memory for bodies: a request takes its length, or in chunks the most that is allowed."""
+
+    def __init__(self) -> None:
+        self.left = BODIES
+
+    @contextmanager
+    def taken(self, request: Request) -> Iterator[None]:
+        """Raises: RefusedError if too little is left."""
+        size = int(request.headers.get("content-length", 0))
+        if "transfer-encoding" in request.headers:
+            size = LIMITS[request.scope["path"]]
+        if size > self.left:
+            raise RefusedError(503, "too many requests at once; try again", code="busy")
+        self.left -= size
+        try:
+            yield
+        finally:
+            self.left += size
 
 
 class _InMemory(MultiPartParser):

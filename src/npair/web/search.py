@@ -9,6 +9,7 @@ import hashlib
 import io
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,9 @@ COPIES = 8  # files of the same bytes, which share their id, that a search by on
 SIDE = 320  # pixels of a thumbnail, which shows the square that the network sees
 THUMBNAIL = Preprocessing(size=SIDE, resample="BILINEAR", background=255)
 LIMITS = Limits(max_bytes=MAX_PHOTO, max_pixels=64_000_000)
+# One thread bounds memory: a photo takes up to 21 bytes for each pixel, and malloc keeps for each
+# thread what that has freed.
+DECODER = ThreadPoolExecutor(1)
 
 
 class Info(BaseModel):
@@ -186,6 +190,7 @@ def _thumbnail(path: Path, *_: int) -> Thumbnail:
     Raises: OSError, ValueError.
     """
     jpeg = io.BytesIO()
-    Image.fromarray(decode(encoded_photo(path), THUMBNAIL, LIMITS)).save(jpeg, "JPEG", quality=85)
+    pixels = DECODER.submit(lambda: decode(encoded_photo(path), THUMBNAIL, LIMITS)).result()
+    Image.fromarray(pixels).save(jpeg, "JPEG", quality=85)
     etag = hashlib.sha256(jpeg.getvalue()).hexdigest()[:32]
     return Thumbnail(jpeg.getvalue(), f'"{etag}"')
