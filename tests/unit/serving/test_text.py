@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import re
 import textwrap
+import tracemalloc
 from collections.abc import Callable
 from urllib.parse import quote
 
@@ -30,6 +33,11 @@ WAYS: dict[str, Callable[[bytes], bytes]] = {
     "data URI without a type": lambda photo: b"data:;base64," + base64.b64encode(photo),
     "percent-encoded": lambda photo: (
         b"data:image/png;base64," + quote(base64.b64encode(photo), safe="").encode()
+    ),
+    "percent-encoded lines, in lower case": lambda photo: re.sub(
+        rb"%..",
+        lambda escape: escape[0].lower(),
+        b"data:;base64," + quote(base64.encodebytes(photo).replace(b"\n", b" \r\n")).encode(),
     ),
 }
 
@@ -90,6 +98,7 @@ TEXT = base64.b64encode(encode(draw(0, 0, 64), "JPEG"))
             "looks like base64, but what it stands for is a GIF",
         ),
         (b"data:image/png," + TEXT, "a data: URI that is not base64"),
+        (b"data:;base64,%2B%41" + TEXT, "looks like base64, but character 2 of it is no part"),
         (b"data:image/svg+xml,%3Csvg/%3E", "a data: URI that is not base64"),
     ],
 )
@@ -105,3 +114,14 @@ def test_text_is_bounded_before_it_is_decoded() -> None:
     with pytest.raises(PhotoError, match="more than a photo within the limit of 100000") as caught:
         photo_of(b"A" * 160_000, LIMITS)
     assert caught.value.reason == "too_many_bytes"
+
+
+@pytest.mark.parametrize("escape", [b"%", b"%41", b"%2B", b"%2b", b"%20", b"%3D"])
+def test_escapes_take_no_more_memory_than_other_text(escape: bytes) -> None:
+    sent = b"data:image/jpeg;base64," + escape * (150_000 // len(escape))
+    tracemalloc.start()
+    with contextlib.suppress(PhotoError):
+        photo_of(sent, LIMITS)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * len(sent)
