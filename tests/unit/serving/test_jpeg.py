@@ -117,6 +117,28 @@ def test_other_depths_colours_and_sizes_are_refused(frame: bytes, reason: str) -
         decoded(with_frame(frame))
 
 
+SCAN = bytes([3, 1, 0, 2, 0x11, 3, 0x11, 0, 63, 0])
+
+
+@pytest.mark.parametrize(
+    ("scan", "reason"),
+    [
+        (b"", "a scan header of the wrong length"),
+        (bytes([0, 0, 63, 0]), "a scan header of the wrong length"),
+        (SCAN[:-2], "a scan header of the wrong length"),
+        (SCAN + bytes(2), "a scan header of the wrong length"),
+        (bytes([5, *[1, 0] * 5, 0, 63, 0]), "a scan header of the wrong length"),
+        (bytes([255, *[1, 0] * 32_764, 0, 255, 1]), "a scan header of the wrong length"),
+        (SCAN[:-2] + bytes([64, 0]), "a scan of coefficients that do not exist"),
+    ],
+)
+def test_scan_headers_that_libjpeg_refuses_are_refused(scan: bytes, reason: str) -> None:
+    """Each of them would be gone through component by component, and index by index."""
+    start = PROGRESSIVE.index(b"\xff\xda")
+    with pytest.raises(PhotoError, match=reason):
+        decoded(PROGRESSIVE[:start] + segment(0xDA, scan))
+
+
 def test_many_frame_headers_take_no_memory() -> None:
     with pytest.raises(PhotoError, match="wrong length"):
         decoded(PHOTO[:2] + segment(0xC0, FRAME + bytes(60_000)) * 15 + PHOTO[2:])
