@@ -45,8 +45,9 @@ from npair.serving.manifest import Manifest
 
 sys.path.append(str(Path(__file__).parents[1]))  # for support
 from support import profiles
-from support.jpegs import ARITHMETIC, lossless, many_scans
+from support.jpegs import ARITHMETIC, lossless, many_scans, segment
 from support.models import ROOT, SHIPPED
+from support.photos import chunk
 from support.servers import free_ports, lines_until_ready, start
 
 BLOCK = 200  # requests between two checks of the server
@@ -792,12 +793,23 @@ def fuzz_decode(seed: int, runs: int) -> int:
 
     Returns: libFuzzer's exit code.
     """
-    others = {"grey.lossless": lossless(1), "rgb.lossless": lossless(3), "scans": many_scans(3)}
+    jpeg, png = PHOTOS["progressive.jpg"], PHOTOS["RGB.png"]
+    wide = segment(0xDA, bytes([255, *[1, 0] * 1_000, 0, 255, 1]))
+    packed = chunk(b"zTXt", b"XML:com.adobe.xmp\0\0" + zlib.compress(bytes(65_535)))
+    others = {
+        "grey.lossless": lossless(1),
+        "rgb.lossless": lossless(3),
+        "scans": many_scans(3),
+        "wide scans": jpeg[: jpeg.index(b"\xff\xda")] + wide * 3,
+        "segments": jpeg[:2] + segment(0xE0, b"") * 500 + jpeg[2:],
+        "texts": png[:33] + packed * 20 + png[33:],
+    }
     texts = {
         f"{name}.txt": base64.b64encode(PHOTOS[name])
         for name in ("RGB.jpg", "RGB.png", "lossy.webp")
     }
     uri = b"data:image/jpeg;base64," + texts["RGB.jpg.txt"]
+    texts["escapes"] = uri + b"%2B%" * 500
     with tempfile.TemporaryDirectory() as corpus:
         for name, photo in {**PHOTOS, **others, **texts, "uri": uri}.items():
             Path(corpus, name).write_bytes(photo)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import struct
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -158,3 +159,12 @@ def test_chunks_beside_the_pixels_do_not_spoil_a_png(kind: str) -> None:
         np.testing.assert_array_equal(
             decoded(photo[:start] + CHUNKS[kind] + photo[start:]), decoded(photo)
         )
+
+
+def test_profiles_that_are_ignored_are_not_kept() -> None:
+    tracemalloc.start()
+    for number in range(8):
+        assert to_srgb(bytes([number]) * (MAX_PROFILE + 1), "RGB") is None
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < MAX_PROFILE
