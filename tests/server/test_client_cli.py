@@ -545,6 +545,33 @@ class TestCompare:
         assert f"no verdict: {reason}" in result.stdout
 
 
+def test_names_stay_within_their_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Line breaks and bytes that are not UTF-8 are escaped, as a strict stdout needs it."""
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    folder, out = tmp_path / "photos", tmp_path / "caf\udce9.npz"
+    folder.mkdir()
+    for name, length in (("caf\udce9.jpg", 4), ("a\nb.jpg", 3), ("bad\nc.jpg", 2), ("d.x\ny", 1)):
+        (folder / name).write_bytes(b"x" * length)
+
+    def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
+        lengths = list(map(len, photos))
+        broken = json.dumps({"error": f"IMAGE[{lengths.index(2)}]: broken"}) if 2 in lengths else ""
+        return (400, broken) if broken else echo(photos, path)
+
+    with serving(answer) as (url, _):
+        ranked = run(url, "rank", folder / "a\nb.jpg", folder)
+        embedded = run(url, "embed", folder, "--out", out)
+        compared = run(url, "compare", folder / "a\nb.jpg", folder / "bad\nc.jpg")
+    ends = [line.rpartition("/")[2] for line in ranked.stdout.splitlines()]
+    assert ends == [r"caf\udce9.jpg'", r"a\nb.jpg'"]
+    passed_over = r"1 other files in folders passed over: 1 '.x\ny'"
+    left_out = [rf"'{folder}/bad\nc.jpg': broken", passed_over, "1 of 3 photos left out"]
+    assert ranked.stderr.splitlines() == embedded.stderr.splitlines() == left_out
+    made = rf"2 photos embedded by npair version 1 in '{tmp_path}/caf\udce9.npz', 1 left out"
+    assert embedded.stdout == f"{made}\n"
+    assert compared.stderr == rf"client.py compare: '{folder}/bad\nc.jpg': broken" + "\n"
+
+
 class TestEnvironment:
     def test_has_the_key_and_the_authority(
         self, photos: Path, monkeypatch: pytest.MonkeyPatch

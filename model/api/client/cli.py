@@ -30,7 +30,7 @@ from .errors import (
 from .photos import Unread, photos_in
 from .pool import BACKOFF_SECONDS
 from .results import Vectors
-from .rows import SAVED_SUFFIXES, Rows, load_saved, resume, say, write_npz
+from .rows import SAVED_SUFFIXES, Rows, load_saved, resume, say, shown, write_npz
 
 EXIT_OK, EXIT_PHOTOS, EXIT_USAGE, EXIT_SERVER = 0, 1, 2, 3
 EXIT_INTERRUPTED, EXIT_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # as shells report them
@@ -219,7 +219,7 @@ def _embed_to(out: Path, client: NpairClient, options: Options) -> int:
     unfinished = out.with_name(out.name + ".unfinished")
     done = resume(unfinished, client)
     if strange := done.difference(map(str, photos_in(options.photos))) if done else None:
-        other = f"is of another command: it has {min(strange)}; repeat that one"
+        other = f"is of another command: it has {shown(min(strange))}; repeat that one"
         raise ValueError(f"{unfinished} {other}, or delete the file")
     rows, version, embedded = Rows(client, options.photos, done), client.version, len(done)
     try:
@@ -256,7 +256,7 @@ def _embed_to(out: Path, client: NpairClient, options: Options) -> int:
         print(json.dumps({"out": str(out), **counts, "model": client.model, "version": version}))
     else:
         made_by = f"{client.model} version {version}"
-        print(f"{embedded} photos embedded by {made_by} in {out}, {rows.left_out} left out")
+        print(f"{embedded} photos embedded by {made_by} in {shown(out)}, {rows.left_out} left out")
     return EXIT_PHOTOS if rows.left_out else EXIT_OK
 
 
@@ -314,7 +314,7 @@ def rank(client: NpairClient, options: Options) -> int:
         ranked = [{"photo": names[index], "cosine": float(cosines[index])} for index in best]
         print(json.dumps({"version": client.version, "ranked": ranked, "left_out": left_out}))
     else:
-        print(*(f"{cosines[index]:.4f}  {names[index]}" for index in best), sep="\n")
+        print(*(f"{cosines[index]:.4f}  {shown(names[index])}" for index in best), sep="\n")
     return EXIT_PHOTOS if left_out else EXIT_OK
 
 
@@ -335,8 +335,8 @@ def _embedded(photos: Sequence[Path], client: NpairClient) -> list[Vectors]:
     """Embed photos, each float32 [128], and pin the client to the version. Raises: OSError."""
     stream = client.stream(Unread(photo) for photo in photos)
     results = list(stream)
-    if reasons := [f"{photos[each.index]}: {each.reason}" for each in results if each.reason]:
-        raise OSError("; ".join(reasons))
+    if refused := [each for each in results if each.reason]:
+        raise OSError("; ".join(f"{shown(photos[each.index])}: {each.reason}" for each in refused))
     if results:
         client.version = stream.version
     return [each.vector for each in results if each.vector is not None]

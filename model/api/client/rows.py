@@ -41,6 +41,11 @@ def say(text: str) -> None:
     print(f"{CLEAR * sys.stderr.isatty()}{text}", file=sys.stderr, flush=True)
 
 
+def shown(name: Path | str) -> str:
+    """Return a name for a line of a terminal; escape line breaks and bytes that are not UTF-8."""
+    return str(name) if str(name).isprintable() else ascii(str(name))
+
+
 class Rows:
     """Embed files and iterate over rows, in order, as embed prints them.
 
@@ -70,7 +75,7 @@ class Rows:
                 self._client.retries = max(self._client.retries, PATIENT_RETRIES)
                 if result.vector is None:
                     self.left_out += 1
-                    say(f"{name}: {result.reason}")
+                    say(f"{shown(name)}: {result.reason}")
                     continue
                 if made_by is None:
                     manifest = self._client.manifest_sha256(stream.version)
@@ -83,13 +88,14 @@ class Rows:
             if total == len(self._done) and isinstance(error, UnreachableError):
                 raise  # no photo is to blame
             waiting = _unanswered(stream, total - len(self._done), names)
-            say(f"no answer for these photos: {', '.join(waiting)}")
+            say(f"no answer for these photos: {', '.join(map(shown, waiting))}")
             raise
         if passed_over:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in passed_over.most_common(10))
+            most = passed_over.most_common(10)
+            kinds = ", ".join(f"{count} {shown(kind)}" for kind, count in most)
             say(f"{passed_over.total()} other files in folders passed over: {kinds}")
         if not total:
-            raise ValueError(f"no photos in {', '.join(map(str, self._paths))}")
+            raise ValueError(f"no photos in {', '.join(map(shown, self._paths))}")
         if self.left_out:
             say(f"{self.left_out} of {total} photos left out")
 
