@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -16,7 +16,6 @@ from typing import Protocol
 from npair.objects import Objects, this_process
 
 MODEL = "npair"  # the only name that serve.py, clients and dashboards know
-LOG = logging.getLogger("npair.releasing")
 STORES = ("s3", "gs")  # the extras of pyproject.toml with their fsspec implementations
 
 
@@ -286,11 +285,8 @@ class Store(Objects, Repository):
         except FileNotFoundError:  # an answer was lost and the library asked again
             pass
         except (OSError, RepositoryError) as error:
-            LOG.warning(
-                "npair: the lock %s.releasing is left, and nobody takes it over; delete it: %s",
-                self.location,
-                error,
-            )
+            left = f"the lock {self.location}.releasing is left, and no other takes it: delete it"
+            print(f"npair: {left} ({error})", file=sys.stderr)
 
     def _holder(self, lock: str) -> str:
         try:

@@ -273,15 +273,15 @@ class TestALockThatStays:
         store.location, store.root = "s3://b/npair", "b/npair"
         return store
 
-    def test_success(self, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    def test_success(self, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
         with store.exclusive():
             pass
-        assert "the lock s3://b/npair.releasing is left" in caplog.text
+        assert "the lock s3://b/npair.releasing is left" in capsys.readouterr().err
 
-    def test_failure(self, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    def test_failure(self, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(ValueError, match="golden set"), store.exclusive():
             raise ValueError("golden set")
-        assert "the lock s3://b/npair.releasing is left" in caplog.text
+        assert "the lock s3://b/npair.releasing is left" in capsys.readouterr().err
 
 
 def test_what_is_no_repository(tmp_path: Path) -> None:
