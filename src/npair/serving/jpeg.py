@@ -47,8 +47,8 @@ END_OF_SCAN = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 # keep a core busy for an hour. Encoders write about ten.
 MAX_SCANS = 100
 
-# Each costs as much as a kB of others, and 20 MB have room for five million. The largest profile
-# fills 255, and 20 MB of other metadata 305.
+# Each takes two microseconds, and 20 MB have room for five million. The largest profile fills 255,
+# and 20 MB of other metadata 305.
 MAX_SEGMENTS = 5_000
 
 # Some cameras pad the data before the end marker; libjpeg warns as if the data were corrupt.

@@ -14,7 +14,8 @@ from .metadata import MAX_METADATA, MAX_PROFILE, Metadata
 from .refusal import PhotoError
 
 START = 8  # bytes of the signature
-KIND = re.compile(rb"\w{4}")  # as Pillow has it: it reads on behind a chunk of any other letters
+# What Pillow takes for the name of a chunk: behind any other it reads nothing.
+KIND = re.compile(rb"\w{4}")
 TEXTS = (b"iTXt", b"tEXt", b"zTXt")
 EXIF_TEXT, XMP_TEXT = b"Raw profile type exif", b"XML:com.adobe.xmp"
 
