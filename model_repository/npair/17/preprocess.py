@@ -119,7 +119,7 @@ def _open(photo: bytes) -> tuple[jpeg.Jpeg | Image.Image, Metadata]:
             return webp, Metadata(*found)
         chunks, metadata = png.read(photo)
         return PngImageFile(io.BytesIO(chunks)), metadata
-    except MemoryError:
+    except (MemoryError, PhotoError):
         raise
     except Exception as error:
         reason = "the image data is truncated or damaged; send the original file"

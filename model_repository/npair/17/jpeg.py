@@ -47,6 +47,10 @@ END_OF_SCAN = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 # keep a core busy for an hour. Encoders write about ten.
 MAX_SCANS = 100
 
+# Each takes two microseconds, and 20 MB have room for five million. The largest profile fills 255,
+# and 20 MB of other metadata 305.
+MAX_SEGMENTS = 5_000
+
 # Some cameras pad the data before the end marker; libjpeg warns as if the data were corrupt.
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 MAX_EXTRANEOUS = 4
@@ -122,10 +126,10 @@ def damaged(why: str) -> PhotoError:
 def read(photo: bytes) -> Jpeg:
     """Read the segments of a JPEG up to its end, in linear time.
 
-    Raises: PhotoError if it is cut off before its scans, has more than MAX_SCANS of them, or is of
-    a kind that is not decoded.
+    Raises: PhotoError if it is cut off before its scans, has more than MAX_SCANS of them or
+    MAX_SEGMENTS segments, or is of a kind that is not decoded.
     """
-    jpeg, frame = Jpeg(), 0
+    jpeg, frame, segments = Jpeg(), 0, 0
     parts, profile = [SOI], dict[bytes, bytes]()
     start, marker_to_find = 2, MARKER
     while marker := marker_to_find.search(photo, start):
@@ -138,6 +142,9 @@ def read(photo: bytes) -> Jpeg:
             raise PhotoError("not_an_image", f"a {OTHER_FRAMES[kind]}, {REMEDY}")
         if kind not in SEGMENTS:
             raise damaged(f"marker {kind:02X} where none may be")
+        segments += 1
+        if segments > MAX_SEGMENTS:
+            raise damaged(f"it has more than the limit of {MAX_SEGMENTS} segments")
         start, marker_to_find = (
             marker.end() + int.from_bytes(photo[marker.end() : begin], "big"),
             MARKER,
@@ -152,8 +159,9 @@ def read(photo: bytes) -> Jpeg:
             _read_frame(jpeg, content)
         if kind == SOS:
             jpeg.scans.append(content)
-            if not frame or len(content) < 4:
+            if not frame:
                 raise damaged("a scan without a frame")
+            _check_scan(content, frame)
             if len(jpeg.scans) > MAX_SCANS:
                 message = f"the photo has more than the limit of {MAX_SCANS} scans; save it anew"
                 raise PhotoError("too_many_scans", message)
@@ -197,6 +205,14 @@ def _read_frame(jpeg: Jpeg, content: bytes) -> None:
     if not all(jpeg.size):
         message = f"a JPEG that does not say its size before its pixels, {REMEDY}"
         raise PhotoError("not_an_image", message)
+
+
+def _check_scan(content: bytes, frame: int) -> None:
+    """Refuse what libjpeg refuses, so that a scan names at most 4 components and 64 indices."""
+    if len(content) not in (6, 8, 10, 12) or len(content) != 4 + 2 * content[0]:
+        raise damaged("a scan header of the wrong length")
+    if frame in PROGRESSIVE and content[-2] > 63:
+        raise damaged("a scan of coefficients that do not exist")
 
 
 def _complete(jpeg: Jpeg, frame: int) -> bool:

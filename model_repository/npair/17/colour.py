@@ -21,15 +21,17 @@ ELEMENTS = (b"D2B", b"B2D")
 ROUNDING = 2
 
 
-@lru_cache(maxsize=8)
 def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """Build the transform of pixels of a mode (L, RGB or CMYK) to sRGB.
 
     Returns: None if the profile is sRGB, broken, too large or for another kind of pixel.
     Raises: MemoryError.
     """
-    if not _sound(profile, mode):
-        return None
+    return _to_srgb(profile, mode) if _sound(profile, mode) else None
+
+
+@lru_cache(maxsize=8)  # it keeps the profiles too, so none that is too large comes here
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         intent = ImageCms.Intent.RELATIVE_COLORIMETRIC

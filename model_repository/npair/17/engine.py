@@ -21,7 +21,7 @@ import numpy.typing as npt
 BATCH = 4  # photos per call of one thread; larger batches are no faster
 
 # A precision needs any one of these instructions (named as in /proc/cpuinfo) to be fast, and as
-# exact as when it was measured. VNNI makes int8 faster, and changes no answer.
+# exact as when it was measured.
 INSTRUCTIONS: dict[str, frozenset[str]] = {
     "fp32": frozenset(),
     "bf16": frozenset({"avx512_bf16", "amx_bf16"}),
@@ -145,9 +145,9 @@ def _torch(graph: Path, precision: str, _threads: int, cores: int) -> Graph:
     def compute(
         pixels: Sequence[npt.NDArray[np.uint8]], *, all_cores: bool
     ) -> npt.NDArray[np.float32]:
+        batch = torch.from_numpy(np.stack(pixels))
         before = torch.get_num_threads()  # a setting of the calling thread
         torch.set_num_threads(cores if all_cores else 1)
-        batch = torch.from_numpy(np.stack(pixels))
         try:
             with torch.inference_mode():
                 embeddings: npt.NDArray[np.float32] = network(batch).numpy()
