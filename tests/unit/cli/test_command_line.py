@@ -78,7 +78,10 @@ def test_numbers_have_bounds(command: str) -> None:
         ("promote 0", "N: expected a whole number of at least 1, got '0'"),
         ("promote 2 --keep 0", "--keep: expected a whole number of at least 1, got '0'"),
         ("versions --timeout 0", "--timeout: expected a number above 0"),
-        ("versions --timeout 4294968", "--timeout: expected a number above 0 and of at most 1000000"),
+        (
+            "versions --timeout 4294968",
+            "above 0 and of at most 1000000",
+        ),
         ("tune --data d --instances 0", "--instances: expected a whole number of at least 1"),
     ],
 )
