@@ -53,7 +53,7 @@ serve: .venv/serve ## Start Triton with model_repository/ (HTTP_PORT, GRPC_PORT,
 # Two processes share the cores: threads that spin while they wait for work would take them from each other.
 test test-fast test-faults test-bulk test-upgrade: export OMP_WAIT_POLICY := passive
 
-test: .venv/dev .venv/clients/installed .venv/kubernetes ## Run all tests that need no target of their own, on real servers (those of the search page need chromium and chromedriver)
+test: .venv/dev .venv/clients/installed .venv/kubernetes ## Run the unit, pipeline, docs and server tests (those of the search page need chromium and chromedriver)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-fast: .venv/dev .venv/kubernetes ## Run the tests that need no server

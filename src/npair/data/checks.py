@@ -83,7 +83,8 @@ def clean(
 ) -> tuple[Dataset, Findings]:
     """Leave out corrupt photos and all but one copy of each other, the one in the latest split.
 
-    Then divide the rest, if the data set has no splits: copies would decide which of them is val.
+    If the data set has no splits, divide the rest afterwards, so that copies do not decide what is
+    val.
 
     digests: SHA-256 of each photo that could be read. corrupt: why photos cannot be used.
     Returns: the data set, with the digests of its photos, and the findings.

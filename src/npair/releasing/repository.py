@@ -285,7 +285,7 @@ class Store(Objects, Repository):
         except FileNotFoundError:  # an answer was lost and the library asked again
             pass
         except (OSError, RepositoryError) as error:
-            left = f"the lock {self.location}.releasing is left, and no other takes it: delete it"
+            left = f"the lock {self.location}.releasing is left and blocks other changes; delete it"
             print(f"npair: {left} ({error})", file=sys.stderr)
 
     def _holder(self, lock: str) -> str:

@@ -29,8 +29,8 @@ COPIES = 8  # files of the same bytes, which share their id, that a search by on
 SIDE = 320  # pixels of a thumbnail, which shows the square that the network sees
 THUMBNAIL = Preprocessing(size=SIDE, resample="BILINEAR", background=255)
 LIMITS = Limits(max_bytes=MAX_PHOTO, max_pixels=64_000_000)
-# One thread bounds memory: a photo takes up to 21 bytes for each pixel, and malloc keeps for each
-# thread what that has freed.
+# One thread, to bound memory: a photo takes up to 21 bytes a pixel, and malloc keeps the memory
+# that each thread has freed.
 DECODER = ThreadPoolExecutor(1)
 
 
