@@ -52,6 +52,11 @@ class Api:
         version: str = max(self._json("GET", f"/v2/models/{MODEL}")["versions"], key=int)
         return version
 
+    def instances(self) -> int:
+        """The number of Python stubs that each version has."""
+        groups = self._json("GET", f"/v2/models/{MODEL}/config")["instance_group"]
+        return sum(group["count"] for group in groups)
+
     def embed(self, photo: bytes, version: str) -> array[float]:
         """The float32 embedding of an encoded photo."""
         raw = {"Inference-Header-Content-Length": "0"}  # the body is one photo, not JSON

@@ -60,6 +60,13 @@ def dead_stubs(server: int | None) -> set[int]:
     return dead
 
 
+def stub_count(server: int) -> int:
+    """The number of stubs, dead ones included; 0 if the server has ended."""
+    with contextlib.suppress(OSError):
+        return len(children(server))
+    return 0
+
+
 def stub_seconds(server: int | None) -> float:
     """CPU time of all stubs so far, in seconds; 0 if there is no server."""
     with contextlib.suppress(OSError):

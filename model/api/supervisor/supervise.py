@@ -17,7 +17,7 @@ from supervisor.launch import command, given_secret, hide_secret, start
 from supervisor.logs import Relay, log
 from supervisor.preflight import ServeError
 from supervisor.probe import Probe
-from supervisor.procfs import dead_stubs, remove_remains, stub_seconds
+from supervisor.procfs import dead_stubs, remove_remains, stub_count, stub_seconds
 from supervisor.watch import Verdict, Watch
 
 if TYPE_CHECKING:
@@ -198,15 +198,22 @@ class Supervisor:
 def unload(api: Api, server: int, secret: str, seconds: float) -> bool:
     """Unload the model. Returns: whether everything accepted was answered in time.
 
-    A stub that died before never unloads: the others have then answered everything once none
-    computes. A stub that unloads is dead for a moment as well, until Triton reaps it.
+    Once a version has answered everything, Triton ends its stubs one after another, which takes a
+    second each: if fewer are left than a version has, all versions have answered. A stub that died
+    before never unloads: the others have then answered everything once none computes. A stub that
+    ends is dead for a moment as well, until Triton reaps it.
 
     Raises: RequestError.
     """
     deadline = time.monotonic() + seconds
+    instances = 0
+    with contextlib.suppress(RequestError):  # no version is served
+        instances = api.instances()
     api.unload(secret, seconds)
     computed, dead, looked = stub_seconds(server), dead_stubs(server), time.monotonic()
     while (now := time.monotonic()) < deadline:
+        if stub_count(server) < instances:
+            return True
         if now > looked + IDLE_AFTER:
             computed, before, looked = stub_seconds(server), computed, now
             dead, dead_before = dead_stubs(server), dead
