@@ -39,7 +39,7 @@ from torch import nn
 from npair.data.dataset import Dataset
 from npair.data.files import parallel_map, read_photo
 from npair.data.sources import read_dataset
-from npair.scoring.evaluate import compare
+from npair.scoring.evaluate import embed_split
 from npair.serving.embedder import UNLIMITED, Embedder, unit
 from npair.serving.engine import BATCH, EngineError, cores, load_graph
 from npair.serving.preprocess import Preprocessing, decode
@@ -291,7 +291,7 @@ def recall_at_1(
     Computed on all cores, which does not change the result.
     """
     embedder.network = lambda pixels, all_cores: engine(pixels)  # noqa: ARG005
-    return compare(
+    return embed_split(
         "",
         dataset,
         "val",

@@ -36,7 +36,7 @@ from npair.data.sources import read_dataset
 from npair.networks.network import build_network, multiply_adds
 from npair.releasing.traffic import Measurement, closed, paced
 from npair.releasing.tune import CONNECTIONS, LocalServer, markdown, serving
-from npair.scoring.evaluate import compare
+from npair.scoring.evaluate import embed_split
 from npair.serving.embedder import UNLIMITED, Embedder
 from npair.serving.engine import BATCH, cores, import_openvino
 from npair.serving.manifest import Manifest
@@ -77,13 +77,13 @@ def recall(dataset: Dataset) -> str:
         served = embed_served(dataset, "val", server.http)
     reference = Embedder(VERSION, cores=cores(), engine="torch")
     found, pixels, _ = decode_dataset(dataset, reference.preprocessing, default_cache())
-    by_torch = compare(
+    by_torch = embed_split(
         "torch", found, "val", lambda photos: reference.embed(pixels.array[pixels.of(photos)])
     )
     reference.close()
     rows = [
-        [compared.embedded_by, *(f"{recall:.4f}" for recall in compared.recall_at_1().values())]
-        for compared in (served, by_torch)
+        [embedded.embedded_by, *(f"{recall:.4f}" for recall in embedded.recall_at_1().values())]
+        for embedded in (served, by_torch)
     ]
     return markdown(["", "Recall@1 on val", "of coarse labels"], rows)
 

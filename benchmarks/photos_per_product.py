@@ -30,7 +30,7 @@ from npair.data.pixels import PREVIEW, decode_dataset
 from npair.data.sources import read_dataset
 from npair.publishing.publish import embedding
 from npair.releasing.verify import published_code
-from npair.scoring.evaluate import compare
+from npair.scoring.evaluate import embed_split
 from npair.serving.engine import cores
 from npair.training.run import TrainConfig
 
@@ -111,7 +111,9 @@ def run_one(
     else:
         with published_code(version) as code:
             embedder = code.Embedder(version, cores=cores())
-            scores = compare(variant, read_dataset(table), "val", embedding(embedder)).evaluate()
+            scores = embed_split(
+                variant, read_dataset(table), "val", embedding(embedder)
+            ).evaluate()
             embedder.close()
     assert scores.coarse is not None
     recall = scores.fine.recall_at_1

@@ -29,7 +29,7 @@ from npair.data.dataset import Dataset, Photos
 from npair.data.files import read_photo
 from npair.data.sources import read_dataset
 from npair.releasing.verify import published_code
-from npair.scoring.evaluate import compare
+from npair.scoring.evaluate import embed_split
 from npair.scoring.retrieval import Vectors, nearest
 from npair.serving.embedder import UNLIMITED
 from npair.serving.engine import cores
@@ -141,7 +141,7 @@ def measure(version: Path, dataset: Dataset) -> list[Row]:
     def embed(photos: Photos, encoded: Callable[[Path], bytes]) -> Vectors:
         return np.stack(embedder.embed_photos([encoded(path) for path in photos.paths], UNLIMITED))
 
-    unchanged = compare("", dataset, "val", partial(embed, encoded=read_photo))
+    unchanged = embed_split("", dataset, "val", partial(embed, encoded=read_photo))
     assert not unchanged.exclude_self, (
         "val shows other products than train, and each changed photo would find its original"
     )

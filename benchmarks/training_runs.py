@@ -19,7 +19,7 @@ from npair.cli.evaluate import embed_run
 from npair.data.pixels import decode_dataset, default_cache
 from npair.data.sources import read_dataset
 from npair.networks.network import embed, new_network
-from npair.scoring.evaluate import Comparison, compare
+from npair.scoring.evaluate import EmbeddedSplit, embed_split
 from npair.training.run import TrainConfig, git_commit, read_run
 from npair.training.train import train
 
@@ -116,7 +116,7 @@ def rows_of(
 
 def train_and_embed(
     variant: str, config: TrainConfig, table: Path, runs: Path, cache: Path
-) -> tuple[Comparison, int]:
+) -> tuple[EmbeddedSplit, int]:
     """Train on a table. Returns: its val photos, embedded; and the epochs trained."""
     run = runs / f"{variant}-seed-{config.seed}-{table.stem}".replace(" ", "-")
     shutil.rmtree(run, ignore_errors=True)
@@ -130,11 +130,11 @@ def train_and_embed(
     return embed_run(run, dataset, pixels, "val"), len(log)
 
 
-def embed_untrained(variant: str, config: TrainConfig, table: Path, cache: Path) -> Comparison:
+def embed_untrained(variant: str, config: TrainConfig, table: Path, cache: Path) -> EmbeddedSplit:
     """Embed a table's val photos by the features that a pretrained network starts from."""
     network, _ = new_network(config.network, config.width, views=1)
     network.embedding = nn.Identity()  # type: ignore[assignment]
     dataset, pixels, _ = decode_dataset(read_dataset(table), config.preprocessing(), cache)
-    return compare(
+    return embed_split(
         variant, dataset, "val", lambda photos: embed(network, pixels.array, pixels.of(photos))
     )

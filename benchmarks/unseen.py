@@ -34,7 +34,7 @@ from training_runs import IMAGENET, LITE0, Row, embed_untrained, parser_of, rows
 from npair.data.folds import colour_histograms, folds, write_tables
 from npair.data.pixels import PREVIEW, Pixels, decode_dataset
 from npair.data.sources import read_dataset
-from npair.scoring.evaluate import Comparison, compare
+from npair.scoring.evaluate import EmbeddedSplit, embed_split
 from npair.scoring.intervals import over_runs
 from npair.training.run import TrainConfig
 
@@ -83,7 +83,9 @@ def run_one(variant: str, config: TrainConfig, table: Path, runs: Path, cache: P
     dataset, previews, _ = decode_dataset(read_dataset(table), PREVIEW, cache)
     epochs = 0
     if variant == COLOURS:
-        found = compare(variant, dataset, "val", lambda photos: colour_histograms(photos, previews))
+        found = embed_split(
+            variant, dataset, "val", lambda photos: colour_histograms(photos, previews)
+        )
     elif variant == IMAGENET:
         found = embed_untrained(variant, config, table, cache)
     else:
@@ -91,7 +93,7 @@ def run_one(variant: str, config: TrainConfig, table: Path, runs: Path, cache: P
     return {"epochs": epochs, **across_groups(found, previews)}
 
 
-def across_groups(found: Comparison, previews: Pixels) -> Row:
+def across_groups(found: EmbeddedSplit, previews: Pixels) -> Row:
     """Score each third of the photos, made of groups of lookalikes, among the other two.
 
     found: photos of unseen products, compared with each other. previews: their pixels, from which
@@ -105,7 +107,7 @@ def across_groups(found: Comparison, previews: Pixels) -> Row:
     for number in np.unique(group):
         own, others = np.flatnonzero(group == number), np.flatnonzero(group != number)
         parts.append(
-            Comparison(
+            EmbeddedSplit(
                 found.embedded_by,
                 photos.select(own),
                 vectors[own],

@@ -37,7 +37,7 @@ def names(folder: Path, address: str, api: Api) -> Iterator[None]:
 
 
 def follow(api: Api, hosts: Path, dnsmasq: subprocess.Popen[bytes]) -> None:
-    """Write the records anew whenever a Service or its endpoints change."""
+    """Write the records whenever a Service or its endpoints change."""
     while True:
         with contextlib.suppress(OSError, ValueError):
             services, endpoints = (listed(api, kind) for kind in ("services", "endpoints"))

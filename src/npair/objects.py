@@ -1,6 +1,6 @@
 """Objects under a prefix of an object store: read whole, and put on a condition.
 
-A put is atomic, and what is put is read at once. Of several puts on the same condition, one
+A put is atomic, and a read returns the last put. Of several puts on the same condition, one
 succeeds: that is what takes the place of renaming and of locking files.
 """
 
@@ -45,7 +45,10 @@ class Objects:
         return content
 
     def _create(self, path: str, content: bytes) -> bool:
-        """Create an object. Returns: False if it exists; of several callers, one gets True."""
+        """Create an object. Returns: False if it exists; of several callers, one gets True.
+
+        path: in the store, prefix included, unlike that of ``read``.
+        """
         try:
             self._ask("pipe_file", path, content, mode="create")
         except OSError:  # FileExistsError only from AWS and Google

@@ -88,7 +88,7 @@ def expected(service: Service) -> dict[str, Vectors]:
 
 
 def restart(service: Service) -> None:
-    """Start all pods anew, with the other version."""
+    """Start all pods again, with the other version."""
     promote(open_repository(service.models), next(versions), [])
     kubectl("rollout", "restart", "deployment/npair")
     service.rolled_out()

@@ -199,12 +199,12 @@ def test_a_drop_that_may_be_chance_is_said_and_published(
 
 def test_an_engine_is_refused_for_a_drop_beyond_chance_alone() -> None:
     before = {"fine": [True] * 300}
-    (doubtful,) = gates.losses(before, {"fine": [False] * 5 + [True] * 295}, "torch", 0.005)
+    (doubtful,) = gates.recall_drops(before, {"fine": [False] * 5 + [True] * 295}, "torch", 0.005)
     assert not doubtful.proven
-    (loss,) = gates.losses(before, {"fine": [False] * 6 + [True] * 294}, "torch", 0.005)
-    assert loss.proven
-    assert "is 0.980; torch has 1.000: -0.020 (-0.020 to -0.002) on 300 photos" in loss.text
-    assert not gates.losses(before, {"fine": [False] + [True] * 299}, "torch", 0.005)
+    (drop,) = gates.recall_drops(before, {"fine": [False] * 6 + [True] * 294}, "torch", 0.005)
+    assert drop.proven
+    assert "is 0.980; torch has 1.000: -0.020 (-0.020 to -0.002) on 300 photos" in drop.text
+    assert not gates.recall_drops(before, {"fine": [False] + [True] * 299}, "torch", 0.005)
 
 
 def test_what_costs_more_needs_a_reason() -> None:

@@ -402,12 +402,12 @@ class TestResume:
         assert vectors[:, 0].tolist() == list(range(1, 101))
         assert str(version) == "1"
 
-    def test_all_photos_are_embedded_anew_if_the_version_is_gone(self, hundred: Path) -> None:
+    def test_all_photos_are_embedded_again_if_the_version_is_gone(self, hundred: Path) -> None:
         out = hundred.parent / "out.npz"
         with serving(changing(after=2)) as (url, _):
             result = run(url, "embed", hundred, "--out", out)
         assert result.returncode == 0
-        assert "all photos are embedded anew" in result.stderr
+        assert "all photos are embedded again" in result.stderr
         with np.load(out) as saved:
             assert (str(saved["version"]), str(saved["manifest_sha256"])) == ("2", "abc")
             assert saved["vectors"][:, 0].tolist() == list(range(1, 101))

@@ -282,7 +282,7 @@ class TestHealth:
         ("version", "reason"),
         [
             ("1", r"version 1\b.*npair index build"),
-            (VERSION, f"^the gallery is of another version {VERSION} than .* anew"),
+            (VERSION, f"^the gallery is of another version {VERSION} than .* again"),
         ],
     )
     def test_a_gallery_of_another_version(

@@ -18,7 +18,6 @@ from npair.publishing.graphs import export, write_graphs
 from npair.releasing.config import pinned
 from npair.releasing.control import Server
 from npair.serving.manifest import Engine, Manifest
-from npair.serving.preprocess import Preprocessing
 from npair.training.checkpoint import load_network
 
 SECRET = "a-secret"
@@ -57,7 +56,7 @@ def other_network(folder: Path, run: Path) -> None:
     manifest = Manifest.read(folder)
     manifest.version = 2
     photos = [folder / photo for photo in manifest.golden.photos]
-    pixels = decode_photos(photos, Preprocessing(**vars(manifest.preprocessing)))
+    pixels = decode_photos(photos, manifest.preprocessing)
     np.save(folder / manifest.golden.embeddings, embed(network, pixels))
     manifest.write(folder)
 

@@ -35,7 +35,7 @@ from npair.data.dataset import Photos
 from npair.data.pixels import Pixels
 from npair.data.sources import read_dataset
 from npair.publishing.drawings import draw
-from npair.scoring.evaluate import Comparison
+from npair.scoring.evaluate import EmbeddedSplit
 
 
 def test_ablation_compares_runs_of_the_same_fold_and_seed() -> None:
@@ -283,7 +283,7 @@ def test_unseen_products_are_not_found_by_lookalikes() -> None:
     vectors = (
         0.8 * seen + 0.6 * np.roll(np.eye(6, dtype=np.float32), 3, axis=1)[3 * product + colour]
     )  # the other product's photos of this colour are the next nearest
-    found = Comparison("colours", photos, vectors, photos, vectors)
+    found = EmbeddedSplit("colours", photos, vectors, photos, vectors)
     assert found.recall_at_1()["fine"] == 1
     scores = across_groups(found, previews)
     assert scores["queries"] == 24

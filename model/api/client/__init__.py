@@ -12,7 +12,7 @@ runs its commands. Exceptions::
     │   └── RequestTooLargeError  more bytes than the server, or a proxy before it, accepts
     ├── AccessDeniedError         a proxy before the server wants another API key
     ├── UnavailableError          the model is not served; retries have failed
-    │   ├── UnreachableError      nobody answers at the URL
+    │   ├── UnreachableError      no server answers at the URL
     │   └── VersionGoneError      the model is served, but not in the version the call is pinned to
     ├── RequestTimeoutError       no answer in time; the server may still be working on it
     └── ServerFaultError          the server failed, or its answer makes no sense

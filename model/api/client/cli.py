@@ -73,14 +73,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     shared = argparse.ArgumentParser(add_help=False)
     server = shared.add_argument_group("server")
     url = os.environ.get("NPAIR_URL") or DEFAULT_URL
-    server.add_argument(
-        "--url", default=url, help="http(s):// or grpc(s)://host:port (NPAIR_URL; %(default)s)"
-    )
+    where = "http(s):// or grpc(s)://host:port (NPAIR_URL; default: %(default)s)"
+    server.add_argument("--url", default=url, help=where)
     server.add_argument("--version", metavar="N", help="pin a version of the model")
     seconds: dict[str, Any] = {"type": float, "metavar": "SECONDS"}
-    wait = "how long at most to try again if the server does not answer (%(default)g)"
+    wait = "give up if the server has not answered for this long (default: %(default)g)"
     server.add_argument("--wait", default=5.0, help=wait, **seconds)
-    timeout = "how long to wait for the answer to one request (%(default)g)"
+    timeout = "how long to wait for the answer to one request (default: %(default)g)"
     server.add_argument("--timeout", default=30.0, help=timeout, **seconds)
     shared.add_argument("--json", action="store_true", help="print JSON")
 
@@ -114,14 +113,17 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     one = "a photo, - for standard input, or a file that embed made of one photo (.npz, .jsonl)"
     for name in "ab":
         comparison.add_argument(name, type=Path, metavar=name.upper(), help=one)
-    far = "percentage of pairs of different products that may count as the same (%(default)s)"
+    far = (
+        "percentage of pairs of different products that may count as the same"
+        " (default: %(default)s)"
+    )
     comparison.add_argument("--far", type=float, choices=(1.0, 0.1), default=1.0, help=far)
-    ranking = add("rank", rank, "print the photos of a gallery that are most similar to a query")
+    ranking = add("rank", rank, "print the photos that are most similar to a query")
     query = "a photo, or - for standard input"
     ranking.add_argument("query", type=Path, metavar="QUERY", help=query)
     saved = "photo files, folders, or files that embed made (.npz, .jsonl)"
     ranking.add_argument("gallery", nargs="+", type=Path, metavar="PHOTO", help=saved)
-    ranking.add_argument("-k", type=int, default=5, help="how many to print (%(default)s)")
+    ranking.add_argument("-k", type=int, default=5, help="how many to print (default: %(default)s)")
     add(
         "ready",
         ready,
@@ -234,7 +236,7 @@ def _embed_to(out: Path, client: NpairClient, options: Options) -> int:
         served = client.versions() if embedded and not options.version else None
         if not served:
             raise
-        say(f"{error}: all photos are embedded anew")
+        say(f"{error}: all photos are embedded again")
         unfinished.unlink()
         client.version = options.version = max(served, key=int)  # pinned, so this happens once
         return _embed_to(out, client, options)

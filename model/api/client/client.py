@@ -60,7 +60,7 @@ class NpairClient:
     url: http, https, grpc or grpcs://host:port. Proxies named by the environment are not used.
     version: pins a version; if None, each call of embed() stays with the version it first gets.
     timeout: seconds for one request, a million at most.
-    retries: repeats of a request if nobody answers, and of embed() if its version is gone. Each
+    retries: repeats of a request if no server answers, and of embed() if its version is gone. Each
         takes a new connection, on which a balancer may choose another server.
     batch_size, batch_bytes: limits of one request; a larger photo travels alone.
     ca: certificates (PEM) to trust over https:// and grpcs:// instead of the system's.
@@ -217,7 +217,7 @@ class NpairClient:
     def _call(
         self, ask: Callable[[Transport], Answer], retries: int, version: str | None = None
     ) -> Answer:
-        """Ask, and retry over other connections if nobody answers or the version is gone.
+        """Ask, and retry over other connections if no server answers or the version is gone.
 
         Not after a timeout: the server may still be at work, and a retry would add to its load.
         """

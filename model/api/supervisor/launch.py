@@ -294,7 +294,7 @@ def stack_bytes() -> int:
     if hard == unlimited or hard >= STACK_BYTES:
         return STACK_BYTES
     log.warning(
-        f"WARNING: the stack's hard limit is {hard >> 20} MiB: form-encoded requests of more than "
+        f"the stack's hard limit is {hard >> 20} MiB: form-encoded requests of more than "
         f"about {hard >> 21} MiB, such as curl sends by default, can end the server; "
         f"allow {STACK_BYTES >> 20} MiB: ulimit -s {STACK_BYTES >> 10}, "
         f"docker run --ulimit stack={STACK_BYTES}, or LimitSTACK={STACK_BYTES >> 20}M"
@@ -307,7 +307,7 @@ def open_files() -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < FEWEST_FILES:
         log.warning(
-            f"WARNING: the hard limit of open files is {hard}: the server may not start, and "
+            f"the hard limit of open files is {hard}: the server may not start, and "
             f"connections beyond about {max(0, hard - OWN_FILES)} go unanswered; "
             f"allow {OPEN_FILES}: ulimit -n {OPEN_FILES}, "
             f"docker run --ulimit nofile={OPEN_FILES}, or LimitNOFILE={OPEN_FILES}"

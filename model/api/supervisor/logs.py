@@ -26,10 +26,11 @@ NOISE = "CudaDriverHelper has not been initialized"
 
 
 class TextFormatter(logging.Formatter):
-    """``npair: message``, but Triton's lines unchanged."""
+    """``npair: message`` or ``npair: WARNING: message``, but Triton's lines unchanged."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return str(getattr(record, "line", f"npair: {record.getMessage()}"))
+        level = "WARNING: " if record.levelno == logging.WARNING else ""
+        return str(getattr(record, "line", f"npair: {level}{record.getMessage()}"))
 
 
 class JsonFormatter(logging.Formatter):

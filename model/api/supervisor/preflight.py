@@ -23,7 +23,7 @@ IMAGE_SERVER = Path("/opt/tritonserver")
 # backend is built for numpy 1, which Python 3.13 has no build of; gevent has none for 3.10 on Arm.
 WHEEL_PYTHONS = {"x86_64": ((3, 10), (3, 12)), "aarch64": ((3, 11), (3, 12))}
 WHEEL_GLIBC = (2, 35)
-STORES = ("s3://", "gs://", "as://")
+STORES = ("s3://", "gs://")
 STORE_TIMEOUT = 10.0  # seconds
 
 

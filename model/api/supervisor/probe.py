@@ -118,7 +118,7 @@ class Probe:
         return Progress(answered, stub_seconds(self.server), time.monotonic())
 
     def _golden(self, version: str) -> Golden:
-        """Read anew each time, since a version may be published again under its number.
+        """Read each time, since a version may be published again under its number.
 
         If that fails, the last one read serves: a server needs its storage only to load.
         """

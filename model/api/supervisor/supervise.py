@@ -190,7 +190,7 @@ class Supervisor:
             hide_secret(self.process.pid)
         except OSError as error:
             log.warning(
-                "WARNING: users of this machine can read the secret for control APIs "
+                "users of this machine can read the secret for control APIs "
                 f"in the server's command line: {error}"
             )
 

@@ -140,7 +140,7 @@ class Watch:
         except (RequestError, OSError, ValueError, LookupError) as error:
             return f"{refused}, and so was the one that was served before, by {path}: {error}"
         log.warning(
-            f"WARNING: {refused}; version {version}, which was served before, is served instead, "
+            f"{refused}; version {version}, which was served before, is served instead, "
             "until another is promoted"
         )
         return ""
@@ -169,5 +169,5 @@ class Watch:
             away = "was unloaded through the control API"
         if away != self.away:
             self.away = away
-            log.warning(f"WARNING: the model {away}; waiting for it to be loaded")
+            log.warning(f"the model {away}; waiting for it to be loaded")
         return True

@@ -23,7 +23,9 @@ def open_source(location: str) -> Source:
     tables = [file for file in files if file.path.endswith(".parquet")]
     shards = [file for file in files if file.path.endswith(".tar")]
     if tables and shards:
-        raise BulkError(f"{location} holds .parquet and .tar files; name those that are the list")
+        raise BulkError(
+            f"{location} holds .parquet and .tar files; name a folder with only one kind"
+        )
     if tables:
         return Parquet.open(location, tables)
     if shards:

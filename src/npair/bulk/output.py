@@ -161,7 +161,7 @@ class Output:
         ]
         if wrong:
             raise BulkError(
-                f"{self.location} has rows too few or too many in {len(wrong)} pieces, such as"
+                f"{self.location} has too few or too many rows in {len(wrong)} pieces, such as"
                 f" {wrong[0]}; delete these files, and run again"
             )
         about = replace(about, rows=sum(rows.values()), refused=refused)

@@ -33,26 +33,31 @@ def add_commands(commands: Commands) -> None:
         "--out", required=True, metavar="FOLDER", help="folder for part-*.parquet, or s3://"
     )
     bulk.add_argument(
-        "--precision", choices=("fp32", "fp16"), default="fp32", help="of vectors (%(default)s)"
+        "--precision",
+        choices=("fp32", "fp16"),
+        default="fp32",
+        help="number format of the vectors (default: %(default)s)",
     )
     bulk.add_argument(
         "--rows",
         type=number(int, least=1),
         default=1000,
-        help="photos of a piece, which is written at once as a file; a shard is a piece"
-        " (%(default)s)",
+        metavar="N",
+        help="photos in a piece, which becomes one file; a shard is always one piece"
+        " (default: %(default)s)",
     )
     bulk.add_argument(
         "--address",
         metavar="RAY",
-        help="the Ray cluster, auto for the one of this machine or job; a local one is started"
-        " otherwise",
+        help="address of a Ray cluster, or auto for the one of this machine or job (default: start"
+        " one here)",
     )
     bulk.add_argument(
         "--actors",
         type=number(int, least=1),
-        help="processes that embed, of one core each (the cores of this machine, or the CPUs of a"
-        " cluster)",
+        metavar="N",
+        help="processes that embed, on one core each (default: the cores of this machine, or the"
+        " CPUs of the cluster)",
     )
     bulk.add_argument("--json", action="store_true", help="print JSON")
 

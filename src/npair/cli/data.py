@@ -28,7 +28,7 @@ def add_commands(commands: Commands) -> None:
         type=Path,
         nargs="?",
         default=Path("data/grocery"),
-        help="where to put it (%(default)s)",
+        help="where to put it (default: %(default)s)",
     )
 
     check = add_command(steps, "check", _check, "list what training would leave out", EXTRA)
@@ -45,7 +45,7 @@ def add_commands(commands: Commands) -> None:
         type=number(int, least=2),
         default=3,
         metavar="K",
-        help="number of folds (%(default)s)",
+        help="number of folds (default: %(default)s)",
     )
     folds.add_argument(
         "--of", nargs="+", default=["train"], metavar="SPLIT", help="splits to divide (train)"
@@ -65,14 +65,14 @@ def _grocery(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from npair.data.folds import found_by_colour
     from npair.data.pixels import PREVIEW
-    from npair.scoring.evaluate import sides
+    from npair.scoring.evaluate import queries_and_gallery
 
     dataset, pixels, findings = load_dataset(arguments, PREVIEW)
     for name, photos in dataset.splits.items():
         print(f"{name}: {len(photos)} photos of {len(set(photos.fine))} classes")
     print(f"splits: {dataset.made}", *findings.lines(), sep="\n")
     for name in dataset.splits:
-        queries, gallery = sides(dataset, name)
+        queries, gallery = queries_and_gallery(dataset, name)
         if gallery is not queries:
             share = found_by_colour(queries, gallery, pixels)
             print(

@@ -18,7 +18,7 @@ from npair.training.run import TrainConfig, read_run
 if TYPE_CHECKING:
     from npair.data.dataset import Dataset
     from npair.data.pixels import Pixels
-    from npair.scoring.evaluate import Comparison
+    from npair.scoring.evaluate import EmbeddedSplit
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Scored:
     run: the run's folder, None for a server.
     """
 
-    comparison: Comparison
+    embedded: EmbeddedSplit
     split: str
     findings: list[str]
     run: Path | None = None
@@ -53,7 +53,7 @@ def add_commands(commands: Commands) -> None:
         help="score this run's network, with the splits that it was trained on",
     )
     add_server(network)
-    evaluate.add_argument("--split", default="val", help="split to score (%(default)s)")
+    evaluate.add_argument("--split", default="val", help="split to score (default: %(default)s)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.add_argument(
         "--report", type=Path, metavar="FILE", help="write a report, one HTML file"
@@ -80,8 +80,8 @@ def score_run(arguments: argparse.Namespace, split: str) -> Scored:
     """Embed a split by the run that ``--run`` names. Raises: DataError, RunError, NetworkError."""
     config = TrainConfig(**read_run(arguments.run)["train"])
     dataset, pixels, findings = load_dataset(arguments, config.preprocessing(), config)
-    comparison = embed_run(arguments.run, dataset, pixels, split)
-    return Scored(comparison, split, [dataset.made, *findings.lines()], arguments.run)
+    embedded = embed_run(arguments.run, dataset, pixels, split)
+    return Scored(embedded, split, [dataset.made, *findings.lines()], arguments.run)
 
 
 def _score_server(arguments: argparse.Namespace, split: str) -> Scored:
@@ -90,8 +90,8 @@ def _score_server(arguments: argparse.Namespace, split: str) -> Scored:
     with NpairClient(arguments.url, **from_environment()) as client:
         client.embed(PIXEL)  # report a server that does not answer before decoding the data
     dataset, _, findings = load_dataset(arguments, PREVIEW)
-    comparison = embed_served(dataset, split, arguments.url)
-    return Scored(comparison, split, [dataset.made, *findings.lines()])
+    embedded = embed_served(dataset, split, arguments.url)
+    return Scored(embedded, split, [dataset.made, *findings.lines()])
 
 
 def present(
@@ -105,30 +105,30 @@ def present(
     from npair.scoring.pictures import draw_neighbours
     from npair.scoring.report import write_report
 
-    comparison, run = scored.comparison, scored.run
-    scores = comparison.evaluate()
+    embedded, run = scored.embedded, scored.run
+    scores = embedded.evaluate()
     if picture:
-        draw_neighbours(comparison, picture)
+        draw_neighbours(embedded, picture)
     if report:
         log = (run / "log.jsonl").read_text().splitlines() if run else []
         write_report(
             report,
-            comparison,
+            embedded,
             scores,
             run=read_run(run) if run else None,
             log=[json.loads(row) for row in log],
             findings=scored.findings,
         )
     if as_json:
-        about = {"embedded_by": comparison.embedded_by, "split": scored.split}
+        about = {"embedded_by": embedded.embedded_by, "split": scored.split}
         print(json.dumps({**about, **scores.as_dict()}))
         return
-    print(f"{comparison.embedded_by} on {scored.split}", *scores.lines(), sep="\n")
+    print(f"{embedded.embedded_by} on {scored.split}", *scores.lines(), sep="\n")
     if report:
         print(f"report: {report}")
 
 
-def embed_run(run: Path, dataset: Dataset, pixels: Pixels, split: str) -> Comparison:
+def embed_run(run: Path, dataset: Dataset, pixels: Pixels, split: str) -> EmbeddedSplit:
     """Embed a split and its gallery by a run's network.
 
     pixels: of all photos of the data set, decoded as the run's configuration says.
@@ -136,11 +136,11 @@ def embed_run(run: Path, dataset: Dataset, pixels: Pixels, split: str) -> Compar
     NetworkError.
     """
     from npair.networks.network import embed
-    from npair.scoring.evaluate import compare
+    from npair.scoring.evaluate import embed_split
     from npair.training.checkpoint import load_network
 
     network = load_network(run)
-    return compare(
+    return embed_split(
         f"run {run.name}",
         dataset,
         split,
@@ -148,7 +148,7 @@ def embed_run(run: Path, dataset: Dataset, pixels: Pixels, split: str) -> Compar
     )
 
 
-def embed_served(dataset: Dataset, split: str, url: str) -> Comparison:
+def embed_served(dataset: Dataset, split: str, url: str) -> EmbeddedSplit:
     """Embed a split and its gallery by a running server, so that what is served is scored.
 
     Raises: DataError if there is no such split or the server refuses a photo; client.NpairError.
@@ -157,9 +157,9 @@ def embed_served(dataset: Dataset, split: str, url: str) -> Comparison:
     from tqdm import tqdm
 
     from npair.data.dataset import DataError
-    from npair.scoring.evaluate import Comparison, sides
+    from npair.scoring.evaluate import EmbeddedSplit, queries_and_gallery
 
-    queries, gallery = sides(dataset, split)
+    queries, gallery = queries_and_gallery(dataset, split)
     among_themselves = gallery is queries
     paths = [*queries.paths, *(() if among_themselves else gallery.paths)]
     vectors = []
@@ -172,4 +172,4 @@ def embed_served(dataset: Dataset, split: str, url: str) -> Comparison:
     embedded_by = f"version {results.version} at {url}"
     query_vectors, others = np.split(np.stack(vectors), [len(queries)])
     gallery_vectors = query_vectors if among_themselves else others
-    return Comparison(embedded_by, queries, query_vectors, gallery, gallery_vectors)
+    return EmbeddedSplit(embedded_by, queries, query_vectors, gallery, gallery_vectors)

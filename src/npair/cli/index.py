@@ -55,7 +55,7 @@ def add_commands(commands: Commands) -> None:
     search.add_argument("photo", metavar="PHOTO", help="file; - for standard input")
     add_moved_photos(search)
     search.add_argument(
-        "-k", type=number(int, least=1), default=5, help="number of photos (%(default)s)"
+        "-k", type=number(int, least=1), default=5, help="number of photos (default: %(default)s)"
     )
     take = add_command(
         steps,
@@ -66,7 +66,7 @@ def add_commands(commands: Commands) -> None:
         extra="index",
     )
     take.add_argument(
-        "vectors", type=place, metavar="FOLDER", help="of Parquet files; or its s3:// URL"
+        "vectors", type=place, metavar="FOLDER", help="folder of Parquet files, or its s3:// URL"
     )
     take.add_argument(
         "--switch",
@@ -76,7 +76,7 @@ def add_commands(commands: Commands) -> None:
     give = add_command(
         steps, "export", _export, "write a gallery's vectors as Parquet", extra="index"
     )
-    give.add_argument("target", type=place, metavar="FOLDER", help="a new one; or its s3:// URL")
+    give.add_argument("target", type=place, metavar="FOLDER", help="new folder, or its s3:// URL")
     for command in (build, search, take, give):
         add_gallery(command)
     for command in (build, search):
@@ -86,7 +86,7 @@ def add_commands(commands: Commands) -> None:
             type=number(float, least=0),
             default=5.0,
             metavar="SECONDS",
-            help="how long at most to try again if the server does not answer (%(default)g)",
+            help="give up if the server has not answered for this long (default: %(default)g)",
         )
     for command in (build, search, take):
         command.add_argument("--json", action="store_true", help="print JSON")

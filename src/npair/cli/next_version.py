@@ -11,7 +11,7 @@ from npair.publishing.publish import publish
 from npair.releasing.config import new_config, pinned, with_release
 from npair.releasing.release import client_parameters
 from npair.releasing.repository import Repository
-from npair.serving.manifest import Manifest
+from npair.serving.manifest import NAME, Manifest
 
 
 def publish_next(repository: Repository, run: Path, data: Path, **options: Any) -> Manifest:
@@ -37,7 +37,7 @@ def publish_next(repository: Repository, run: Path, data: Path, **options: Any) 
         )
     if is_new(repository):
         with repository.exclusive():
-            described = client_parameters(repository.read(f"{number}/manifest.json"))
+            described = client_parameters(repository.read(f"{number}/{NAME}"))
             config = with_release(new_config(), [number], described)
             repository.write("config.pbtxt", config.encode())
     return manifest

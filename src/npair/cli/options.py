@@ -95,7 +95,10 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 def add_data(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="folder for decoded photos (user's cache folder)"
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="folder for decoded photos (default: the user's cache)",
     )
 
 
@@ -106,8 +109,8 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
 
 
 def add_config_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
-    shown = "chosen from the data" if field.metadata["from_data"] else field.default
-    default = f" ({shown})" if shown != "" else ""
+    shown = "chosen from the data" if field.metadata["from_data"] else f"default: {field.default}"
+    default = "" if field.default == "" else f" ({shown})"
     kind, choices = type(field.default), field.metadata["choices"]
     bounded = kind in (int, float) and not choices
     parser.add_argument(
@@ -115,6 +118,7 @@ def add_config_option(parser: argparse.ArgumentParser, field: dataclasses.Field[
         type=number(kind, **field.metadata["bounds"]) if bounded else kind,
         default=field.default,
         choices=choices,
+        metavar=None if choices else {int: "N", float: "X", str: "NAME"}[kind],
         help=field.metadata["help"] + default,
     )
 
@@ -124,7 +128,7 @@ def add_repository(parser: argparse.ArgumentParser) -> None:
         "--repository",
         default=MODEL_FOLDER,
         metavar="WHERE",
-        help="the model's folder, or its s3:// or gs:// address (%(default)s)",
+        help="the model's folder, or its s3:// or gs:// address (default: %(default)s)",
     )
 
 
@@ -134,7 +138,7 @@ def add_gallery(parser: argparse.ArgumentParser) -> None:
         type=place,
         default=Path("gallery"),
         metavar="WHERE",
-        help="the gallery's folder, or s3://BUCKET/PREFIX (%(default)s)",
+        help="the gallery's folder, or s3://BUCKET/PREFIX (default: %(default)s)",
     )
 
 
@@ -156,7 +160,7 @@ def add_server(parser: argparse.ArgumentParser | argparse._MutuallyExclusiveGrou
     parser.add_argument(
         "--url",
         default=default_url(),
-        help="the server: http(s):// or grpc(s):// (NPAIR_URL; %(default)s)",
+        help="the server: http(s):// or grpc(s):// (NPAIR_URL; default: %(default)s)",
     )
 
 
@@ -170,18 +174,24 @@ def add_servers(parser: argparse.ArgumentParser) -> None:
         "--url",
         dest="urls",
         action="append",
+        metavar="URL",
         help="a running server, http(s)://; repeat it to name all. A host name stands for all its"
         " addresses. Set NPAIR_CONTROL_SECRET or NPAIR_CONTROL_SECRET_FILE as on the servers"
-        f" (NPAIR_URL; {DEFAULT_URL})",
+        f" (NPAIR_URL; default: {DEFAULT_URL})",
     )
     servers.add_argument(
-        "--offline", dest="urls", action="store_const", const=[], help="no server is running"
+        "--offline",
+        dest="urls",
+        action="store_const",
+        const=[],
+        help="change files only; no server is running",
     )
     parser.add_argument(
         "--timeout",
         type=number(float, above=0, most=1e6),
         default=120.0,
-        help="seconds to wait for each call to a server (%(default)g)",
+        metavar="SECONDS",
+        help="how long to wait for each call to a server (default: %(default)g)",
     )
 
 

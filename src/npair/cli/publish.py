@@ -28,7 +28,7 @@ def add_commands(commands: Commands) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="a run's folder, or a version's to publish its network anew with this code",
+        help="a run's folder, or a version's to publish its network again with this code",
     )
     add_data(publish)
     add_repository(publish)
@@ -56,9 +56,11 @@ def add_commands(commands: Commands) -> None:
         "versions",
         nargs="*",
         metavar="N",
-        help="number or folder of a version (all versions, and config.pbtxt)",
+        help="number or folder of a version (default: all versions, and config.pbtxt)",
     )
-    verify.add_argument("--engine", default="", help="check only this one (all that run here)")
+    verify.add_argument(
+        "--engine", default="", metavar="NAME", help="engine to check (default: all that run here)"
+    )
     verify.add_argument("--json", action="store_true", help="print JSON")
     add_repository(verify)
     verify.add_argument(
@@ -66,6 +68,7 @@ def add_commands(commands: Commands) -> None:
         dest="urls",
         action="append",
         default=[],
+        metavar="URL",
         help="a running server, http(s)://; repeat it for others",
     )
 

@@ -35,7 +35,7 @@ def add_commands(commands: Commands) -> None:
         "verify version N and switch to it; on any failure the previous version keeps serving",
         extra="release",
     )
-    promote.add_argument("version", type=VERSION, metavar="N")
+    promote.add_argument("version", type=VERSION, metavar="N", help="number of the version")
     promote.add_argument(
         "--keep",
         type=VERSION,
@@ -55,13 +55,13 @@ def add_commands(commands: Commands) -> None:
             type=number(float, least=0, most=1e9),
             default=15.0,
             metavar="SECONDS",
-            help="how long servers that join under a name of several addresses are changed as well"
-            " (%(default)g)",
+            help="how long to keep looking for servers that join, if a URL's host has several"
+            " addresses; they are switched too (default: %(default)g)",
         )
     versions = add_command(commands, "versions", _versions, "list versions and their state")
     versions.add_argument("--json", action="store_true", help="print JSON")
     retire = add_command(commands, "retire", _retire, "remove a version that is not served")
-    retire.add_argument("version", type=VERSION, metavar="N")
+    retire.add_argument("version", type=VERSION, metavar="N", help="number of the version")
     for command in (promote, rollback, versions, retire):
         add_repository(command)
         add_servers(command)

@@ -25,26 +25,29 @@ def add_commands(commands: Commands) -> None:
         type=Path,
         default=Path(MODEL_FOLDER),
         metavar="DIR",
-        help="the model's folder (%(default)s)",
+        help="the model's folder (default: %(default)s)",
     )
     tune.add_argument(
         "--p99-ms",
         type=number(float, above=0, most=1e9),
         default=100.0,
-        help="limit of the 99th percentile of latency, in ms (%(default)g)",
+        metavar="MS",
+        help="limit of the 99th percentile of latency (default: %(default)g)",
     )
     tune.add_argument(
         "--seconds",
         type=number(float, above=0, most=1e9),
         default=2.0,
-        help="duration of each load (%(default)g)",
+        metavar="SECONDS",
+        help="duration of each load (default: %(default)g)",
     )
     tune.add_argument(
         "--instances",
         type=number(int, least=1),
         nargs="+",
         metavar="N",
-        help="numbers of instances to try (divisors of the number of cores, and one above it)",
+        help="numbers of instances to try (default: the divisors of the number of cores, and one"
+        " more than it)",
     )
     tune.add_argument(
         "--batch",
@@ -52,7 +55,7 @@ def add_commands(commands: Commands) -> None:
         nargs="+",
         default=[0, 4, 8, 16, 32],
         metavar="N",
-        help="preferred batch sizes to try; 0: none (%(default)s)",
+        help="preferred batch sizes to try; 0: none (default: 0 4 8 16 32)",
     )
     tune.add_argument(
         "--delay",
@@ -62,7 +65,7 @@ def add_commands(commands: Commands) -> None:
         metavar="US",
         help="queue delays to try, in microseconds; if config.pbtxt has"
         " default_timeout_microseconds, some releases of Triton then slow down over time"
-        " (%(default)s)",
+        " (default: 0)",
     )
     tune.add_argument(
         "--picture", type=Path, metavar="FILE", help="draw throughput and latency (.svg, .png)"

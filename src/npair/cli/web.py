@@ -32,20 +32,22 @@ def add_commands(commands: Commands) -> None:
         "--refresh",
         type=number(float, least=0),
         metavar="SECONDS",
-        help="how old at most the gallery may be that a search sees (0 for a folder, 5 for s3://,"
+        help="look for a newer gallery at most this often (default: 0 for a folder; 5 for s3://,"
         " where each look is a request)",
     )
     web.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on (%(default)s); any other than loopback needs a key of at least"
-        " 32 characters in NPAIR_WEB_KEY, or in the file NPAIR_WEB_KEY_FILE",
+        metavar="ADDRESS",
+        help="address to listen on (default: %(default)s); any other than loopback needs a key of"
+        " at least 32 characters in NPAIR_WEB_KEY, or in the file NPAIR_WEB_KEY_FILE",
     )
     web.add_argument(
         "--port",
         type=number(int, least=0, most=65_535),
         default=8080,
-        help="0 chooses one (%(default)s)",
+        metavar="N",
+        help="port to listen on; 0: any free one (default: %(default)s)",
     )
     web.add_argument(
         "--allow-host",

@@ -122,6 +122,11 @@ class Row(NamedTuple):
     coarse: str
 
 
+def spread(count: int, most: int) -> npt.NDArray[np.int64]:
+    """Return at most ``most`` indices, spread evenly over ``count`` items: int64 [n]."""
+    return np.unique(np.linspace(0, count - 1, most).astype(np.int64))
+
+
 def split_of(name: str) -> str | None:
     """Return the split that a name means, or None."""
     return SPLIT_NAMES.get(name.casefold())

@@ -109,11 +109,11 @@ def _check(folder: Path, release: Release) -> None:
     if photos != release.photos:
         raise DataError(
             f"{folder} lists {photos} photos instead of {release.photos}; move it away and fetch"
-            " the data set anew"
+            " the data set again"
         )
     known = replace(dataset, splits={split: dataset.splits[split] for split in ("train", "val")})
     if known.fingerprint() != release.fingerprint:
         raise DataError(
             f"{folder} holds photos or labels that are not the data set's; move it away and fetch"
-            " the data set anew"
+            " the data set again"
         )

@@ -22,7 +22,7 @@ from npair.client import PIXEL, NpairClient, Vectors
 from npair.client.photos import Unread
 from npair.data.catalogue import Catalogue, read_catalogue
 from npair.data.files import digest_of, parallel_map, shown
-from npair.gallery.gallery import MADE_BY, name_of, path_of, pinned_to, place_of
+from npair.gallery.gallery import MADE_BY, name_of, pinned_to, place_of
 from npair.gallery.location import GalleryError, Location, Where, locate, readable, writable
 
 ROWS = 1000  # per write: the most that are embedded again after a crash
@@ -130,10 +130,7 @@ def create(location: Location, made_by: Sequence[str], dimension: int) -> lanced
     if name not in opened.list_tables().tables:
         schema = pa.schema(columns.items(), dict(zip(MADE_BY, made_by, strict=True)))
         return opened.create_table(name, schema=schema)
-    table = opened.open_table(name)
-    if "columns" not in table.schema.names:  # from npair 0.1
-        table.add_columns({"columns": "'{}'"})
-    return table
+    return opened.open_table(name)
 
 
 def index(table: lancedb.table.Table) -> None:
@@ -216,10 +213,7 @@ class _Update:
         for name, row in self.current.items():
             if name in self.wanted:
                 continue
-            relative = name_of(path_of(name, folder), folder)  # of a path of npair 0.1
-            if relative in self.wanted:
-                self.moved[relative] = name
-            elif by_digest[row.sha256]:
+            if by_digest[row.sha256]:
                 self.moved[by_digest[row.sha256].pop()] = name
             else:
                 self.missing.append(name)
@@ -294,8 +288,10 @@ class _Update:
                 self.table.add(rows)
 
     def remove(self, failed: Iterable[str], *, keep_missing: bool) -> int:
-        """Remove what is not searched or was moved, these rows, and missing ones unless told.
+        """Delete rows that neither the source nor the searched table has, old names of moved
+        photos, and rows whose photo failed or, unless told to keep these, is missing.
 
+        failed: names of photos that could not be embedded.
         Returns: how many of the gallery's photos are removed.
         """
         lost = {*failed, *(() if keep_missing else self.missing)}
@@ -322,13 +318,10 @@ class _Update:
 
 
 def _rows(table: lancedb.table.Table) -> dict[str, _Row]:
-    """Return a table's rows by name. Rows of npair 0.1 have no columns."""
+    """Return a table's rows by name."""
     names = ["photo", *_Row._fields]
-    known = [name for name in names if name in table.schema.names]
-    columns = table.search().select(known).to_arrow()
-    photos, *rest = (
-        columns[name].to_pylist() if name in known else ["{}"] * len(columns) for name in names
-    )
+    columns = table.search().select(names).to_arrow()
+    photos, *rest = (columns[name].to_pylist() for name in names)
     return dict(zip(photos, map(_Row, *rest), strict=True))
 
 

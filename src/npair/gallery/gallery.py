@@ -6,8 +6,7 @@
 Vectors of two versions must never be compared, so each version of the model has its own table. A
 row has the photo's name, label, other columns of the catalogue as JSON, SHA-256 and vector. Names
 are relative to the gallery's folder, so that both can be moved together; in a bucket, to the root.
-What was imported has the name id://ID, and the SHA-256 of its id. Galleries of npair 0.1 have
-absolute paths and no columns; the next build changes them.
+What was imported has the name id://ID, and the SHA-256 of its id.
 """
 
 from __future__ import annotations
@@ -62,10 +61,10 @@ class Gallery:
     def __init__(
         self, folder: Where, photos: Path | None = None, refresh: float | None = None
     ) -> None:
-        """folder: or s3://BUCKET/PREFIX. photos: where the folder that was built last is now, if it
-        was moved by itself. refresh: how old, in seconds, what a search sees may be, by default 0
-        on a disk and 5 on S3, where each look is a request. What cannot be answered any more is
-        looked for anew at once.
+        """folder: the gallery's, or s3://BUCKET/PREFIX. photos: where the photos' folder is now, if
+        it was moved without the gallery. refresh: look for a newer build at most this often, in
+        seconds; by default 0 on a disk, and 5 on S3, where each look is a request. If a search
+        fails, it looks at once.
 
         Raises: GalleryError if the gallery is missing or damaged.
         """
@@ -84,7 +83,7 @@ class Gallery:
 
     def _open(self, pointer: dict[str, str]) -> None:
         with readable(self._location):
-            self._built_from = pointer.get("photos")
+            self._built_from = pointer["photos"]
             self.table = self._location.database(self.refresh).open_table(pointer["table"])
             self._refined = any(index.index_type == "IvfPq" for index in self.table.list_indices())
             metadata = self.table.schema.metadata
@@ -105,7 +104,7 @@ class Gallery:
         return True
 
     def _following(self, ask: Callable[[], T]) -> T:
-        """Ask, and if that fails for a table that is not the one to search any more, ask anew."""
+        """Ask, and if that fails for a table that is not the one to search any more, ask again."""
         self.follow()
         try:
             return ask()
@@ -141,8 +140,8 @@ class Gallery:
             served = pinned.manifest_sha256(self.version) or ""
         if served != self.manifest_sha256:
             raise GalleryError(
-                f"the gallery in {self.folder} is of another version {self.version} than is served;"
-                " build it anew"
+                f"the gallery in {self.folder} is of another version {self.version} than is served:"
+                " their manifests differ; build it again"
             )
         return self.nearest(vector, k)
 
@@ -156,15 +155,15 @@ class Gallery:
             query = query.distance_type("cosine").nprobes(PROBES).limit(k)
             if self._refined:
                 query = query.refine_factor(REFINED)
-            known = set(self.table.schema.names) - {"vector"}
-            rows = query.select([*sorted(known), "_distance"]).to_list()
+            names = ["photo", "label", "columns", "sha256", "_distance"]
+            rows = query.select(names).to_list()
             return [
                 Hit(
                     row["sha256"],
                     1 - row["_distance"],
                     row["label"],
                     self.place(row["photo"]),
-                    json.loads(row.get("columns") or "{}"),
+                    json.loads(row["columns"]),
                 )
                 for row in rows
             ]
@@ -182,22 +181,15 @@ class Gallery:
             if (path := Path(place)).is_file():
                 return path
         raise PhotoGoneError(
-            f"{places[0]} is gone; put it back, build the gallery anew, or say where the photos are"
+            f"{places[0]} is gone; put it back, build the gallery again, or say where the photos"
+            " are"
         )
 
     def place(self, name: str) -> str:
-        """Return what users know a row by: its photo's path, or what was imported as its id.
-
-        Raises: GalleryError if photos were moved, and the gallery does not know from where.
-        """
+        """Return what users know a row by: its photo's path, or what was imported as its id."""
         place = place_of(name, self._location.base)
         if self._photos is None or name.startswith(IMPORTED):
             return place
-        if self._built_from is None:
-            raise GalleryError(
-                f"the gallery in {self.folder} does not know which folder its photos were in; build"
-                " it anew: npair index build"
-            )
         path, root = Path(place), path_of(self._built_from, self._location.base)
         moved = self._photos / path.relative_to(root) if path.is_relative_to(root) else path
         return str(moved)
@@ -214,8 +206,8 @@ class Gallery:
 
 
 def name_of(path: Path, folder: Path) -> str:
-    """Return the name that a gallery's folder stores for an absolute path: relative, as in a URL,
-    so that bytes that are not UTF-8 fit into it; only these and '%' are quoted.
+    """Return the name under which a gallery stores an absolute path: relative to its folder, with
+    '%' and bytes that are not UTF-8 percent-encoded.
     """
     relative = os.path.relpath(path, folder.resolve())
     return re.sub("[%\udc80-\udcff]", lambda match: quote(os.fsencode(match[0])), relative)
@@ -223,8 +215,6 @@ def name_of(path: Path, folder: Path) -> str:
 
 def path_of(name: str, folder: Path) -> Path:
     """Return the absolute path of a stored name."""
-    if name.startswith("/"):  # from npair 0.1
-        return Path(name)
     path = os.fsdecode(unquote_to_bytes(name))
     return Path(os.path.normpath(folder.resolve() / path))
 

@@ -126,7 +126,7 @@ class Folder:
 
     def broken(self, error: Exception) -> GalleryError:
         return GalleryError(
-            f"the gallery in {self} is damaged; delete it, and build it anew: npair index build"
+            f"the gallery in {self} is damaged; delete it, and build it again: npair index build"
             f" ({error})"
         )
 
@@ -215,8 +215,8 @@ class Bucket(Objects):
         except GalleryStoreError as reason:
             return reason
         return GalleryStoreError(
-            f"the gallery in {self} cannot be read; try again, and if that stays so, build it anew:"
-            f" npair index build ({_plain(error)})"
+            f"the gallery in {self} cannot be read; try again, and if that does not help, build it"
+            f" again: npair index build ({_plain(error)})"
         )
 
     def tag_of(self, name: str) -> str | None:
@@ -290,7 +290,7 @@ def writable(location: Location) -> Iterator[None]:
         raise
     except (OSError, RuntimeError) as error:
         raise GalleryError(
-            f"the gallery in {location} cannot be written: {_plain(error)}; mend that, then run the"
+            f"the gallery in {location} cannot be written: {_plain(error)}; fix that, then run the"
             " same command again, which continues"
         ) from error
     location.check()

@@ -20,14 +20,14 @@ COST_RISE = 1.5  # times the pinned version's milliseconds per photo, or bytes
 
 
 @dataclass(frozen=True)
-class Loss:
+class RecallDrop:
     """A drop of Recall@1 on val that matters; ``proven`` if chance alone does not explain it."""
 
     text: str
     proven: bool
 
 
-def compared(before: Hits, after: Hits, name: str) -> dict[str, str]:
+def changes(before: Hits, after: Hits, name: str) -> dict[str, str]:
     """Say how Recall@1 changed, by kind of label. name: what found ``before``, in words."""
     return {
         kind: f"Recall@1 on val, of {kind} labels, is {np.mean(after[kind]):.3f}; {name} has"
@@ -36,13 +36,13 @@ def compared(before: Hits, after: Hits, name: str) -> dict[str, str]:
     }
 
 
-def losses(before: Hits, after: Hits, name: str, allowed: float) -> list[Loss]:
+def recall_drops(before: Hits, after: Hits, name: str, allowed: float) -> list[RecallDrop]:
     """List the kinds of labels in which recall dropped by more than ``allowed``."""
-    changes = {kind: difference(old, after[kind]) for kind, old in before.items()}
-    texts = compared(before, after, name)
+    found = {kind: difference(old, after[kind]) for kind, old in before.items()}
+    texts = changes(before, after, name)
     return [
-        Loss(texts[kind], proven=change.high < 0)
-        for kind, change in changes.items()
+        RecallDrop(texts[kind], proven=change.high < 0)
+        for kind, change in found.items()
         if -change.value > allowed
     ]
 
@@ -64,19 +64,19 @@ class Gate:
 
         Raises: PublishError for a drop beyond chance that was not accepted.
         """
-        found = losses(before, after, f"version {self.pinned}", RECALL_DROP)
-        problem = "; ".join(loss.text for loss in found if loss.proven)
+        found = recall_drops(before, after, f"version {self.pinned}", RECALL_DROP)
+        problem = "; ".join(drop.text for drop in found if drop.proven)
         return _accepted(problem, "--accept-recall-drop", self.accept_recall_drop)
 
     def tell_recall(self, before: Hits, after: Hits) -> list[str]:
         """Say how recall changed, with a warning for each drop that may be chance."""
         name = f"version {self.pinned}"
         doubtful = [
-            UNPROVEN.format(loss.text)
-            for loss in losses(before, after, name, RECALL_DROP)
-            if not loss.proven
+            UNPROVEN.format(drop.text)
+            for drop in recall_drops(before, after, name, RECALL_DROP)
+            if not drop.proven
         ]
-        return doubtful or [*compared(before, after, name).values()]
+        return doubtful or [*changes(before, after, name).values()]
 
     def check_cost(self, compared: Comparison) -> Accepted | None:
         """Return the rise that was accepted, if there is one.
@@ -94,7 +94,5 @@ class Gate:
 
 def _accepted(problem: str, flag: str, reason: str) -> Accepted | None:
     if problem and not reason:
-        raise PublishError(
-            f"{problem}; nothing was published ({flag} REASON publishes it all the same)"
-        )
+        raise PublishError(f"{problem}; nothing was published; to publish it anyway: {flag} REASON")
     return Accepted(problem, reason) if problem else None

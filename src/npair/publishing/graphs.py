@@ -23,9 +23,9 @@ from npair.data.dataset import Dataset, Photos
 from npair.data.pixels import Pixels
 from npair.networks.network import EmbeddingNetwork
 from npair.publishing import PublishError
-from npair.publishing.gates import Hits, losses
+from npair.publishing.gates import Hits, recall_drops
 from npair.publishing.golden import UNMEASURED, distance_with
-from npair.scoring.evaluate import Comparison, compare
+from npair.scoring.evaluate import EmbeddedSplit, embed_split
 from npair.scoring.retrieval import Vectors
 from npair.serving.embedder import Embedder
 from npair.serving.engine import BATCH, EngineError, cores, import_openvino
@@ -68,7 +68,7 @@ class Choice:
     """The engines of a version, the fastest first, and those it must not use, by name.
 
     hits, metrics, thresholds: of val, found by the fastest; empty and None without val.
-    doubts: losses of engines in use that val cannot tell from chance, in sentences.
+    doubts: recall drops of engines in use that val cannot tell from chance, in sentences.
     """
 
     engines: dict[str, Engine]
@@ -172,7 +172,7 @@ def reference_hits(folder: Path, dataset: Dataset, pixels: Pixels) -> Hits:
     """
     embedders, _ = _start(folder, [REFERENCE])
     embedder = embedders[REFERENCE]
-    hits = _hits(_compare(embedder, dataset, pixels)) if dataset.val else {}
+    hits = _hits(_embed_val(embedder, dataset, pixels)) if dataset.val else {}
     embedder.close()
     return hits
 
@@ -195,13 +195,13 @@ def choose(
     }
     photos = pixels.array[pixels.of(dataset.train)[: 8 * BATCH * cores()]]
     costs = milliseconds({name: each.embed for name, each in embedders.items()}, photos)
-    compared = {
-        name: _compare(embedder, dataset, pixels)
+    embedded = {
+        name: _embed_val(embedder, dataset, pixels)
         for name, embedder in embedders.items()
         if dataset.val and name != REFERENCE
     }
     hits: dict[str, Hits] = {name: {} for name in embedders}
-    hits |= {name: _hits(comparison) for name, comparison in compared.items()}
+    hits |= {name: _hits(split) for name, split in embedded.items()}
     hits[REFERENCE] = reference
     kept: dict[str, Engine] = {}
     doubts: list[str] = []
@@ -219,19 +219,19 @@ def choose(
             else None,
             "golden_distances": distances,
         }
-        found = losses(reference, hits[name], f"the reference, {REFERENCE},", ALLOWED_DROP)
-        reason = "; ".join(loss.text for loss in found if loss.proven)
+        found = recall_drops(reference, hits[name], f"the reference, {REFERENCE},", ALLOWED_DROP)
+        reason = "; ".join(drop.text for drop in found if drop.proven)
         if precision != "fp32" and not dataset.val:
             reason = "without val photos, its recall is unknown"
         if precision != "fp32" and reason:
             refused[name] = RefusedEngine(**measured, reason=reason)
         else:
             kept[name] = Engine(**measured, tolerance=tolerance)
-            doubts += [f"{name}: {loss.text}" for loss in found]
+            doubts += [f"{name}: {drop.text}" for drop in found]
     fastest, metrics, thresholds = next(iter(kept)), None, None
     if dataset.val:
-        comparison = compared.get(fastest) or _compare(embedders[fastest], dataset, pixels)
-        evaluation = comparison.evaluate()
+        split = embedded.get(fastest) or _embed_val(embedders[fastest], dataset, pixels)
+        evaluation = split.evaluate()
         metrics, thresholds = {"val": evaluation.as_dict()}, evaluation.thresholds()
     for embedder in embedders.values():
         embedder.close()
@@ -276,14 +276,14 @@ def milliseconds(calls: Mapping[str, Callable[[Any], object]], photos: Sized) ->
     return {name: round(min(rounds), 3) for name, rounds in times.items()}
 
 
-def _compare(embedder: Embedder, dataset: Dataset, pixels: Pixels) -> Comparison:
+def _embed_val(embedder: Embedder, dataset: Dataset, pixels: Pixels) -> EmbeddedSplit:
     """Embed val and its gallery with the code that will serve."""
 
     def embed(photos: Photos) -> Vectors:
         return embedder.embed(pixels.array[pixels.of(photos)])
 
-    return compare("the published code", dataset, "val", embed)
+    return embed_split("the published code", dataset, "val", embed)
 
 
-def _hits(compared: Comparison) -> Hits:
-    return {kind: hits.tolist() for kind, hits in compared.hits().items()}
+def _hits(split: EmbeddedSplit) -> Hits:
+    return {kind: hits.tolist() for kind, hits in split.hits().items()}

@@ -20,7 +20,7 @@ from npair.publishing.graphs import Choice, milliseconds
 from npair.publishing.steps import Steps
 from npair.publishing.version_folder import LIBRARIES, Staging, read_source
 from npair.releasing.verify import published_code, verify
-from npair.scoring.evaluate import compare
+from npair.scoring.evaluate import embed_split
 from npair.scoring.retrieval import Vectors
 from npair.serving.embedder import UNLIMITED, Embedder
 from npair.serving.engine import cores
@@ -145,7 +145,7 @@ def _hits(pinned: Path, dataset: Dataset) -> Hits:
     """Embed val and its gallery by a version's own code."""
     with published_code(pinned) as code:
         embedder = code.Embedder(pinned, cores=cores())
-    hits = compare("", dataset, "val", embedding(embedder)).hits()
+    hits = embed_split("", dataset, "val", embedding(embedder)).hits()
     embedder.close()
     return {kind: found.tolist() for kind, found in hits.items()}
 

@@ -17,7 +17,7 @@ class ConfigError(RuntimeError):
 
 
 def parse(config: str) -> model_config_pb2.ModelConfig:
-    """Raises: ConfigError if the text does not match Triton's schema."""
+    """Parse a config.pbtxt. Raises: ConfigError if it does not match Triton's schema."""
     try:
         return text_format.Parse(config, model_config_pb2.ModelConfig())
     except text_format.ParseError as error:

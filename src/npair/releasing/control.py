@@ -49,8 +49,8 @@ class Server:
         known = self.parts.scheme in ("http", "https")
         if not known or not self.parts.hostname or self.parts.port == 0:
             raise ValueError(
-                f"versions are released over HTTP alone, to a URL such as http://host:8000 (--url,"
-                f" NPAIR_URL), got {url!r}"
+                f"releasing needs an HTTP URL such as http://host:8000 (--url, NPAIR_URL),"
+                f" got {url!r}"
             )
         self.address = address or self.parts.hostname
         self.url = url if self.address == self.parts.hostname else f"{url} ({self.address})"

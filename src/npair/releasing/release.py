@@ -19,7 +19,7 @@ from npair.releasing.config import as_json, parameters, pinned, with_release
 from npair.releasing.control import Server, on_all, try_all
 from npair.releasing.repository import Repository
 from npair.releasing.verify import verify
-from npair.serving.manifest import Manifest
+from npair.serving.manifest import NAME, Manifest
 
 FALLBACK = "fallback.json"
 REMEMBERED = 10  # earlier versions
@@ -300,7 +300,7 @@ def _config(repository: Repository) -> str:
 def _client_parameters(repository: Repository, number: int) -> dict[str, str | None]:
     """Return ``client_parameters``. Raises: ReleaseError if the manifest is missing or damaged."""
     try:
-        return client_parameters(repository.read(f"{number}/manifest.json"))
+        return client_parameters(repository.read(f"{number}/{NAME}"))
     except (OSError, ValueError) as error:
         raise ReleaseError(
             f"version {number} in {repository.location}: manifest.json cannot be read: {error}"

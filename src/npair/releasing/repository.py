@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from npair.objects import Objects, this_process
+from npair.serving.manifest import NAME
 
 MODEL = "npair"  # the only name that serve.py, clients and dashboards know
 STORES = ("s3", "gs")  # the extras of pyproject.toml with their fsspec implementations
@@ -107,7 +108,7 @@ class Folder(Repository):
     def versions(self) -> dict[int, bool]:
         names = filter(str.isdecimal, self.names())
         numbers = sorted(int(name) for name in names if (self.folder / name).is_dir())
-        return {number: (self.folder / f"{number}/manifest.json").is_file() for number in numbers}
+        return {number: (self.folder / f"{number}/{NAME}").is_file() for number in numbers}
 
     def unfinished(self) -> list[str]:
         return sorted(path.name for path in self.folder.glob("staging-*"))
@@ -225,7 +226,7 @@ class Store(Objects, Repository):
         files = self._files()
         folders = {path.partition("/")[0] for path in files if "/" in path}
         numbers = sorted(int(folder) for folder in folders if folder.isdecimal())
-        return {number: files.get(f"{number}/manifest.json", 0) > 0 for number in numbers}
+        return {number: files.get(f"{number}/{NAME}", 0) > 0 for number in numbers}
 
     def unfinished(self) -> list[str]:
         return []  # unfinished versions have numbers
@@ -244,7 +245,7 @@ class Store(Objects, Repository):
     @contextlib.contextmanager
     def new_version(self) -> Iterator[tuple[int, Path]]:
         number = max(self.versions(), default=0) + 1
-        while not self._create(f"{self.root}/{number}/manifest.json", b""):
+        while not self._create(f"{self.root}/{number}/{NAME}", b""):
             number += 1
         try:
             with tempfile.TemporaryDirectory(prefix="npair-staging-") as staging:
@@ -256,7 +257,7 @@ class Store(Objects, Repository):
             raise
 
     def remove(self, number: int) -> None:
-        manifest = f"{number}/manifest.json"
+        manifest = f"{number}/{NAME}"
         self.write(manifest, b"")  # incomplete from here on, and the number still claimed
         for path in [*(self._files(f"{number}/").keys() - {manifest}), manifest]:
             self._ask("rm_file", f"{self.root}/{path}")
@@ -300,15 +301,15 @@ class Store(Objects, Repository):
             for path in folder.rglob("*")
             if path.is_file()
         }
-        for name in sizes.keys() - {"manifest.json"}:
+        for name in sizes.keys() - {NAME}:
             self._ask("put_file", str(folder / name), f"{self.root}/{number}/{name}")
-        sizes["manifest.json"] = 0
+        sizes[NAME] = 0
         if self._files(f"{number}/") != {f"{number}/{name}": sizes[name] for name in sizes}:
             raise RepositoryError(
                 f"version {number} did not arrive in {self.location} as it was sent; publish it"
                 " again"
             )
-        self.write(f"{number}/manifest.json", (folder / "manifest.json").read_bytes())
+        self.write(f"{number}/{NAME}", (folder / NAME).read_bytes())
 
     def _files(self, prefix: str = "") -> dict[str, int]:
         """Return sizes in bytes by path in the model's folder."""
@@ -365,7 +366,7 @@ def _sync(path: Path) -> None:
 def _lock_at(path: Path, handle: int) -> bool:
     """Lock an open folder. Returns: whether it succeeded and the folder is still at this path.
 
-    Since it was opened, it may have been removed, and created anew by another publisher.
+    Since it was opened, it may have been removed, and created again by another publisher.
     Raises: OSError if there is none at this path.
     """
     return _lock(handle) and os.path.samestat(path.stat(), os.fstat(handle))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from npair.releasing import ReleaseError
 from npair.serving.engine import cores
-from npair.serving.manifest import Manifest, VersionError
+from npair.serving.manifest import NAME, Manifest, VersionError
 
 Checked = dict[str, dict[str, float | str]]
 
@@ -70,7 +70,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         for path in folder.rglob("*")
         if path.is_file() and path.parent.name != "__pycache__"
     }
-    if strange := present - set(manifest.files) - {"manifest.json"}:
+    if strange := present - set(manifest.files) - {NAME}:
         raise ReleaseError(f"{folder}: {', '.join(sorted(strange))} was not published; delete it")
     try:
         # Compiled, not run: model.py imports Triton's own module.

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.manifold import TSNE
 
-from npair.data.dataset import Photos
+from npair.data.dataset import Photos, spread
 from npair.scoring.pictures import thumbnail
 from npair.scoring.retrieval import Vectors
 
@@ -30,9 +30,9 @@ def embedding_map(sides: list[tuple[Vectors, Photos]]) -> dict[str, Any] | None:
     sides: the queries first. Returns: None for fewer than four different vectors.
     """
     everything = [(photos, index) for _, photos in sides for index in range(len(photos))]
-    spread = np.unique(np.linspace(0, len(everything) - 1, POINTS).astype(int))
-    chosen = [everything[i] for i in spread]
-    vectors = np.concatenate([vectors for vectors, _ in sides])[spread]
+    indices = spread(len(everything), POINTS)
+    chosen = [everything[i] for i in indices]
+    vectors = np.concatenate([vectors for vectors, _ in sides])[indices]
     if len(np.unique(vectors, axis=0)) < 4:
         return None
     places = _fit(vectors)

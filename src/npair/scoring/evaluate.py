@@ -215,7 +215,7 @@ def protocol_of(query_fine: Labels, gallery_fine: Labels) -> Protocol:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class EmbeddedSplit:
     """The photos of one split as queries, and a gallery, all embedded by one network.
 
     The gallery is the train split or, if it has none of the queries' classes, the queries: then
@@ -269,7 +269,7 @@ class Comparison:
         return evaluate(queries, None if self.exclude_self else gallery)
 
 
-def sides(dataset: Dataset, split: str) -> tuple[Photos, Photos]:
+def queries_and_gallery(dataset: Dataset, split: str) -> tuple[Photos, Photos]:
     """Return a split's photos and their gallery: train or, if it lacks their classes, the same.
 
     Raises: DataError if the data set has no such split, or if it holds a single photo and train
@@ -291,15 +291,15 @@ def sides(dataset: Dataset, split: str) -> tuple[Photos, Photos]:
     return queries, queries
 
 
-def compare(
+def embed_split(
     embedded_by: str, dataset: Dataset, split: str, embed: Callable[[Photos], Vectors]
-) -> Comparison:
+) -> EmbeddedSplit:
     """Embed a split and its gallery, each photo once.
 
     embed: returns unit vectors, float32 [n, d].
-    Raises: DataError as ``sides`` does.
+    Raises: DataError as ``queries_and_gallery`` does.
     """
-    query_photos, gallery_photos = sides(dataset, split)
+    query_photos, gallery_photos = queries_and_gallery(dataset, split)
     queries = embed(query_photos)
     gallery = queries if gallery_photos is query_photos else embed(gallery_photos)
-    return Comparison(embedded_by, query_photos, queries, gallery_photos, gallery)
+    return EmbeddedSplit(embedded_by, query_photos, queries, gallery_photos, gallery)

@@ -6,13 +6,12 @@ import base64
 import io
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from npair.data import Preprocessing
-from npair.data.dataset import Photos
+from npair.data.dataset import Photos, spread
 from npair.data.pixels import decode_photo
-from npair.scoring.evaluate import Comparison
+from npair.scoring.evaluate import EmbeddedSplit
 
 # Pixels.
 THUMBNAIL = 144  # sharp at 1.5 times the size at which the report shows it
@@ -30,7 +29,7 @@ def thumbnail(path: Path) -> str:
 
 
 def draw_neighbours(
-    compared: Comparison, path: Path, *, rows: int = 6, neighbours: int = 6
+    embedded: EmbeddedSplit, path: Path, *, rows: int = 6, neighbours: int = 6
 ) -> None:
     """Draw a row for each of some queries: the photo, then its nearest gallery photos.
 
@@ -39,10 +38,10 @@ def draw_neighbours(
     rows, neighbours: the most of each; fewer if there are no more photos.
     Raises: DataError, OSError.
     """
-    chosen = np.unique(np.linspace(0, len(compared.query_photos) - 1, rows).astype(int))
+    chosen = spread(len(embedded.query_photos), rows)
     rows = len(chosen)
-    neighbours = min(neighbours, len(compared.gallery_photos) - compared.exclude_self)
-    ranked = compared.nearest(neighbours)[0][chosen]
+    neighbours = min(neighbours, len(embedded.gallery_photos) - embedded.exclude_self)
+    ranked = embedded.nearest(neighbours)[0][chosen]
     width = (neighbours + 1) * (CELL + MARGIN) + 3 * MARGIN
     picture = Image.new("RGB", (width, rows * (CELL + LABEL + MARGIN) + MARGIN), "white")
     pen = ImageDraw.Draw(picture)
@@ -56,10 +55,10 @@ def draw_neighbours(
         pen.text((left + 2, top + CELL + 2), name, fill="black")
 
     for row, (query, found) in enumerate(zip(chosen, ranked, strict=True)):
-        place(compared.query_photos, query, 0, row, "black")
+        place(embedded.query_photos, query, 0, row, "black")
         for column, index in enumerate(found, start=1):
-            same = compared.gallery_photos.fine[index] == compared.query_photos.fine[query]
-            place(compared.gallery_photos, index, column, row, "green" if same else "red")
+            same = embedded.gallery_photos.fine[index] == embedded.query_photos.fine[query]
+            place(embedded.gallery_photos, index, column, row, "green" if same else "red")
     picture.save(path)
 
 

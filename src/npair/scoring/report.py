@@ -10,10 +10,10 @@ import jinja2
 import numpy as np
 import numpy.typing as npt
 
-from npair.data.dataset import Photos
+from npair.data.dataset import Photos, spread
 from npair.scoring.charts import roc_chart, training_charts
 from npair.scoring.embedding_map import embedding_map
-from npair.scoring.evaluate import Comparison, Evaluation
+from npair.scoring.evaluate import EmbeddedSplit, Evaluation
 from npair.scoring.intervals import Estimate
 from npair.scoring.pictures import thumbnail
 from npair.scoring.retrieval import Labels
@@ -38,7 +38,7 @@ DEFINITIONS = {
 
 def write_report(
     path: Path,
-    compared: Comparison,
+    embedded: EmbeddedSplit,
     evaluation: Evaluation,
     *,
     run: dict[str, Any] | None,
@@ -47,15 +47,15 @@ def write_report(
 ) -> None:
     """Write a self-contained HTML file: no script, nothing from the network, photos inside.
 
-    evaluation: of the comparison.
+    evaluation: of ``embedded``.
     run, log: a run's config.json and the rows of its log.jsonl; None and empty if unknown.
     findings: facts about the data, in sentences.
     Raises: DataError or OSError for a photo that cannot be read, OSError for a path that cannot be
     written.
     """
-    queries, gallery = compared.query_photos, compared.gallery_photos
-    exclude_self = compared.exclude_self
-    ranked, cosines = compared.nearest(min(NEIGHBOURS, len(gallery) - exclude_self))
+    queries, gallery = embedded.query_photos, embedded.gallery_photos
+    exclude_self = embedded.exclude_self
+    ranked, cosines = embedded.nearest(min(NEIGHBOURS, len(gallery) - exclude_self))
     right = gallery.fine[ranked] == queries.fine[:, None]
 
     def row(query: int) -> dict[str, Any]:
@@ -80,16 +80,16 @@ def write_report(
     wrong = np.flatnonzero(~right[:, 0])
     wrong = wrong[np.argsort(-cosines[wrong, 0], kind="stable")]  # the most confident first
     confusions = _confusions(queries.fine[wrong], gallery.fine[ranked[wrong, 0]])
-    spread = np.unique(np.linspace(0, len(queries) - 1, EXAMPLES).astype(int))
+    examples = spread(len(queries), EXAMPLES)
     classes = _classes(queries, gallery, right[:, 0], exclude_self)
-    sides = [(compared.queries, queries), (compared.gallery, gallery)]
+    sides = [(embedded.queries, queries), (embedded.gallery, gallery)]
     page = _template().render(
-        title=compared.embedded_by,
+        title=embedded.embedded_by,
         evaluation=evaluation,
         definitions=DEFINITIONS,
         training=training_charts(log),
         roc=roc_chart(evaluation.verification),
-        examples=[row(int(query)) for query in spread],
+        examples=[row(int(query)) for query in examples],
         failures=[row(int(wrong[i])) for i in sorted(i for i, _ in confusions)[:FAILURES]],
         wrong=len(wrong),
         confusions=[confusion(int(wrong[i]), count) for i, count in confusions[:CONFUSIONS]],

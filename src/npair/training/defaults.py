@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from npair.data.dataset import DataError, Dataset, Photos
+from npair.data.dataset import DataError, Dataset, Photos, spread
 from npair.data.pixels import PREVIEW, decode_photo
 from npair.networks.efficientnet_lite import VARIANTS
 from npair.networks.network import EmbeddingNetwork, multiply_adds
@@ -29,7 +29,7 @@ def choose_defaults(config: TrainConfig, photos: Photos) -> TrainConfig:
 
     Looks at INSPECTED_PHOTOS of them at most.
     """
-    indices = np.unique(np.linspace(0, len(photos) - 1, INSPECTED_PHOTOS).astype(int))
+    indices = spread(len(photos), INSPECTED_PHOTOS)
     inspected = [inspect_photo(photos.paths[index]) for index in indices]
     readable = [found for found in inspected if found is not None]
     sides = [side for side, _ in readable if side is not None]

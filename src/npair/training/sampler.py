@@ -51,7 +51,7 @@ class NPairSampler:
     def tuplets(self, step: int) -> Indices:
         """Draw [N, 1 + N]: anchor, positive, and one negative of each of the other N - 1 classes.
 
-        Negatives are drawn anew for each row.
+        Negatives are drawn for each row.
         """
         rng = self._rng(step)
         drawn = self._draw_classes(self.classes_per_batch, rng)
@@ -104,7 +104,7 @@ def hardest_classes(
     if not np.isfinite(violation).all():
         raise RunError(
             "the products of the network's embeddings are not finite;"
-            " start anew with a lower --learning-rate"
+            " start again with a lower --learning-rate"
         )
     hardest = [int(rng.integers(len(embeddings)))]
     worst = violation[hardest[0]].copy()

@@ -29,7 +29,7 @@ from npair.data.pixels import decode_dataset, default_cache
 from npair.data.sources import read_dataset
 from npair.networks.efficientnet_lite import EfficientNetLite
 from npair.networks.network import EmbeddingNetwork, build_network, embed, new_network
-from npair.scoring.evaluate import compare, sides
+from npair.scoring.evaluate import embed_split, queries_and_gallery
 from npair.training.augmentation import DECODE_SCALE
 from npair.training.batches import Batches
 from npair.training.checkpoint import CHECKPOINT, TrainingState
@@ -47,6 +47,7 @@ from npair.training.processes import (
 from npair.training.run import RunError, TrainConfig, git_commit, read_run
 
 Score = Callable[[nn.Module], dict[str, float]]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 def train(
@@ -105,7 +106,6 @@ def _loop(
     state: TrainingState, batches: Batches, config: TrainConfig, run: Path, score: Score | None
 ) -> bool:
     """Train from the state's step to the end; returns False if a signal came first."""
-    network, device = state.network, batches.device
     loss_of = loss_function(config)
     steps = config.epochs * batches.per_epoch
     first = state.step // batches.per_epoch
@@ -116,37 +116,14 @@ def _loop(
             began, losses, recalls, came = time.monotonic(), [], [], False
             end = (epoch + 1) * batches.per_epoch
             while state.step < end and not came:
-                torch.manual_seed((config.seed * 1_000_003 + state.step) * world_size() + rank())
-                share = schedule(state.step / steps, config.warmup)
-                state.set_learning_rate(config.learning_rate * share)
-                own = batches.draw(state.step, network)[rank() :: world_size()]
-                # In fp32: bf16's 8 bits would coarsen the products that the loss compares.
-                embeddings = network.embedding(batches.features(network, own.ravel()))
-                embeddings = gather(embeddings.view(*own.shape, -1))
-                loss = loss_of(embeddings, gather(batches.coarse(own)))
-                state.optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                sum_gradients(network)
-                nn.utils.clip_grad_norm_(network.parameters(), config.gradient_norm)
-                state.optimizer.step()
-                state.ema.update_parameters(network)
-                # A GPU computes while Python goes on, until a number is asked for: ask once.
-                figures = torch.stack([loss.detach(), batch_recall(embeddings)]).tolist()
-                if not math.isfinite(figures[0]):
-                    raise RunError(
-                        f"the loss is {figures[0]} at step {state.step};"
-                        " start anew with a lower --learning-rate"
-                    )
-                state.step += 1
-                losses.append(figures[0])
-                recalls.append(figures[1])
+                loss, recall = _step(state, batches, config, loss_of, steps)
+                losses.append(loss)
+                recalls.append(recall)
                 progress.update()
                 progress.set_postfix(
-                    epoch=epoch + 1,
-                    loss=f"{losses[-1]:.3f}",
-                    batch_recall=f"{recalls[-1]:.2f}",
+                    epoch=epoch + 1, loss=f"{loss:.3f}", batch_recall=f"{recall:.2f}"
                 )
-                came = any_process(interrupted(), device)
+                came = any_process(interrupted(), batches.device)
 
             if state.step == end:
                 row: dict[str, Any] = {"epoch": epoch + 1, "loss": float(np.mean(losses))}
@@ -161,13 +138,45 @@ def _loop(
             if came:
                 say(f"interrupted at step {state.step} of {steps}; go on with --resume")
                 return False
-            if any_process(_stops_early(state, config), device):
+            if any_process(_stops_early(state, config), batches.device):
                 say(f"stopped early: no better val recall in {config.patience} evaluations")
                 break
     if state.best:
         best = state.best
         say(f"kept the network of epoch {best['epoch']}, val recall@1 {best['fine']:.3f}")
     return True
+
+
+def _step(
+    state: TrainingState, batches: Batches, config: TrainConfig, loss_of: LossFunction, steps: int
+) -> tuple[float, float]:
+    """Take one of ``steps`` steps; returns its loss and the recall in its batch.
+
+    Raises: RunError if the loss is not finite.
+    """
+    network = state.network
+    torch.manual_seed((config.seed * 1_000_003 + state.step) * world_size() + rank())
+    share = schedule(state.step / steps, config.warmup)
+    state.set_learning_rate(config.learning_rate * share)
+    own = batches.draw(state.step, network)[rank() :: world_size()]
+    # In fp32: bf16's 8 bits would coarsen the products that the loss compares.
+    embeddings = network.embedding(batches.features(network, own.ravel()))
+    embeddings = gather(embeddings.view(*own.shape, -1))
+    loss = loss_of(embeddings, gather(batches.coarse(own)))
+    state.optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    sum_gradients(network)
+    nn.utils.clip_grad_norm_(network.parameters(), config.gradient_norm)
+    state.optimizer.step()
+    state.ema.update_parameters(network)
+    # A GPU computes while Python goes on, until a number is asked for: ask once.
+    value, recall = torch.stack([loss.detach(), batch_recall(embeddings)]).tolist()
+    if not math.isfinite(value):
+        raise RunError(
+            f"the loss is {value} at step {state.step}; start again with a lower --learning-rate"
+        )
+    state.step += 1
+    return value, recall
 
 
 def _stops_early(state: TrainingState, config: TrainConfig) -> bool:
@@ -232,19 +241,19 @@ def _score_on_val(dataset: Dataset, config: TrainConfig, cache: Path) -> Score |
     """
     if not dataset.val:
         return None
-    sides(dataset, "val")  # to be refused now, not after hours
+    queries_and_gallery(dataset, "val")  # to be refused now, not after hours
     dataset, pixels, _ = decode_dataset(dataset, config.preprocessing(), cache)
 
     def score(network: nn.Module) -> dict[str, float]:
-        compared = compare(
+        embedded = embed_split(
             "", dataset, "val", lambda photos: embed(network, pixels.array, pixels.of(photos))
         )
-        return compared.recall_at_1()
+        return embedded.recall_at_1()
 
     return score
 
 
-def loss_function(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_function(config: TrainConfig) -> LossFunction:
     """Return the configured loss of embeddings [N, columns, D] with coarse labels [N].
 
     Columns are anchor, positive and, for tuplets, negatives.

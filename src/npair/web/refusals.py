@@ -69,9 +69,9 @@ def _remedy(error: GalleryError | PermissionError, gallery: Where) -> str:
     if isinstance(error, GalleryStoreError):  # which names the bucket
         return "the object store that holds the gallery does not answer as it should; try again"
     if isinstance(error.__cause__, VersionGoneError):
-        return f"{error.__cause__}; build the gallery anew: npair index build"
+        return f"{error.__cause__}; build the gallery again: npair index build"
     if error.__cause__:  # which may name files
-        return "the gallery is damaged; delete it, and build it anew: npair index build"
+        return "the gallery is damaged; delete it, and build it again: npair index build"
     return str(error).replace(f" in {gallery}", "")
 
 

@@ -72,7 +72,7 @@ class Thumbnail(NamedTuple):
 @dataclass(frozen=True)
 class Search:
     """A gallery's folder and a server. A call has the gallery to itself: another process may build
-    it anew at any time, and vectors of two versions must not meet.
+    it again at any time, and vectors of two versions must not meet.
 
     photos: where the photos are, if they were moved without the gallery. refresh: see Gallery.
     Calls raise GalleryError and NpairErrors.
@@ -185,7 +185,7 @@ class Search:
 
 @functools.lru_cache(maxsize=512)  # 20 kB each
 def _thumbnail(path: Path, *_: int) -> Thumbnail:
-    """Encode a file's photo anew, without its metadata. _: what tells the file from a later one.
+    """Encode a file's photo again, without its metadata. _: what tells the file from a later one.
 
     Raises: OSError, ValueError.
     """

@@ -62,7 +62,7 @@ class TestRefusals:
     def test_repository_at_an_unknown_place(self, given: str) -> None:
         code, output = ended(MODEL_REPOSITORY=given)
         assert code == 1
-        assert f"must be a folder, or in a bucket at s3:// or gs:// or as://, got {given}" in output
+        assert f"must be a folder, or in a bucket at s3:// or gs://, got {given}" in output
 
     @pytest.mark.parametrize(
         ("endpoint", "reason"),

@@ -65,7 +65,7 @@ def test_rows_too_few_or_too_many(output: Output, count: int) -> None:
         output.write(piece, rows(piece, SIZES[piece]))
     if count:
         output.write(1, rows(1, count))
-    with pytest.raises(BulkError, match=f"too few or too many in 1 pieces, such as {part(1)}"):
+    with pytest.raises(BulkError, match=f"too few or too many rows in 1 pieces, such as {part(1)}"):
         output.complete(ABOUT)
     Path(output.path, part(1)).unlink(missing_ok=True)
     assert len(output.resume()[0]) == 1

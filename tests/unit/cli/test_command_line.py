@@ -133,7 +133,7 @@ def test_releasing_needs_http(
     for words in ("versions", "promote 12", "rollback", "retire 12"):
         assert npair(*words.split(), "--repository", REPOSITORY) == 1
         said = capsys.readouterr().err
-        assert "over HTTP alone" in said
+        assert "releasing needs an HTTP URL" in said
         assert "NPAIR_URL), got 'grpc://127.0.0.1:9'" in said
 
 

@@ -13,7 +13,7 @@ from npair.data.dataset import DataError, Dataset
 from npair.data.files import LIMITS
 from npair.data.sources import read_dataset
 from npair.publishing.drawings import draw, encode
-from npair.scoring.evaluate import Comparison, sides
+from npair.scoring.evaluate import EmbeddedSplit, queries_and_gallery
 from npair.scoring.pictures import CELL, THUMBNAIL, draw_neighbours, thumbnail
 from npair.serving.preprocess import Preprocessing, decode
 
@@ -41,11 +41,13 @@ def test_a_thumbnail_is_what_the_network_sees(
 
 
 def test_draws_a_readable_picture(dataset: Path, tmp_path: Path) -> None:
-    queries, gallery = sides(read_dataset(dataset), "val")
+    queries, gallery = queries_and_gallery(read_dataset(dataset), "val")
     perfect = np.eye(6, dtype=np.float32)
-    compared = Comparison("nothing", queries, perfect[queries.fine], gallery, perfect[gallery.fine])
-    assert compared.evaluate().fine.recall_at_1.value == 1
-    draw_neighbours(compared, tmp_path / "picture.png", rows=3, neighbours=4)
+    embedded = EmbeddedSplit(
+        "nothing", queries, perfect[queries.fine], gallery, perfect[gallery.fine]
+    )
+    assert embedded.evaluate().fine.recall_at_1.value == 1
+    draw_neighbours(embedded, tmp_path / "picture.png", rows=3, neighbours=4)
     with Image.open(tmp_path / "picture.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24) or []}
     assert (0, 128, 0) in colours, "neighbours of the same product are framed in green"
@@ -59,7 +61,7 @@ def test_draws_no_more_photos_than_there_are(
     few = read_dataset(dataset).train.select(range(3))
     gallery, vectors = few.select(range(3)), np.eye(3, dtype=np.float32)
     others = vectors if exclude_self else vectors.copy()
-    draw_neighbours(Comparison("", few, vectors, gallery, others), tmp_path / "picture.png")
+    draw_neighbours(EmbeddedSplit("", few, vectors, gallery, others), tmp_path / "picture.png")
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.width // CELL == 1 + 3 - exclude_self
         assert picture.height // CELL == 3
@@ -72,19 +74,21 @@ def test_unseen_classes_are_compared_with_each_other(dataset: Path) -> None:
         train.select(np.flatnonzero(train.fine < 3)),
         val.select(np.flatnonzero(val.fine >= 3)),
     )
-    queries, gallery = sides(Dataset({"train": seen, "val": unseen}, ""), "val")
+    queries, gallery = queries_and_gallery(Dataset({"train": seen, "val": unseen}, ""), "val")
     assert queries is gallery is unseen
     vectors = np.eye(6, dtype=np.float32)[unseen.fine]
-    assert Comparison("nothing", queries, vectors, gallery, vectors).evaluate().protocol == "self"
+    assert (
+        EmbeddedSplit("nothing", queries, vectors, gallery, vectors).evaluate().protocol == "self"
+    )
 
 
 def test_refuses_a_photo_that_can_be_compared_with_nothing(dataset: Path) -> None:
     train = read_dataset(dataset).train
     seen, one = (train.select(np.flatnonzero(train.fine == label)) for label in (0, 1))
     with pytest.raises(DataError, match=r"val is a single photo, .*\.jpg, whose class train lacks"):
-        sides(Dataset({"train": seen, "val": one.select([0])}, ""), "val")
+        queries_and_gallery(Dataset({"train": seen, "val": one.select([0])}, ""), "val")
 
 
 def test_names_the_splits_there_are(dataset: Path) -> None:
     with pytest.raises(DataError, match="no split test; it has train, val"):
-        sides(read_dataset(dataset), "test")
+        queries_and_gallery(read_dataset(dataset), "test")

@@ -14,7 +14,7 @@ import pytest
 
 from npair.data.dataset import Photos
 from npair.publishing.drawings import draw, encode
-from npair.scoring.evaluate import Comparison, Evaluation
+from npair.scoring.evaluate import EmbeddedSplit, Evaluation
 from npair.scoring.report import write_report
 from npair.scoring.retrieval import Labels, Vectors
 
@@ -94,14 +94,14 @@ def page(
 ) -> tuple[str, Page, Evaluation]:
     query_vectors = vectors(queries.fine, 1, spread)
     gallery_vectors = query_vectors if gallery is None else vectors(gallery.fine, 2, spread)
-    compared = Comparison(
+    embedded = EmbeddedSplit(
         "Drawn & <i>reported</i>", queries, query_vectors, gallery or queries, gallery_vectors
     )
-    evaluation = compared.evaluate()
+    evaluation = embedded.evaluate()
     path = tmp_path / "report.html"
     write_report(
         path,
-        compared,
+        embedded,
         evaluation,
         **{"run": RUN, "log": SCORED, "findings": ["a <b>finding</b>"]} | changes,
     )
@@ -248,11 +248,11 @@ def test_nothing_wrong(tmp_path: Path) -> None:
 def test_collapsed_embeddings_have_no_map(tmp_path: Path) -> None:
     queries = photos(tmp_path / "q", 2, 3)
     same = np.tile(np.eye(8, dtype=np.float32)[:1], (6, 1))
-    compared = Comparison("", queries, same, queries, same)
+    embedded = EmbeddedSplit("", queries, same, queries, same)
     with pytest.warns(match="distinct clusters"):
-        evaluation = compared.evaluate()
+        evaluation = embedded.evaluate()
     path = tmp_path / "report.html"
-    write_report(path, compared, evaluation, run=None, log=[], findings=[])
+    write_report(path, embedded, evaluation, run=None, log=[], findings=[])
     assert not [
         section
         for section in Page(path.read_text(encoding="utf-8")).all("section")

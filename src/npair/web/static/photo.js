@@ -4,7 +4,7 @@
 const BYTES = 20_000_000;
 const PIXELS = 64_000_000;
 
-// Of a photo drawn anew. The side is far more than the network sees.
+// Of a photo drawn again. The side is far more than the network sees.
 const SIDE = 2048;
 const QUALITY = 0.92;
 
