@@ -207,6 +207,22 @@ def test_outputs_are_not_mixed(photos: Path, tmp_path: Path) -> None:
         run(str(photos), str(SHIPPED), str(out))
 
 
+def test_files_that_come_later(photos: Path, tmp_path: Path) -> None:
+    """A job that was cut from shards goes on with shards, and ends if there are none any more."""
+    shards, out = tmp_path / "shards", tmp_path / "out"
+    shards.mkdir()
+    with tarfile.open(shards / "1.tar", "w") as tar:
+        tar.add(GOLDEN, "1.jpg")
+    begun(shards, out)
+    shutil.copy(GOLDEN, shards / "a.jpg")
+    begun(shards, out)
+    (shards / "1.tar").unlink()
+    with pytest.raises(BulkError, match=r"is unfinished, .*, which has changed since"):
+        run(str(shards), str(SHIPPED), str(out))
+    with pytest.raises(BulkError, match="lies in the list"):
+        run(str(photos), str(SHIPPED), str(photos / "out"))
+
+
 def test_what_cannot_be_used(photos: Path, tmp_path: Path, bucket: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "version").mkdir()

@@ -48,8 +48,9 @@ def run(
     many as there are cores, or CPUs of the cluster.
     Returns: what the output holds, and what was embedded now. Raises: BulkError.
     """
-    version, output, source = Version.read(version_folder), Output(out), open_source(photos)
-    manifest = version.manifest
+    version, output = Version.read(version_folder), Output(out)
+    about, manifest = output.about(), version.manifest
+    source = open_source(photos, about.kind if about and about.source == absolute(photos) else "")
     wanted = About(
         manifest.model,
         manifest.version,
@@ -58,8 +59,8 @@ def run(
         absolute(photos),
         source.stamp,
         source.unit,
+        source.kind,
     )
-    about = output.about()
     if about is None:
         output.begin(wanted, source.pieces(rows))
         about = wanted
@@ -97,8 +98,8 @@ def refuse_mixture(output: Output, about: About, wanted: About) -> None:
             " folder"
         )
     state = "unfinished" if about.rows is None else "complete"
-    if about.source != wanted.source or about.stamp != wanted.stamp:
-        same = about.source == wanted.source
+    same = about.source == wanted.source
+    if not same or about.stamp != wanted.stamp or about.kind not in ("", wanted.kind):
         raise BulkError(
             f"{output.location} is {state}, with the list {about.source}"
             f"{', which has changed since' if same else ''}; name another folder"

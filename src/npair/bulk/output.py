@@ -35,8 +35,8 @@ PIECES = 500  # in a row group of the plan
 class About:
     """What an output holds. model, version, manifest: see ``schema``; precision: of the vectors.
 
-    source: the list's location. stamp, unit: see ``Source``.
-    rows, refused: None until it is complete.
+    source: the list's location. stamp, unit, kind: see ``Source``. kind: empty if npair 0.2.0
+    wrote it. rows, refused: None until it is complete.
     """
 
     model: str
@@ -46,6 +46,7 @@ class About:
     source: str
     stamp: str
     unit: str
+    kind: str = ""
     rows: int | None = None
     refused: int | None = None
 
@@ -96,8 +97,10 @@ class Output:
     def begin(self, about: About, pieces: Iterable[Piece]) -> None:
         """Write the list's pieces, and then what the output will hold.
 
-        Raises: BulkError, also if there is no piece.
+        Raises: BulkError, also if there is no piece, or the output lies in the list.
         """
+        if f"{self.location}/".startswith(f"{about.source}/"):
+            raise BulkError(f"{self.location} lies in the list; name a folder outside of it")
         rows = (
             (number, size, json.dumps(content)) for number, (size, content) in enumerate(pieces)
         )

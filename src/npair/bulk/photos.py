@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow as pa
 from pyarrow import fs
 
 from npair.bulk import BulkError
 from npair.bulk.source import Photo, Piece, below, is_photo
-from npair.bulk.storage import files_in, locate, reachable
+from npair.bulk.storage import files_in, locate, reachable, resolve
 from npair.data.sources import find_photos
 
 READERS = 16  # photos that an actor fetches at once, since each waits for the object store
 SHARD_BYTES = 64 << 20  # of a shard per request, and in memory
+REST_BYTES = 1 << 20  # of what follows a shard's end, at once
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Folder:
     """Photos below a folder or a prefix, known by their suffixes. Their ids are relative to it."""
 
     location: str
+    kind: str = "photos"
     unit: str = "photos"
     stamp: str = ""
 
@@ -58,6 +61,7 @@ class Shards:
 
     location: str
     sizes: dict[str, int]
+    kind: str = "shards"
     unit: str = "bytes"
     stamp: str = ""
 
@@ -84,18 +88,57 @@ class Shards:
                     yield Photo(shard, "the shard holds no photo")
 
 
-def _members(stream: Any, size: int, most: int) -> Iterator[tuple[str, bytes]]:
-    """Yield the photos in a tar file. Raises: tarfile.TarError if it is damaged or cut off."""
-    with tarfile.open(fileobj=stream, mode="r|") as shard:
-        for member in shard:
-            if member.isfile() and is_photo(member.name):
-                file = shard.extractfile(member)
-                assert file is not None
-                # Rows are UTF-8, and names need not be: show other bytes, such as \xe9.
-                name = member.name.encode(errors="surrogateescape")
-                yield name.decode(errors="backslashreplace"), file.read(most + 1)
-        if size - shard.offset < tarfile.BLOCKSIZE:  # tarfile takes half a header for the end
-            raise tarfile.ReadError("it has no end marker")
+class _Header(tarfile.TarInfo):
+    """A header of a shard. One that is wrong is an error, where tarfile takes it for the end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if any(buf):
+                raise tarfile.ReadError(str(error)) from error
+            raise
+
+
+def _members(stream: Any, size: int, most: int) -> Iterator[tuple[str, bytes | str]]:
+    """Yield the photos in a tar file, or why one is not read.
+
+    Raises: tarfile.TarError if the file is damaged or cut off.
+    """
+    try:
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as shard:
+            for member in shard:
+                # The next header is at shard.offset. tarfile reads on to there: for years, if this
+                # one claims 2^62 bytes. The last block may be a shorter one.
+                if not member.offset_data <= shard.offset < size + tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError("unexpected end of data")
+                if is_photo(member.name) and not member.isdir():
+                    yield _text(member.name), _content(shard, member, most)
+            if size - shard.offset < tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("it has no end marker")
+            assert shard.fileobj is not None
+            while rest := shard.fileobj.read(REST_BYTES):
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("more data after its end")
+    except (ValueError, OverflowError, EOFError, RecursionError) as error:
+        raise tarfile.ReadError(f"a header makes no sense: {error}") from error
+
+
+def _content(shard: tarfile.TarFile, member: tarfile.TarInfo, most: int) -> bytes | str:
+    """Read a photo of a shard, or return why it is not read."""
+    if member.islnk() or member.issym():
+        target = _text(member.linkname)
+        return f"a link to {target}; tar --dereference --hard-dereference packs the photo itself"
+    file = shard.extractfile(member)
+    if file is None or member.issparse():  # the map of a sparse file can lead anywhere
+        return "no plain file"
+    return file.read(most + 1)
+
+
+def _text(name: str) -> str:
+    """Write bytes that are not UTF-8 as text: names in a shard may hold some, rows cannot."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def fetch(folder: str, ids: Sequence[str], paths: Sequence[str], most: int) -> Iterator[Photo]:
@@ -116,15 +159,17 @@ def _photo(name: str, future: Future[bytes | str]) -> Photo:
 
 def _read(location: str, most: int) -> bytes | str:
     """Read a photo, or return why this one cannot be read. Raises: BulkError for other faults."""
-    system, path = locate(location)
     with reachable(location):
         try:
+            system, path = resolve(location)
             with system.open_input_stream(path) as stream:
                 content: bytes = stream.read(most + 1)
                 return content
         except FileNotFoundError:
             return "there is no such file"
+        except pa.ArrowInvalid as error:
+            return f"the path cannot be used: {error}"
         except OSError as error:
-            if isinstance(system, fs.LocalFileSystem):
-                return f"the file cannot be read: {error.strerror or error}"
-            raise
+            if "://" in location and location.rstrip("/").count("/") > 2:  # else a bucket
+                raise
+            return f"the file cannot be read: {error.strerror or error}"

@@ -32,6 +32,10 @@ class Source(Protocol):
     """A list of photos. It travels to other machines, so it holds no open file."""
 
     @property
+    def kind(self) -> str:
+        """What the list is made of: "photos", "shards" or "tables"."""
+
+    @property
     def unit(self) -> str:
         """What the sizes of pieces count: "photos" or "bytes"."""
 

@@ -25,12 +25,17 @@ def locate(location: str) -> tuple[fs.FileSystem, str]:
 
     location: a path, or such as s3://bucket/key. Raises: BulkError for another scheme.
     """
+    with reachable(location):
+        return resolve(location)
+
+
+def resolve(location: str) -> tuple[fs.FileSystem, str]:
+    """Do as ``locate``. Raises: ArrowInvalid if the location can never be used; OSError."""
     scheme, remote, path = location.partition("://")
     if not remote:
         return fs.LocalFileSystem(), os.path.abspath(location)  # noqa: PTH100 - keeps links
-    with reachable(location):
-        # The key is no part of a URI: it may hold any character.
-        return _store(f"{scheme}://{path.partition('/')[0]}"), path.rstrip("/")
+    # The key is no part of a URI: it may hold any character.
+    return _store(f"{scheme}://{path.partition('/')[0]}"), path.rstrip("/")
 
 
 @functools.cache
@@ -51,8 +56,16 @@ def files_in(system: fs.FileSystem, path: str) -> list[fs.FileInfo]:
     info = system.get_file_info(path)
     if info.is_file:
         return [info]
-    selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
-    found = [each for each in system.get_file_info(selector) if each.is_file]
+    return [each for each in entries(system, path, recursive=True) if each.is_file]
+
+
+def entries(system: fs.FileSystem, path: str, *, recursive: bool = False) -> list[fs.FileInfo]:
+    """List what is in a folder, sorted; nothing if it is missing.
+
+    Raises: OSError; BulkError for a name not in UTF-8.
+    """
+    selector = fs.FileSelector(path, recursive=recursive, allow_not_found=True)
+    found = system.get_file_info(selector)
     try:
         return sorted(found, key=lambda each: str(each.path))
     except UnicodeDecodeError as error:
@@ -63,7 +76,7 @@ def files_in(system: fs.FileSystem, path: str) -> list[fs.FileInfo]:
 def write_whole(system: fs.FileSystem, path: str, content: pa.Buffer, scratch: str) -> None:
     """Write a file in one step: whoever looks finds all of it, or what was there before.
 
-    scratch: a folder on the same disk. Raises: OSError.
+    scratch: a folder in the same file system. Raises: OSError.
     """
     # An object store shows what is written once it is closed; a disk does at once.
     local = isinstance(system, fs.LocalFileSystem)

@@ -34,6 +34,7 @@ class Parquet:
     files: tuple[str, ...]
     columns: tuple[str, str]
     stamp: str
+    kind: str = "tables"
     unit: str = "photos"
 
     @classmethod
@@ -49,12 +50,16 @@ class Parquet:
         system, _ = locate(self.location)
         with reachable(self.location):
             table = ds.dataset(list(self.files), filesystem=system, format="parquet")
+            fragments = list(table.get_fragments())
+            for fragment in fragments:
+                refuse_types(fragment.path, fragment.physical_schema, self.columns)
             yield from cut(self.location, table.to_batches, self.columns, rows)
             if self.columns[1] == "bytes":
-                for fragment in table.get_fragments():
+                for fragment in fragments:
                     for group in fragment.row_groups:
-                        content = {"file": fragment.path, "group": group.id}
-                        yield Piece(group.num_rows, content)
+                        if group.num_rows:
+                            content = {"file": fragment.path, "group": group.id}
+                            yield Piece(group.num_rows, content)
 
     def photos(self, content: Any, most: int) -> Iterator[Photo]:
         if "paths" in content:
@@ -76,6 +81,7 @@ class Lance:
     location: str
     columns: tuple[str, str]
     version: int
+    kind: str = "tables"
     unit: str = "photos"
 
     @property
@@ -86,7 +92,9 @@ class Lance:
     def open(cls, location: str) -> Lance:
         with reachable(location):
             table = _lance(location)
-            return cls(location, columns_of(location, table.schema.names), table.version)
+            columns = columns_of(location, table.schema.names)
+            refuse_types(location, table.schema, columns)
+            return cls(location, columns, table.version)
 
     def pieces(self, rows: int) -> Iterator[Piece]:
         with reachable(self.location):
@@ -127,6 +135,34 @@ def columns_of(location: str, names: Sequence[str]) -> tuple[str, str]:
     raise BulkError(
         f"{location} needs a column path, or the columns id and bytes; it has {', '.join(names)}"
     )
+
+
+def refuse_types(location: str, schema: pa.Schema, columns: tuple[str, str]) -> None:
+    """Raise BulkError if a table lacks a column, or has it in a type that cannot be read."""
+    for name in columns:
+        index = schema.get_field_index(name)  # -1 also if there are several
+        if index < 0:
+            raise BulkError(
+                f"{location} needs one column {name}, as other files of the list have; it has"
+                f" {', '.join(schema.names)}"
+            )
+        kind, needed = schema.field(index).type, "bytes" if name == "bytes" else "text or numbers"
+        if not (_is_binary(kind) if name == "bytes" else _has_text(kind)):
+            raise BulkError(f"{location}: the column {name} is of type {kind}, not {needed}")
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    stored = kind.value_type if pa.types.is_dictionary(kind) else kind
+    checks = ("is_binary", "is_large_binary", "is_binary_view", "is_fixed_size_binary")
+    return any(getattr(pa.types, check)(stored) for check in checks)
+
+
+def _has_text(kind: pa.DataType) -> bool:
+    try:
+        pa.nulls(0, kind).cast(pa.string())
+    except pa.ArrowNotImplementedError:
+        return False
+    return True
 
 
 def cut(location: str, batches: Any, columns: tuple[str, str], rows: int) -> Iterator[Piece]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import random
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from support.photos import PNG, photo
 
 from npair.bulk import BulkError
 from npair.bulk.lists import open_source
+from npair.bulk.photos import _members
 from npair.bulk.source import Photo
 
 MOST = len(PNG) + 10
@@ -77,6 +80,43 @@ def test_table_of_paths(tmp_path: Path) -> None:
     assert [each.id for each in by_id] == ["1", "2", "3"]
 
 
+def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
+    """One of them leaves the others as they are."""
+    expected = {
+        "1.png": photo(tmp_path / "1.png").read_bytes(),
+        "": "the file cannot be read: ",
+        "a\0b.png": "the path cannot be used: Embedded NUL",
+        "http://example.org/b.jpg": "the path cannot be used: Unrecognized filesystem type",
+        "file:///b.jpg": "the path cannot be used: File URI cannot be relative",
+        "s3:///b.jpg": "the path cannot be used: Path cannot start with a separator",
+    }
+    for each in read(table(tmp_path / "list.parquet", path=list(expected))):
+        assert each.read[: len(expected[each.id])] == expected[each.id]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.large_binary(), pa.binary_view(), pa.binary(1), pa.dictionary(pa.int8(), pa.binary())],
+)
+def test_types_of_bytes(tmp_path: Path, kind: pa.DataType) -> None:
+    cells = pa.array([b"1", b"2"]).cast(kind)
+    found = read(table(tmp_path / "list.parquet", id=["a", "b"], bytes=cells))
+    assert found == [Photo("a", b"1"), Photo("b", b"2")]
+
+
+def test_files_of_a_table_that_differ(tmp_path: Path) -> None:
+    table(tmp_path / "1.parquet", id=["a"], bytes=[b"1"])
+    table(tmp_path / "2.parquet", id=pa.array([], pa.string()), bytes=pa.array([], pa.binary()))
+    assert read(tmp_path) == [Photo("a", b"1")], "no piece without a row"
+    for columns, reason in {
+        ("id", "image"): r"2\.parquet needs one column bytes, .* it has id, image",
+        ("id", "bytes"): r"2\.parquet: the column bytes is of type string, not bytes",
+    }.items():
+        table(tmp_path / "2.parquet", **{name: ["x"] for name in columns})
+        with pytest.raises(BulkError, match=reason):
+            read(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["parquet", "lance"])
 def test_table_of_bytes(tmp_path: Path, kind: str) -> None:
     columns = {"id": ["a", "b", "c"], "bytes": [b"1", None, b"3"], "label": ["x", "y", "z"]}
@@ -121,16 +161,95 @@ def test_shards_that_are_wrong(tmp_path: Path) -> None:
             member = tarfile.TarInfo("a.png")
             member.size = 1
             tar.addfile(member, io.BytesIO(content))
+    whole = shard(tmp_path / "4.tar", two).read_bytes()
+    (tmp_path / "5.tar").write_bytes(whole[:2048])  # without zeros at the end
+    damaged = bytearray(whole)
+    damaged[1024 + 5] ^= 1  # in the second's header
+    (tmp_path / "6.tar").write_bytes(damaged)
+    (tmp_path / "7.tar").write_bytes(whole + whole)
+    (tmp_path / "8.tar").touch()
     found = read(tmp_path)
-    assert found == [
+    assert found[:7] == [
         Photo("0.tar/a.png", b"1"),
         Photo("0.tar", "the shard is damaged after 1 photos (unexpected end of data)"),
         Photo("1.tar/a.png", b"1"),
-        Photo("1.tar", "the shard is damaged after 1 photos (it has no end marker)"),
+        Photo("1.tar", "the shard is damaged after 1 photos (truncated header)"),
         Photo("2.tar", "the shard holds no photo"),
         Photo("3.tar/a.png", b"1"),
         Photo("3.tar/a.png#2", "the shard has it twice"),
     ]
+    reasons = {each.id: each.read for each in found[7:] if isinstance(each.read, str)}
+    assert reasons == {
+        "5.tar": "the shard is damaged after 2 photos (it has no end marker)",
+        "6.tar": "the shard is damaged after 1 photos (bad checksum)",
+        "7.tar": "the shard is damaged after 2 photos (more data after its end)",
+        "8.tar": "the shard is damaged after 0 photos (empty file)",
+    }
+    assert len(found) == 7 + 2 + 3 + 2 + 3 + 1
+
+
+def test_members_that_are_no_files(tmp_path: Path) -> None:
+    """GNU tar writes the second name of a file as a link."""
+    source = tmp_path / "source"
+    (source / "d.png").mkdir(parents=True)
+    (source / "a.png").write_bytes(b"1")
+    os.link(source / "a.png", source / "b.png")
+    (source / "c.png").symlink_to("a.png")
+    os.mkfifo(source / "e.png")
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        for path in sorted(source.iterdir()):
+            tar.add(path, path.name)
+    link = "a link to a.png; tar --dereference --hard-dereference packs the photo itself"
+    assert read(tmp_path / "1.tar") == [
+        Photo("1.tar/a.png", b"1"),
+        Photo("1.tar/b.png", link),
+        Photo("1.tar/c.png", link),
+        Photo("1.tar/e.png", "no plain file"),
+    ]
+
+
+def fuzzed(rng: random.Random) -> bytes:
+    """Return a shard with a few wrong bytes in headers whose checksums are right, or cut off."""
+    formats = (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT)
+    pax = rng.choice(
+        [
+            {},
+            {"size": rng.choice(["x", "-1", str(1 << 62)])},
+            {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "900"},
+            {"GNU.sparse.map": f"{-(1 << 62)},{1 << 62},0,100", "GNU.sparse.size": "900"},
+        ]
+    )
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=rng.choice(formats)) as tar:
+        for name in ("a.png", f"{'d' * 90}/\xe9.png", "c.png"):
+            member = tarfile.TarInfo(name)
+            member.size, member.pax_headers = 900, dict(pax)
+            tar.addfile(member, io.BytesIO(rng.randbytes(900)))
+    content = stream.getbuffer()
+    for _ in range(rng.randrange(3)):
+        start = 512 * rng.randrange(10)
+        place = rng.choice([rng.randrange(512), rng.randrange(124, 136), 156, rng.randrange(60)])
+        content[start + place] = rng.choice([0, 0x80, 0xFF, *b"LSxK19 =", rng.randrange(256)])
+        content[start + 148 : start + 156] = b" " * 8
+        content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
+    return bytes(content[: rng.choice([len(content), rng.randrange(len(content))])])
+
+
+def test_members_of_any_shard() -> None:
+    """Whatever a shard's headers claim, it is read to its end, or refused. None hangs."""
+    rng, whole = random.Random(1), 0
+    member = tarfile.TarInfo("notes.txt")
+    member.size = 1 << 62
+    endless = member.tobuf(tarfile.GNU_FORMAT)
+    member.pax_headers = {"comment": "x"}
+    nested = member.tobuf(tarfile.PAX_FORMAT)[:1024] * 2000
+    for content in (endless, nested, *(fuzzed(rng) for _ in range(600))):
+        try:
+            list(_members(io.BytesIO(content), len(content), MOST))
+            whole += 1
+        except tarfile.ReadError:
+            pass
+    assert 100 < whole < 500
 
 
 @pytest.mark.parametrize(
@@ -141,6 +260,15 @@ def test_shards_that_are_wrong(tmp_path: Path) -> None:
         ({"path": ["a", "b", None]}, "row 2 has no path"),
         ({"path": ["a"], "id": pa.array([None], pa.string())}, "row 0 has no id"),
         ({"file": ["a"], "bytes": [b""]}, "needs a column path, .* it has file, bytes"),
+        (
+            {"id": [1], "bytes": ["UE5H"]},
+            "list.parquet: the column bytes is of type string, not bytes",
+        ),
+        (
+            {"id": [1], "bytes": [{"bytes": b"", "path": "a"}]},
+            r"the column bytes is of type struct<.*, not bytes",
+        ),
+        ({"path": [["a"]]}, r"the column path is of type list<.*, not text or numbers"),
     ],
 )
 def test_tables_that_are_wrong(tmp_path: Path, columns: dict[str, Any], reason: str) -> None:
@@ -156,12 +284,27 @@ def test_what_is_no_list(tmp_path: Path) -> None:
         "text.parquet": "cannot be used",
         "a.png": "is one photo",
         "none.lance": "cannot be read as a table of LanceDB",
-        ".": "holds .parquet and .tar files",
+        ".": "holds tables such as text.parquet and shards such as mixed.tar and photos such as a",
     }.items():
         with pytest.raises(BulkError, match=reason):
             read(tmp_path / name)
     with pytest.raises(BulkError, match="ftp://host/photos cannot be used"):
         open_source("ftp://host/photos")
+
+
+@pytest.mark.parametrize(("stray", "kind"), [("b.tar", "shards"), ("b.parquet", "tables")])
+def test_photos_beside_another_kind(tmp_path: Path, stray: str, kind: str) -> None:
+    """None is passed over. If the others come after the list was cut, they are no part of it."""
+    photo(tmp_path / "a.png")
+    cut = open_source(str(tmp_path))
+    if kind == "tables":
+        table(tmp_path / stray, path=["a.png"])
+    else:
+        shard(tmp_path / stray, {"b.png": b"1"})
+    with pytest.raises(BulkError, match=f"holds {kind} such as {stray} and photos such as a.png"):
+        open_source(str(tmp_path))
+    assert open_source(str(tmp_path), cut.kind) == cut
+    assert open_source(str(tmp_path / stray)).kind == kind
 
 
 def test_names_that_are_not_text(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,14 @@ def test_files_of_no_piece(output: Output) -> None:
     for use in (output.resume, lambda: output.complete(ABOUT)):
         with pytest.raises(BulkError, match=r"holds part-c0ffee-00000000\.parquet, which is of"):
             use()
+
+
+def test_an_output_in_its_list(tmp_path: Path) -> None:
+    for out in ("", "list/out"):
+        begun = Output(str(tmp_path / out))
+        with pytest.raises(BulkError, match="lies in the list"):
+            begun.begin(replace(ABOUT, source=str(tmp_path)), [Piece(1, "content")])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_whole_or_as_before(tmp_path: Path) -> None:
