@@ -93,7 +93,7 @@ def test_killed_and_continued(photos: Path, bucket: str) -> None:
     told = json.loads(done.stdout)
     assert (told["rows"], told["refused"]) == (PHOTOS, 2)
     assert 0 < told["now"]["photos"] <= PHOTOS - 2 * ROWS
-    assert not store.exists("bucket/out.unfinished")
+    assert not store.exists("bucket/out/_unfinished")
     check_rows("bucket/out", store)
     again = subprocess.run(
         command(f"{bucket}/photos", out), check=True, capture_output=True, text=True
@@ -203,7 +203,7 @@ def test_outputs_are_not_mixed(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(BulkError, match=r"is unfinished, in fp32; .* --precision fp32"):
         run(str(photos), str(SHIPPED), str(out), precision="fp16")
     shutil.rmtree(Output(str(out)).state)
-    with pytest.raises(BulkError, match=r"out\.unfinished is gone; delete both"):
+    with pytest.raises(BulkError, match=r"is unfinished, but has no _unfinished; delete"):
         run(str(photos), str(SHIPPED), str(out))
 
 

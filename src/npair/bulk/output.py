@@ -2,8 +2,9 @@
 
     vectors/part-*.parquet       a file for each piece of the list; see ``schema``
     vectors/_bulk.json           what they are, and whether they are complete
-    vectors.unfinished/          until then: the list's pieces
+    vectors/_unfinished/         until then: the list's pieces, and files that are being written
 
+All is in one folder, since it may be a volume of its own, and files are renamed only within one.
 Readers of Parquet pass over names that begin with an underscore.
 """
 
@@ -23,10 +24,11 @@ from pyarrow import fs
 
 from npair.bulk import BulkError
 from npair.bulk.schema import DICTIONARIES
-from npair.bulk.source import Piece, below
-from npair.bulk.storage import absolute, files_in, locate, reachable, write_whole
+from npair.bulk.source import Piece
+from npair.bulk.storage import absolute, entries, locate, reachable, write_whole
 
-ABOUT, PREFIX = "_bulk.json", "part-"
+ABOUT, STATE, PREFIX = "_bulk.json", "_unfinished", "part-"
+OF_DISKS = "lost+found"  # in the root of a volume
 PLAN = pa.schema({"piece": pa.int64(), "size": pa.int64(), "content": pa.string()})
 PIECES = 500  # in a row group of the plan
 
@@ -72,7 +74,7 @@ class Output:
         self.system, self.path = locate(self.location)
         if "/" not in self.path:
             raise BulkError(f"{location} is a bucket; name a folder in it, such as {location}/out")
-        self.state = f"{self.path}.unfinished"
+        self.state = f"{self.path}/{STATE}"
         self.plan = f"{self.state}/pieces.parquet"
         self._about = f"{self.path}/{ABOUT}"
 
@@ -86,11 +88,10 @@ class Output:
             if self.system.get_file_info(self._about).is_file:
                 with self.system.open_input_stream(self._about) as file:
                     return About(**json.loads(file.read()))
-            strange = files_in(self.system, self.path)
-        if strange:
+        if strange := self._names() - {STATE, OF_DISKS}:
             raise BulkError(
-                f"{self.location} holds {strange[0].base_name}, which npair bulk has not written;"
-                " name an empty or missing folder"
+                f"{self.location} holds {min(strange)}, which npair bulk has not written; name an"
+                " empty or missing folder"
             )
         return None
 
@@ -181,15 +182,17 @@ class Output:
 
     def _written(self, parts: Iterable[str]) -> set[str]:
         """Return the names of the files with rows. Raises: BulkError if one is not of parts."""
-        with reachable(self.location):
-            names = {below(file.path, self.path) for file in files_in(self.system, self.path)}
-        written = {name for name in names if name.startswith(PREFIX)}
+        written = {name for name in self._names() if name.startswith(PREFIX)}
         if strange := written.difference(parts):
             raise BulkError(
                 f"{self.location} holds {min(strange)}, which is of another list or release;"
-                f" delete it and {self.state}, and run again"
+                " delete it, and run again"
             )
         return written
+
+    def _names(self) -> set[str]:
+        with reachable(self.location):
+            return {each.base_name for each in entries(self.system, self.path)}
 
     def _write(self, about: About) -> None:
         """Write what the output holds."""
@@ -202,8 +205,8 @@ class Output:
             return pq.read_table(self.plan, columns=columns, filesystem=self.system)
         except FileNotFoundError as error:
             raise BulkError(
-                f"{self.location} is unfinished, but {self.state} is gone; delete both, and run"
-                " again"
+                f"{self.location} is unfinished, but has no {STATE}; delete what it holds, and"
+                f" {self.location}.unfinished if npair 0.2.0 began it, and run again"
             ) from error
 
     def _refuse_missing_bucket(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,32 @@ def test_files_of_no_piece(output: Output) -> None:
     for use in (output.resume, lambda: output.complete(ABOUT)):
         with pytest.raises(BulkError, match=r"holds part-c0ffee-00000000\.parquet, which is of"):
             use()
+
+
+def test_a_folder_that_only_a_job_has_used(tmp_path: Path) -> None:
+    """A volume of its own has lost+found, and files are renamed only within one."""
+    begun = Output(str(tmp_path))
+    (tmp_path / "lost+found").mkdir(mode=0)
+    (tmp_path / "_unfinished").mkdir()
+    (tmp_path / "_unfinished/pieces.parquet").touch()  # of a job that was killed as it began
+    assert begun.about() is None
+    begun.begin(ABOUT, [Piece(3, "content")])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("lost+found", "_unfinished", "_bulk.json")
+    }
+    begun.write(0, rows(0, 3))
+    assert pq.read_table(tmp_path).num_rows == 3, "readers pass over the rest"
+    assert begun.resume()[0] == []
+
+
+def test_an_output_of_another_release(output: Output) -> None:
+    """0.2.0 kept its state beside the output, and no kind of the list."""
+    told = {key: value for key, value in asdict(ABOUT).items() if key != "kind"}
+    Path(output.path, "_bulk.json").write_text(json.dumps(told))
+    shutil.rmtree(output.state)
+    assert output.about() == ABOUT
+    with pytest.raises(BulkError, match=r"has no _unfinished; .*/out\.unfinished if npair 0\.2\.0"):
+        output.resume()
 
 
 def test_an_output_in_its_list(tmp_path: Path) -> None:
