@@ -90,6 +90,21 @@ def test_pods(job: dict[str, Any]) -> None:
         kubernetes_validate.validate(pod | group["template"], "1.37", strict=True)
 
 
+def test_object_stores_fit_into_shared_memory(job: dict[str, Any]) -> None:
+    """By default, a store has 30 % of the pod's memory. A larger one lies in a slower folder."""
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (shared,) = (volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shm")
+        default = 0.3 * gibibytes(pod["containers"][0]["resources"]["limits"]["memory"])
+        store = float(group["rayStartParams"].get("object-store-memory", default))
+        assert store < gibibytes(shared["sizeLimit"])
+
+
+def gibibytes(quantity: str) -> int:
+    return int(quantity.removesuffix("Gi")) << 30
+
+
 def test_entrypoint(job: dict[str, Any]) -> None:
     words = shlex.split(job["spec"]["entrypoint"])
     assert words[0] == "npair"
