@@ -51,7 +51,6 @@ from npair.releasing.tune import markdown, serving
 from npair.serving.engine import cores
 
 PIECE = 250  # photos in a piece of the killed job: few, so that it has many pieces
-RATE_PIECE = 1000  # npair bulk's default; as many in a shard
 LOADED: list[Any] = []  # the embedder and the limits of a process of plain multiprocessing
 BAD = {
     "empty.jpg": b"",
@@ -82,6 +81,9 @@ def main() -> int:
     parser.add_argument(
         "--rate-number", type=int, default=50_000, help="of rows for rates (%(default)s)"
     )
+    parser.add_argument(
+        "--rate-piece", type=int, default=1000, help="of rows in a piece for rates (%(default)s)"
+    )
     parser.add_argument("--kills", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of rates (%(default)s)")
     arguments = parser.parse_args()
@@ -96,7 +98,7 @@ def main() -> int:
         more = scratch / "more"
         more.mkdir()
         paths = listed(more, [path.resolve() for path in found], arguments.rate_number)
-        rates(more, paths, arguments.rounds)
+        rates(more, paths, arguments.rate_piece, arguments.rounds)
     return bool(wrong)
 
 
@@ -201,10 +203,13 @@ def finished(photos: object, out: object, piece: int) -> Run:
     return Run(told["now"]["photos_per_second"], most, told)
 
 
-def rates(scratch: Path, paths: dict[str, Path], rounds: int) -> None:
-    """Print photos per second of each kind of list, in turns with plain multiprocessing."""
+def rates(scratch: Path, paths: dict[str, Path], piece: int, rounds: int) -> None:
+    """Print photos per second of each kind of list, in turns with plain multiprocessing.
+
+    piece: photos in a piece, and in a shard.
+    """
     shards = scratch / "shards"
-    write_shards(shards, paths)
+    write_shards(shards, paths, piece)
     lists: dict[str, tuple[object, object]] = {
         "paths on this disk": (scratch / "list.parquet", scratch / "rate"),
         "shards on this disk": (shards, scratch / "rate"),
@@ -220,18 +225,18 @@ def rates(scratch: Path, paths: dict[str, Path], rounds: int) -> None:
         jobs: dict[str, list[Run]] = {name: [] for name in lists}
         counted: dict[str, Requests] = {}
         for number in range(rounds):
-            plain.append(multiprocessed(paths))
+            plain.append(multiprocessed(paths, piece))
             say(f"plain multiprocessing: {plain[-1]:.0f} photos/s")
             for name, (photos, out) in lists.items():
                 place = f"{out}{number}{name[:4]}"
                 before = requests()
-                jobs[name].append(finished(photos, place, RATE_PIECE))
+                jobs[name].append(finished(photos, place, piece))
                 counted[name] = Requests(*np.subtract(requests(), before))
                 rate = jobs[name][-1].photos_per_second
                 say(f"{name}: {rate:.0f} photos/s, {rate / plain[-1]:.2f} of it, {counted[name]}")
                 shutil.rmtree(place, ignore_errors=True)
-    base = median(plain)
-    rows = [["plain multiprocessing, paths", f"{base:.0f}", "1", "", "", ""]]
+    number_of = f"{len(paths):,}, {piece:,}"
+    rows = []
     for name, runs in jobs.items():
         rate = median(run.photos_per_second for run in runs)
         of_plain = median(run.photos_per_second / p for run, p in zip(runs, plain, strict=True))
@@ -239,22 +244,24 @@ def rates(scratch: Path, paths: dict[str, Path], rounds: int) -> None:
         asked = [
             f"{1000 * each / len(paths):.0f}" if "S3" in name else "" for each in counted[name]
         ]
-        rows.append([name, f"{rate:.0f}", f"{of_plain:.2f}", f"{megabytes:.0f}", *asked])
+        figures = [f"{median(plain):.0f}", f"{rate:.0f}", f"{of_plain:.2f}", f"{megabytes:.0f}"]
+        rows.append([name, number_of, *figures, *asked])
     head = [
         "list",
-        "photos/s",
+        "photos, pieces of",
+        "plain, photos/s",
+        "npair bulk",
         "of plain",
         "MB, all processes",
-        "reads a thousand photos",
-        "writes",
+        *(["reads a thousand photos", "writes"] if "paths in S3" in lists else []),
     ]
-    print(markdown(head, rows), flush=True)
+    print(markdown(head, [row[: len(head)] for row in rows]), flush=True)
 
 
-def write_shards(folder: Path, paths: dict[str, Path]) -> None:
+def write_shards(folder: Path, paths: dict[str, Path], piece: int) -> None:
     folder.mkdir()
     existing = [(name, path) for name, path in paths.items() if path.exists()]
-    for number, part in enumerate(grouped(existing, RATE_PIECE)):
+    for number, part in enumerate(grouped(existing, piece)):
         with tarfile.open(folder / f"{number:04}.tar", "w") as tar:
             for name, path in part:
                 member = tarfile.TarInfo(name)
@@ -267,9 +274,9 @@ def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.parquet"))
 
 
-def multiprocessed(paths: dict[str, Path]) -> float:
+def multiprocessed(paths: dict[str, Path], piece: int) -> float:
     """Embed the list by processes of one core each. Returns: photos per second."""
-    parts = list(grouped(paths.values(), RATE_PIECE))
+    parts = list(grouped(paths.values(), piece))
     spawn = multiprocessing.get_context("spawn")
     ready = spawn.Barrier(cores() + 1)
     with spawn.Pool(cores(), initializer=_load, initargs=(ready,)) as pool:
