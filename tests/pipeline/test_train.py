@@ -178,6 +178,14 @@ def test_chooses_by_the_data(dataset: Path, tmp_path: Path) -> None:
     )
 
 
+def test_counts_the_classes_that_it_trains_on(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(TINY, epochs=1, evaluations=0, split_by="class")
+    assert train(dataset / "train", tmp_path / "run", config)
+    assert "16 train, 8 val, 4 classes; split by class" in capsys.readouterr().err
+
+
 def test_epochs_follow_the_number_of_photos() -> None:
     assert [default_epochs("compact", photos) for photos in (24, 2_640, 10**6)] == [400, 300, 10]
     assert [default_epochs("efficientnet-lite0", n) for n in (24, 2_640, 10**6)] == [150, 68, 10]

@@ -117,7 +117,7 @@ def test_train_says_what_it_chose_for_drawings(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert (
-        "240 train, 60 val, 60 classes; split by photo, seed 0: 0.1 of each class's photos are val"
+        "240 train, 60 val, 60 classes; split by photo, seed 0: 0.1 of each class's photos are val,"
         in result.stderr
     )
     assert "96 x 96 pixels" in result.stderr

@@ -64,6 +64,7 @@ class Dataset:
     """Photos by split: ``train`` and, if the data set has them, ``val`` and ``test``.
 
     made: how the photos were divided, in words; empty if all are in train and yet to be divided.
+    held_out: whether ``hold_out_val`` divided them, not the source.
     ignored: files and folders beside the photos that are not part of the data set.
     digests: SHA-256 of the photos that have been read, by path.
     """
@@ -72,6 +73,7 @@ class Dataset:
     made: str
     ignored: tuple[Path, ...] = ()
     digests: Mapping[Path, str] = field(default_factory=dict)
+    held_out: bool = False
 
     @property
     def train(self) -> Photos:
@@ -102,10 +104,10 @@ class Dataset:
 
 @dataclass(frozen=True)
 class HoldOut:
-    """How train is divided if a data set has no splits, as a function of the seed.
+    """How train is divided if a data set has no splits.
 
     Moves ``val_share`` of each class with at least three photos to val (``split_by="photo"``), or
-    that share of the classes, at least two (``"class"``).
+    that share of the classes with at least two photos, at least two of them (``"class"``).
     """
 
     split_by: str = "photo"
@@ -176,33 +178,54 @@ def by_split(
 
 
 def hold_out_val(dataset: Dataset, how: HoldOut) -> Dataset:
-    """Move photos from train to val. Raises: DataError for bad options or too few classes."""
-    photos, rng = dataset.train, np.random.default_rng(how.seed)
+    """Move photos from train to val.
+
+    Which ones depends on the seed and each photo's bytes, or each class's label, but not on the
+    photos beside it: if photos are added, nearly all of val stays what it was. A network that was
+    trained before they came can then be compared with one that was trained with them.
+    Raises: DataError for bad options or too few classes; OSError for a photo that cannot be read.
+    """
+    photos = dataset.train
     if not 0 < how.val_share < 1:
         raise DataError(f"the share of val is {how.val_share}; it must lie between 0 and 1")
     if how.split_by not in ("photo", "class"):
         raise DataError(f"a data set can be split by photo or by class, not by {how.split_by!r}")
-    labels = np.unique(photos.fine)
+
+    def rank(name: str) -> bytes:
+        return hashlib.sha256(f"{how.seed} {name}".encode(errors="surrogateescape")).digest()
+
+    labels, counts = np.unique(photos.fine, return_counts=True)
     if how.split_by == "class":
-        if len(labels) < 4:
+        labels = labels[counts >= 2]  # others would be queries without a match
+        names = [photos.fine_names[label] for label in labels]
+        if len(names) < 4:
             raise DataError(
-                f"a split by class needs at least 4 classes, found {len(labels)}: "
-                + ", ".join(photos.fine_names[label] for label in labels)
+                "a split by class needs at least 4 classes with two photos each, found"
+                f" {len(names)}: {', '.join(names)}"
             )
-        count = min(max(2, round(how.val_share * len(labels))), len(labels) - 2)
-        in_val = np.isin(photos.fine, rng.choice(labels, count, replace=False))
-        made = f"split by class, seed {how.seed}: {count} of {len(labels)} classes are val"
+        count = min(max(2, round(how.val_share * len(names))), len(names) - 2)
+        in_val = np.isin(photos.fine, labels[np.argsort([rank(name) for name in names])[:count]])
+        made = (
+            f"split by class, seed {how.seed}: {count} of {len(names)} classes with two photos or"
+            " more are val"
+        )
     else:
+        ranks = np.array(
+            [rank(digest) for digest in parallel_map(dataset.digest, photos.paths, "read")]
+        )
         in_val = np.zeros(len(photos), dtype=bool)
         for label in labels:
             members = np.flatnonzero(photos.fine == label)
             if len(members) >= 3:  # leave two in train, which make a pair
                 count = min(max(1, round(how.val_share * len(members))), len(members) - 2)
-                in_val[rng.choice(members, count, replace=False)] = True
-        made = f"split by photo, seed {how.seed}: {how.val_share} of each class's photos are val"
+                in_val[members[np.argsort(ranks[members])[:count]]] = True
+        made = (
+            f"split by photo, seed {how.seed}: {how.val_share} of each class's photos are val, at"
+            " least one of each class with three"
+        )
         if not in_val.any():
             made = "no photo is val, since no class has three"
     splits = {"train": photos.select(np.flatnonzero(~in_val))}
     if in_val.any():
         splits["val"] = photos.select(np.flatnonzero(in_val))
-    return replace(dataset, splits=splits, made=made)
+    return replace(dataset, splits=splits, made=made, held_out=True)

@@ -98,6 +98,7 @@ def summary(
 ) -> list[str]:
     """Describe the run that is about to start, a sentence a line."""
     splits = ", ".join(f"{len(photos):,} {name}" for name, photos in dataset.splits.items())
+    classes = len(np.unique(dataset.train.fine))
     parameters = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     cost = multiply_adds(network, config.size) / 1e6
     views = f"{config.views} view{'s' if config.views > 1 else ''}"
@@ -109,7 +110,7 @@ def summary(
     if config.network in VARIANTS and config.frozen_stages:
         weights += f" and keeps those of the first {config.frozen_stages} of 7 stages"
     return [
-        f"photos: {splits}, {len(dataset.train.fine_names)} classes; {dataset.made}",
+        f"photos: {splits}, {classes} classes; {dataset.made}",
         f"network {config.network}, which starts from {weights}: {parameters:.1f} M"
         f" parameters, {cost:.0f} M multiply-adds for {views} of {config.size} x {config.size}"
         " pixels",

@@ -489,6 +489,10 @@ def divided(root: Path, **options: Any) -> Dataset:
     return hold_out_val(read_dataset(root), HoldOut(**options))
 
 
+def contents(dataset: Dataset, split: str) -> set[tuple[str, bytes]]:
+    return {(path.parent.name, path.read_bytes()) for path in dataset.splits[split].paths}
+
+
 class TestSplit:
     def test_by_photo_takes_a_share_of_each_class(self, tmp_path: Path) -> None:
         root = folders(tmp_path, classes=2, photos=20)
@@ -498,15 +502,24 @@ class TestSplit:
         assert dataset.val is not None
         assert np.bincount(dataset.train.fine).tolist() == [16, 16, 2]
         assert np.bincount(dataset.val.fine).tolist() == [4, 4]
-        assert dataset.made == "split by photo, seed 3: 0.2 of each class's photos are val"
+        assert dataset.made == (
+            "split by photo, seed 3: 0.2 of each class's photos are val, at least one of each class"
+            " with three"
+        )
         assert not set(dataset.train.paths) & set(dataset.val.paths)
 
-    def test_by_class_takes_whole_classes(self, tmp_path: Path) -> None:
-        dataset = divided(folders(tmp_path), split_by="class")
+    def test_by_class_takes_whole_classes_that_have_pairs(self, tmp_path: Path) -> None:
+        """A query without another photo of its class is a miss, whatever the network does."""
+        for number in range(40):
+            photo(tmp_path / "root" / f"lone {number}" / "1.png", 9_000 + number)
+        dataset = divided(folders(tmp_path / "root"), split_by="class")
         assert dataset.val is not None
         assert len(set(dataset.val.fine)) == 2
         assert not set(dataset.train.fine) & set(dataset.val.fine)
-        assert dataset.made == "split by class, seed 0: 2 of 6 classes are val"
+        assert np.bincount(dataset.val.fine).max() == len(dataset.val) // 2 == 5
+        assert dataset.made == (
+            "split by class, seed 0: 2 of 6 classes with two photos or more are val"
+        )
 
     def test_a_large_share_leaves_pairs_in_train(self, tmp_path: Path) -> None:
         root = folders(tmp_path, classes=4)
@@ -518,8 +531,33 @@ class TestSplit:
         first, again, other = (divided(root, seed=seed).train.paths for seed in (0, 0, 1))
         assert first == again != other
 
+    @pytest.mark.parametrize(("split_by", "most"), [("photo", 1), ("class", 10)])
+    def test_what_is_added_moves_few_photos(self, split_by: str, most: int, tmp_path: Path) -> None:
+        """A network that was trained before can be compared on val with one trained after."""
+        root = folders(tmp_path, classes=20, photos=10)
+        before = divided(root, split_by=split_by)
+        for number in range(10):
+            photo(root / "a class" / f"{number}.png", 9_000 + number)
+        for number in range(5):
+            photo(root / "class 10" / f"a {number}.png", 9_100 + number)
+        after = divided(root, split_by=split_by)
+        assert len(contents(after, "val") & contents(before, "train")) <= most
+        if split_by == "photo":
+            others = contents(after, "val") ^ contents(before, "val")
+            assert {label for label, _ in others} == {"a class", "class 10"}
+
+    def test_names_do_not_decide(self, tmp_path: Path) -> None:
+        root = folders(tmp_path)
+        before = contents(divided(root), "val")
+        for path in root.rglob("*.png"):
+            path.rename(path.with_name(f"{9 - int(path.stem)} renamed.png"))
+        assert contents(divided(root), "val") == before
+
     def test_refuses_too_few_classes(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="by class needs at least 4 classes, found 3: class 0"):
+        photo(tmp_path / "lone" / "1.png", 9_000)
+        with pytest.raises(
+            DataError, match=r"by class needs at least 4 classes .*, found 3: class 0, class 1"
+        ):
             divided(folders(tmp_path, classes=3), split_by="class")
         with pytest.raises(DataError, match="share of val is 1"):
             divided(tmp_path, val_share=1)
