@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from support.characters import write_characters
 from support.models import TINY, TINY_OPTIONS
 from support.photos import with_much_text
 
-from npair.cli.evaluate import embed_run
+from npair.cli.evaluate import embed_run, score_run
 from npair.data.pixels import decode_dataset, default_cache
 from npair.data.sources import read_dataset
 from npair.networks.network import new_network
@@ -251,6 +252,21 @@ def test_does_not_resume_on_other_data(trained: Path, tmp_path: Path) -> None:
     write_dataset(tmp_path, products=4, train=2, val=1)
     with pytest.raises(RunError, match="not those that"):
         train(tmp_path, trained, TINY, resume=True)
+
+
+def test_does_not_score_photos_that_a_run_was_trained_on(
+    dataset: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Data with splits of its own is scored, with a warning if the run was trained on other."""
+    arguments = Namespace(run=trained, data=dataset, cache=None)
+    assert "warning" not in " ".join(score_run(arguments, "val").findings)
+    arguments.data = dataset / "train"
+    with pytest.raises(RunError, match="may have been trained on photos of val; name the data"):
+        score_run(arguments, "val")
+    arguments.data = tmp_path
+    write_dataset(tmp_path, products=4, train=2, val=1)
+    assert score_run(arguments, "val").findings[-1].startswith(f"warning: {trained} was not")
+    assert "photos that it was trained on may be in val" in capsys.readouterr().err
 
 
 def test_does_not_resume_nothing(dataset: Path, tmp_path: Path) -> None:

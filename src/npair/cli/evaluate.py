@@ -9,11 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npair.cli.options import Commands, add_command, add_data, add_server, add_splits, load_dataset
+from npair.cli.options import (
+    Commands,
+    add_command,
+    add_data,
+    add_server,
+    add_splits,
+    load_dataset,
+    say,
+)
 from npair.client import PIXEL, NpairClient
 from npair.client.environment import from_environment
 from npair.client.pool import PATIENT_RETRIES
-from npair.training.run import TrainConfig, read_run
+from npair.training.run import RunError, TrainConfig, read_run
 
 if TYPE_CHECKING:
     from npair.data.dataset import Dataset
@@ -77,11 +85,26 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def score_run(arguments: argparse.Namespace, split: str) -> Scored:
-    """Embed a split by the run that ``--run`` names. Raises: DataError, RunError, NetworkError."""
-    config = TrainConfig(**read_run(arguments.run)["train"])
+    """Embed a split by the run that ``--run`` names.
+
+    The data may be other than the run's, such as a new test set, if it has splits of its own.
+    Raises: DataError, RunError, NetworkError.
+    """
+    started = read_run(arguments.run)
+    config = TrainConfig(**started["train"])
     dataset, pixels, findings = load_dataset(arguments, config.preprocessing(), config)
+    facts = [dataset.made, *findings.lines()]
+    if dataset.fingerprint() != started["data"]["fingerprint"]:
+        other = f"{arguments.run} was not trained on {arguments.data} as it is now"
+        if dataset.held_out:
+            raise RunError(
+                f"{other}, so it may have been trained on photos of {split}; name the data that it"
+                " was trained on, or data with splits of its own"
+            )
+        facts.append(f"warning: {other}; photos that it was trained on may be in {split}")
+        say(facts[-1])
     embedded = embed_run(arguments.run, dataset, pixels, split)
-    return Scored(embedded, split, [dataset.made, *findings.lines()], arguments.run)
+    return Scored(embedded, split, facts, arguments.run)
 
 
 def _score_server(arguments: argparse.Namespace, split: str) -> Scored:
