@@ -179,6 +179,15 @@ def test_chooses_by_the_data(dataset: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("network", ["auto", "compact"])
+def test_augmentation_chooses_nothing_else(network: str, dataset: Path) -> None:
+    photos = read_dataset(dataset).train
+    chosen = choose_defaults(TrainConfig(network=network), photos)
+    for augmentation in ("drawing", "none"):
+        other = choose_defaults(TrainConfig(network=network, augmentation=augmentation), photos)
+        assert other == dataclasses.replace(chosen, augmentation=augmentation)
+
+
 def test_counts_the_classes_that_it_trains_on(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

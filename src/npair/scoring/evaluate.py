@@ -42,8 +42,9 @@ class Evaluation:
     queries, gallery: number of photos. fine_classes, coarse_classes: of the queries.
     coarse, coarse_classes: None if the data has no coarse labels.
     nmi, ami: normalised and adjusted mutual information (Vinh, Epps & Bailey, JMLR 2010) of the
-    queries' fine labels and as many k-means clusters; None for one class. AMI subtracts the
-    agreement that chance gives, which is large for small classes.
+    queries' fine labels and as many k-means clusters; None for one class, or as many as queries,
+    on which any network's clusters agree. AMI subtracts the agreement that chance gives, which is
+    large for small classes.
     verification: None if no two photos compared share a label, or all do.
     """
 
@@ -79,8 +80,10 @@ class Evaluation:
             cells = (self._cell(getattr(column, measure)) for column in columns)
             row = f"{measure.replace('_', ' '):14}" + "".join(f"{cell:24}" for cell in cells)
             lines.append(row.rstrip())
-        if self.nmi is None or self.ami is None:
+        if not self.has_intervals:
             lines.append("one class alone: no intervals, NMI or AMI")
+        elif self.nmi is None or self.ami is None:
+            lines.append("one photo of each class: no NMI or AMI")
         else:
             lines.append(f"NMI {self.nmi:.3f}, AMI {self.ami:.3f}")
         if found := self.verification:
@@ -170,7 +173,8 @@ def evaluate(queries: LabelledVectors, gallery: LabelledVectors | None = None) -
         return Retrieval(int(np.sum(relevant[kind] == 0)), *estimates)  # type: ignore[arg-type]
 
     count = len(np.unique(classes))
-    clustered = clusters(queries.vectors, count) if count > 1 else None
+    # One cluster, and one for each photo, are the same whatever the network does.
+    clustered = clusters(queries.vectors, count) if 1 < count < len(classes) else None
     return Evaluation(
         protocol="self" if exclude_self else "gallery",
         queries=len(queries.vectors),

@@ -27,7 +27,8 @@ SEEN_PRETRAINED, EPOCHS_PRETRAINED = 180_000, 150
 def choose_defaults(config: TrainConfig, photos: Photos) -> TrainConfig:
     """Replace each 0 or "auto", but that of the epochs, by a choice that fits the photos.
 
-    Looks at INSPECTED_PHOTOS of them at most.
+    Looks at INSPECTED_PHOTOS of them at most. The augmentation decides nothing else, so that runs
+    which differ in it can be compared.
     """
     indices = spread(len(photos), INSPECTED_PHOTOS)
     inspected = [inspect_photo(photos.paths[index]) for index in indices]
@@ -40,11 +41,11 @@ def choose_defaults(config: TrainConfig, photos: Photos) -> TrainConfig:
         augmentation = "photo" if colourful else "drawing"
     network = config.network
     if network == "auto":
-        network = "efficientnet-lite0" if augmentation == "photo" else "compact"
+        network = "efficientnet-lite0" if colourful else "compact"
 
     compact, lite = network == "compact", network in VARIANTS
     views = 1
-    if compact and augmentation == "photo":
+    if compact and colourful:
         # Crops show objects larger than whole photos do, by the square root of their areas' ratio.
         largest, enlargement, views, learning_rate = 208, 1.6, 2, 5e-4
     elif compact:

@@ -284,6 +284,15 @@ def test_one_class_has_no_intervals_and_no_clusters() -> None:
     assert Evaluation.from_dict(json.loads(json.dumps(scores.as_dict()))) == scores
 
 
+def test_one_photo_of_each_class_has_no_clusters() -> None:
+    """As many clusters as photos agree with the classes of any network's vectors."""
+    queries = photos(12, 12, 1)._replace(fine=np.arange(12))
+    scores = evaluate(queries, photos(30, 12, 2))
+    assert (scores.nmi, scores.ami) == (None, None)
+    assert "one photo of each class: no NMI or AMI" in scores.lines()
+    assert Evaluation.from_dict(json.loads(json.dumps(scores.as_dict()))) == scores
+
+
 @pytest.mark.parametrize(("won", "lost"), [(0, 1), (1, 0), (2, 7), (0, 6), (30, 12)])
 def test_differences_are_those_of_mcnemars_exact_test(won: int, lost: int) -> None:
     before = np.repeat([False, True, True], [won, lost, 50])
