@@ -278,6 +278,26 @@ def test_does_not_score_photos_that_a_run_was_trained_on(
     assert "photos that it was trained on may be in val" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"network": "auto", "size": 0, "width": 48}, "--width does nothing with --network eff"),
+        ({"mine_from": 4}, "--mine-from 4 mines nothing, .* takes 4 classes of 4; lower"),
+        ({"mine_from": 9, "classes_per_batch": 8}, "nothing, since a batch takes 6 classes of 6"),
+        ({"evaluations": 9, "epochs": 9, "patience": 3}, "--patience needs val photos, but"),
+    ],
+    ids=str,
+)
+def test_refuses_what_does_nothing_with_the_data(
+    options: dict[str, Any], reason: str, dataset: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(dataset, tmp_path / "data")
+    (tmp_path / "data/val.txt").unlink()
+    with pytest.raises(RunError, match=reason):
+        train(tmp_path / "data", tmp_path / "run", dataclasses.replace(TINY, **options))
+    assert not (tmp_path / "run").exists()
+
+
 def test_does_not_resume_nothing(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is not a run"):
         train(dataset, tmp_path, TINY, resume=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from npair.client import DEFAULT_URL
-from npair.training.run import TrainConfig
+from npair.training.run import TrainConfig, flag
 
 if TYPE_CHECKING:
     from npair.data.checks import Findings
@@ -111,15 +111,19 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
 def add_config_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
     shown = "chosen from the data" if field.metadata["from_data"] else f"default: {field.default}"
     default = "" if field.default == "" else f" ({shown})"
+    only = "".join(
+        f"with {flag(other)} {' or '.join(values)}: "
+        for other, values in field.metadata["only"].items()
+    )
     kind, choices = type(field.default), field.metadata["choices"]
     bounded = kind in (int, float) and not choices
     parser.add_argument(
-        "--" + field.name.replace("_", "-"),
+        flag(field.name),
         type=number(kind, **field.metadata["bounds"]) if bounded else kind,
         default=field.default,
         choices=choices,
         metavar=None if choices else {int: "N", float: "X", str: "NAME"}[kind],
-        help=field.metadata["help"] + default,
+        help=only + field.metadata["help"] + default,
     )
 
 

@@ -15,7 +15,7 @@ from npair.data.pixels import Pixels
 from npair.networks.network import EmbeddingNetwork
 from npair.training.augmentation import augmentation
 from npair.training.processes import from_first, world_size
-from npair.training.run import TrainConfig
+from npair.training.run import RunError, TrainConfig
 from npair.training.sampler import Indices, NPairSampler
 
 MINING_PARTS = 4  # passes in which photos for mining are embedded, which bounds memory
@@ -44,6 +44,16 @@ class Batches:
     def classes(self) -> int:
         """N, which is lower than was asked for if there are fewer classes."""
         return self.sampler.classes_per_batch
+
+    def refuse_idle_mining(self) -> None:
+        """Refuse to mine N classes from no more than N. Raises: RunError."""
+        candidates = min(self.config.mine_from, len(self.sampler.members))
+        if self.config.mine_from and candidates <= self.classes:
+            raise RunError(
+                f"--mine-from {self.config.mine_from} mines nothing, since a batch takes"
+                f" {self.classes} classes of {candidates}; lower --classes-per-batch, or leave it"
+                " out"
+            )
 
     @property
     def per_epoch(self) -> int:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from npair.data import Preprocessing
@@ -19,22 +21,28 @@ class RunError(RuntimeError):
     """A run folder cannot be used as asked, or training failed; the message says what to do."""
 
 
+LITES = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
+
+
 def _option(
     default: Any,
     description: str,
     choices: tuple[str | int, ...] | None = None,
     *,
+    only: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     from_data: bool = False,
     **bounds: float,
 ) -> Any:
     """Define a field with its help.
 
+    only: the values of another option without which this one does nothing.
     from_data: its default means "choose by the data".
     bounds: of a number that is given on the command line: least, above, below or most.
     """
     metadata = {
         "help": description,
         "choices": choices,
+        "only": only,
         "from_data": from_data,
         "bounds": bounds,
     }
@@ -75,11 +83,12 @@ class TrainConfig:
     )
     frozen_stages: int = _option(
         3,
-        "EfficientNet-Lite: freeze the stem and this many of the 7 stages; 0: train everything",
+        "freeze the stem and this many of the 7 stages; 0: train everything",
+        only={"network": LITES},
         least=0,
         most=7,
     )
-    width: int = _option(32, "channels of the first stage of compact", least=2)
+    width: int = _option(32, "channels of the first stage", only={"network": ("compact",)}, least=2)
     loss: str = _option(
         "npair",
         "npair: with a penalty on norms; cosine: on normalised embeddings; tuplet: each anchor has"
@@ -87,21 +96,28 @@ class TrainConfig:
         ("npair", "cosine", "tuplet"),
     )
     norm_penalty: float = _option(
-        2e-3, "npair and tuplet: weight of the mean squared norm of the embeddings", least=0
+        2e-3,
+        "weight of the mean squared norm of the embeddings",
+        only={"loss": ("npair", "tuplet")},
+        least=0,
     )
     coarse_smoothing: float = _option(
         0.1,
-        "npair: label smoothing over other classes with the same coarse label",
+        "label smoothing over other classes with the same coarse label",
+        only={"loss": ("npair",)},
         least=0,
         below=1,
     )
-    temperature: float = _option(0.1, "cosine: temperature of the softmax", above=0)
+    temperature: float = _option(
+        0.1, "temperature of the softmax", only={"loss": ("cosine",)}, above=0
+    )
     classes_per_batch: int = _option(
         0, "N, the classes in a batch, with two photos of each", from_data=True, least=2
     )
     mine_from: int = _option(
         0,
-        "npair and cosine: mine each batch's N hardest classes from this many; 0: do not mine",
+        "mine each batch's N hardest classes from this many; 0: do not mine",
+        only={"loss": ("npair", "cosine")},
         least=0,
     )
     epochs: int = _option(
@@ -151,14 +167,29 @@ class TrainConfig:
 
     def refuse_idle_options(self) -> None:
         """Refuse options that do nothing beside others. Raises: RunError."""
-        if self.mine_from and self.loss == "tuplet":
-            raise RunError("--mine-from does nothing with --loss tuplet; leave one of them out")
-        if self.patience and not self.evaluations:
-            raise RunError("--patience does nothing with --evaluations 0; leave one of them out")
+        for option in fields(self):
+            for other, values in option.metadata["only"].items():
+                value = getattr(self, other)
+                if value not in (*values, "auto") and getattr(self, option.name) != option.default:
+                    raise RunError(
+                        f"{flag(option.name)} does nothing with {flag(other)} {value}; leave it"
+                        f" out, or choose {flag(other)} {' or '.join(values)}"
+                    )
+        evaluations = min(self.evaluations, self.epochs or self.evaluations)
+        if self.patience and self.patience > evaluations - 2:
+            raise RunError(
+                f"--patience {self.patience} ends no training of {evaluations} evaluations early;"
+                " raise --evaluations, of which there is at most one an epoch, or leave it out"
+            )
 
     def preprocessing(self) -> Preprocessing:
         """Return how photos are decoded for evaluation and serving."""
         return Preprocessing(size=self.size, resample="BILINEAR", background=255)
+
+
+def flag(option: str) -> str:
+    """Return the name of an option on the command line."""
+    return "--" + option.replace("_", "-")
 
 
 def read_run(run: Path) -> dict[str, Any]:

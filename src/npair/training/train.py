@@ -63,7 +63,8 @@ def train(
     cache: folder for decoded photos, by default in the user's cache folder.
     Returns: whether training ended by itself; False after a signal, with a checkpoint.
     Raises: DataError for unusable data; RunError if the folder holds another run, or no checkpoint
-    to resume, or if the loss is not finite; NetworkError if the network is not available.
+    to resume, if an option does nothing, or if the loss is not finite; NetworkError if the network
+    is not available.
     """
     started = _read_started(run) if resume else None
     if started:
@@ -77,12 +78,18 @@ def train(
     with process_group() as device:
         dataset = read_dataset(data)
         config = choose_defaults(config, dataset.train)
+        if not started:
+            config.refuse_idle_options()
         decoded = replace(config.preprocessing(), size=round(DECODE_SCALE * config.crop_size))
         hold_out = HoldOut(config.split_by, config.val_share, config.seed)
         dataset, pixels, findings = decode_dataset(dataset, decoded, cache, hold_out)
         epochs = config.epochs or default_epochs(config.network, len(dataset.train))
         config = replace(config, epochs=epochs)
         batches = Batches(config, dataset.train, pixels, device)
+        if not started:
+            batches.refuse_idle_mining()
+            if config.patience and not dataset.val:
+                raise RunError(f"--patience needs val photos, but {data} has none; leave it out")
         config = replace(config, classes_per_batch=batches.classes)
         torch.manual_seed(config.seed)
         if started:

@@ -93,13 +93,41 @@ def test_wrong_numbers_are_named(
     assert reason in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", ["--loss tuplet --mine-from 9", "--evaluations 0 --patience 2"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--loss tuplet --mine-from 9",
+        "--loss tuplet --coarse-smoothing 0",
+        "--loss cosine --norm-penalty 0",
+        "--loss npair --temperature 0.2",
+        "--network efficientnet-lite1 --width 48",
+        "--network compact --frozen-stages 0",
+    ],
+)
 def test_training_refuses_options_that_do_nothing(
     words: str, npair: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     other, last = words.split()[:2], words.split()[2]
     assert npair("train", "--data", "d", "--run", "r", *words.split()) == 1
-    assert f"{last} does nothing with {' '.join(other)}" in capsys.readouterr().err
+    assert f"{last} does nothing with {' '.join(other)}; leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["", "--evaluations 0", "--evaluations 20 --epochs 4"])
+def test_training_refuses_a_patience_that_ends_nothing(
+    words: str, npair: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("train", "--data", "d", "--run", "r", "--patience", "3", *words.split())
+    assert npair(*command) == 1
+    assert "--patience 3 ends no training of" in capsys.readouterr().err
+    assert npair(*command, "--evaluations", "5", "--epochs", "9") == 1
+    assert "d is neither a folder nor" in capsys.readouterr().err
+
+
+def test_help_says_what_an_option_does_nothing_without() -> None:
+    described = {option.dest: option.help for option in PARSERS["npair train"]._actions}
+    assert described["temperature"] == (
+        "with --loss cosine: temperature of the softmax (default: 0.1)"
+    )
 
 
 @pytest.mark.parametrize("command", PARSERS)

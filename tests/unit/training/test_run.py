@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from support.models import SHIPPED
 
-from npair.training.run import TrainConfig, git_commit, read_run
+from npair.networks.efficientnet_lite import VARIANTS
+from npair.training.run import LITES, TrainConfig, git_commit, read_run
 
 
 @pytest.mark.parametrize("stages", [None, 5])
@@ -27,6 +28,10 @@ def test_a_version_from_before_frozen_stages_had_none(tmp_path: Path) -> None:
     training["train"].pop("frozen_stages", None)
     (tmp_path / "manifest.json").write_text(json.dumps({"training": training}))
     assert read_run(tmp_path)["train"]["frozen_stages"] == 0
+
+
+def test_options_of_efficientnet_lite_are_those_of_all_variants() -> None:
+    assert tuple(VARIANTS) == LITES
 
 
 def test_the_commit_is_that_of_a_tracked_file_alone(tmp_path: Path) -> None:
