@@ -6,6 +6,9 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from npair.data.dataset import Dataset
 from npair.publishing.drawings import draw, encode
 from npair.serving.preprocess import Limits, Preprocessing
@@ -13,12 +16,15 @@ from npair.serving.preprocess import Limits, Preprocessing
 PREPROCESSING = Preprocessing(size=64, resample="BILINEAR", background=255)
 LIMITS = Limits(max_bytes=1_000_000, max_pixels=1_000_000)
 PNG = encode(draw(0, 0, 8), "PNG")
+DRAWN = np.array(draw(0, 0, 8))
 
 
 def photo(path: Path, number: int = 0) -> Path:
-    """Write a PNG with this number after its end, where decoders ignore it; return the path."""
+    """Write a PNG with this number as the colour of its first pixel; return the path."""
+    pixels = DRAWN.copy()
+    pixels[0, 0] = list(number.to_bytes(3, "big"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(PNG + number.to_bytes(4, "big"))
+    path.write_bytes(encode(Image.fromarray(pixels), "PNG"))
     return path
 
 

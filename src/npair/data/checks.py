@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from npair.data.dataset import SPLITS, DataError, Dataset, HoldOut, hold_out_val
 from npair.data.files import OTHER_SUFFIXES, SUFFIXES, shown, summary
@@ -21,9 +23,10 @@ class Findings:
     """Problems of a data set that were dealt with before training, and facts worth a look.
 
     corrupt: files that cannot be decoded, each with the reason; left out.
-    copies: further files with the same bytes in the same class and split; left out.
-    contradicting: groups of files with the same bytes in different classes; all left out.
-    leaks: files with the same bytes as one of their class in a later split; left out.
+    copies: further files of the same picture in the same class and split; left out.
+    contradicting: groups of files of the same picture in different classes; all left out.
+    leaks: files of the same picture as one of their class in a later split; left out.
+    blank: photos of one colour; kept, but for copies.
     lone: classes with a single photo in train, which cannot make a pair; kept.
     classes, median: number of classes in train, and the median of their photos.
     ignored: files and folders that are not photos, or that are in formats which nobody decodes.
@@ -33,6 +36,7 @@ class Findings:
     copies: tuple[Path, ...]
     contradicting: tuple[tuple[Path, ...], ...]
     leaks: tuple[Path, ...]
+    blank: tuple[Path, ...]
     lone: tuple[str, ...]
     classes: int
     median: float
@@ -61,6 +65,7 @@ class Findings:
             "Left out, since the same photo is in a split that tests what was learnt": list(
                 map(shown, self.leaks)
             ),
+            "Photos of one colour alone, which show nothing": list(map(shown, self.blank)),
             "Classes with a single train photo, which take no part in training": list(
                 map(shown, self.lone)
             ),
@@ -79,7 +84,11 @@ class Findings:
 
 
 def clean(
-    dataset: Dataset, digests: Mapping[Path, str], corrupt: Mapping[Path, str], hold_out: HoldOut
+    dataset: Dataset,
+    digests: Mapping[Path, str],
+    previews: Mapping[Path, npt.NDArray[np.uint8]],
+    corrupt: Mapping[Path, str],
+    hold_out: HoldOut,
 ) -> tuple[Dataset, Findings]:
     """Leave out corrupt photos and all but one copy of each other, the one in the latest split.
 
@@ -87,14 +96,16 @@ def clean(
     val.
 
     digests: SHA-256 of each photo that could be read. corrupt: why photos cannot be used.
+    previews: of the others, the pixels by which copies are found: programs that write other
+    metadata into a file, or compress it without loss, leave these as they are.
     Returns: the data set, with the digests of its photos, and the findings.
     Raises: DataError for too few classes.
     """
-    places: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    places: dict[bytes, list[tuple[str, int]]] = defaultdict(list)
     for split, photos in dataset.splits.items():
         for index, path in enumerate(photos.paths):
             if path not in corrupt:
-                places[digests[path]].append((split, index))
+                places[hashlib.sha256(previews[path].tobytes()).digest()].append((split, index))
     kept: dict[str, list[int]] = {split: [] for split in dataset.splits}
     copies: list[Path] = []
     leaks: list[Path] = []
@@ -124,6 +135,7 @@ def clean(
         copies=tuple(copies),
         contradicting=tuple(contradicting),
         leaks=tuple(leaks),
+        blank=tuple(path for path, preview in previews.items() if (preview == preview[0, 0]).all()),
         lone=tuple(train.fine_names[label] for label in np.flatnonzero(counts == 1)),
         classes=int((counts > 0).sum()),
         median=float(np.median(counts[counts > 0])) if len(train) else 0.0,

@@ -24,7 +24,7 @@ from npair.serving import code_of
 from npair.serving.preprocess import Preprocessing, decode
 from npair.serving.refusal import PhotoError
 
-# Enough to tell which photos are sound, and their colours.
+# Enough to tell which photos are sound, their colours, and which show the same.
 PREVIEW = Preprocessing(size=32, resample="BILINEAR", background=255)
 
 
@@ -54,6 +54,8 @@ def decode_dataset(
     Keeps the pixels in the folder ``cache`` and finds them there if photos, preprocessing and
     decoder are the same; names, labels and splits do not count. Photos whose digests the data set
     holds are not hashed again. No more than a few photos are in memory at a time.
+    Copies are found in previews, so that no preprocessing changes which photos are kept: training
+    and publishing, which decode at different sizes, must agree.
 
     Returns: the data set without what the findings say was left out; the pixels of its photos; the
     findings.
@@ -78,9 +80,11 @@ def decode_dataset(
     sources = dict(sorted((digest, path) for path, digest in digests.items()))
     array, reasons = _cached(sources, preprocessing, cache)
     corrupt |= {path: reasons[digest] for path, digest in digests.items() if digest in reasons}
-    kept, findings = clean(dataset, digests, corrupt, hold_out or HoldOut())
     row_of = {digest: row for row, digest in enumerate(sources)}
     rows = {path: row_of[digest] for path, digest in digests.items() if path not in corrupt}
+    preview, _ = _cached(sources, PREVIEW, cache)
+    previews = {path: preview[row] for path, row in rows.items()}
+    kept, findings = clean(dataset, digests, previews, corrupt, hold_out or HoldOut())
     return kept, Pixels(array, rows), findings
 
 

@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
-from support.photos import PNG, folders, photo, sizes
+from support.photos import PNG, folders, photo, sizes, with_much_text
 
 import npair.data.dataset
 from npair.data import pixels
 from npair.data.dataset import DataError, HoldOut, hold_out_val
 from npair.data.files import LIMITS, digest_of
 from npair.data.folds import write_folds
-from npair.data.pixels import decode_dataset, decode_photos, default_cache
+from npair.data.pixels import PREVIEW, decode_dataset, decode_photos, default_cache
 from npair.data.sources import read_dataset
 from npair.publishing.drawings import draw, encode
 from npair.serving import code_of
@@ -104,6 +104,41 @@ class TestDecodeDataset:
         assert [path.name for path in findings.ignored] == []
         assert len(findings.lines()) == 5
 
+    def test_a_copy_shows_the_same_however_it_is_written(self, tmp_path: Path) -> None:
+        """It is one at every size that training and publishing decode at."""
+        first, second, third = (
+            photo(tmp_path / f"{place}.png", number)
+            for number, place in enumerate(("train/a/1", "train/b/1", "val/a/2"))
+        )
+        for number in range(4):
+            photo(tmp_path / f"train/{'ab'[number % 2]}/more {number}.png", 10 + number)
+        copy = first.with_name("copy.webp")
+        with Image.open(first) as image:
+            copy.write_bytes(encode(image, "WEBP", lossless=True))
+        leak = third.with_name("2.png").rename(tmp_path / "train/a/leak.png")
+        third.write_bytes(with_much_text(leak.read_bytes()))
+        wrong = second.with_name("wrong.png")
+        wrong.write_bytes(with_much_text(first.read_bytes()))
+        for size in (16, 48):
+            preprocessing = dataclasses.replace(SMALL, size=size)
+            dataset = read_dataset(tmp_path)
+            kept, _, findings = decode_dataset(dataset, preprocessing, tmp_path / ".cache")
+            assert findings.contradicting == ((first, copy, wrong),)
+            assert (findings.copies, findings.leaks) == ((), (leak,))
+            assert sizes(kept) == {"train": 5, "val": 1}
+
+    def test_photos_of_one_colour_are_named(self, tmp_path: Path) -> None:
+        """Such are white strokes on a transparent ground, which is laid over white."""
+        root = folders(tmp_path / "root")
+        for name, alpha in (("transparent", 0), ("strokes", 255)):
+            image = Image.new("RGBA", (9, 9), (255, 255, 255, 0))
+            image.putpixel((4, 4), (255, 255, 255, alpha))
+            image.save(root / f"class 0/{name}.png")
+        _, _, findings = decode_dataset(read_dataset(root), SMALL, tmp_path / "cache")
+        assert {path.stem for path in findings.blank} == {"transparent", "strokes"}
+        assert [path.stem for path in findings.copies] == ["transparent"]
+        assert "Photos of one colour alone, which show nothing: " in "".join(findings.lines())
+
     def test_copies_do_not_decide_what_is_val(self, tmp_path: Path) -> None:
         """Nor do photos that cannot be read, if the data set has no splits."""
         root = folders(tmp_path / "once", photos=10)
@@ -158,28 +193,28 @@ class TestCache:
         self, tmp_path: Path, decoded: list[int]
     ) -> None:
         root = folders(tmp_path / "root")
-        _, first, _ = decode_dataset(read_dataset(root), SMALL, tmp_path / "cache")
+        _, first, _ = decode_dataset(read_dataset(root), PREVIEW, tmp_path / "cache")
         (root / "class 0").rename(root / "renamed")
         dataset, second, _ = decode_dataset(
-            read_dataset(root), SMALL, tmp_path / "cache", HoldOut("class", seed=1)
+            read_dataset(root), PREVIEW, tmp_path / "cache", HoldOut("class", seed=1)
         )
         assert len(decoded) == 30
         np.testing.assert_array_equal(first.array, second.array)
         assert len(set(second.of(dataset.train))) == len(dataset.train)
         for table in write_folds(dataset, second, 3, ["train", "val"], tmp_path / "folds"):
-            decode_dataset(read_dataset(table), SMALL, tmp_path / "cache")
+            decode_dataset(read_dataset(table), PREVIEW, tmp_path / "cache")
         assert len(decoded) == 30
 
     def test_is_made_anew_for_other_photos_or_preprocessing(
         self, tmp_path: Path, decoded: list[int]
     ) -> None:
         root = folders(tmp_path / "root")
-        decode_dataset(read_dataset(root), SMALL, tmp_path / "cache")
+        decode_dataset(read_dataset(root), PREVIEW, tmp_path / "cache")
         decode_dataset(
-            read_dataset(root), dataclasses.replace(SMALL, background=0), tmp_path / "cache"
+            read_dataset(root), dataclasses.replace(PREVIEW, background=0), tmp_path / "cache"
         )
         photo(root / "class 0/0.png", 77_777)
-        decode_dataset(read_dataset(root), SMALL, tmp_path / "cache")
+        decode_dataset(read_dataset(root), PREVIEW, tmp_path / "cache")
         assert len(decoded) == 90
 
     @pytest.mark.parametrize("suffix", [".npy", ".json"])
@@ -189,7 +224,7 @@ class TestCache:
     ) -> None:
         root = folders(tmp_path / "root")
         (root / "class 0/0.png").write_bytes(b"corrupt")
-        before = np.array(decode_dataset(read_dataset(root), SMALL, tmp_path / "cache")[1].array)
+        before = np.array(decode_dataset(read_dataset(root), PREVIEW, tmp_path / "cache")[1].array)
         (file,) = (tmp_path / "cache").glob(f"*{suffix}")
         content = file.read_bytes()
         file.unlink()
@@ -205,7 +240,7 @@ class TestCache:
             )
         decoded.clear()
         np.testing.assert_array_equal(
-            decode_dataset(read_dataset(root), SMALL, tmp_path / "cache")[1].array, before
+            decode_dataset(read_dataset(root), PREVIEW, tmp_path / "cache")[1].array, before
         )
         assert len(decoded) == 30
 
@@ -213,7 +248,7 @@ class TestCache:
         dataset = read_dataset(folders(tmp_path / "root"))
         with ProcessPoolExecutor(2) as pool:
             loads = [
-                pool.submit(decode_dataset, dataset, SMALL, tmp_path / "cache") for _ in range(4)
+                pool.submit(decode_dataset, dataset, PREVIEW, tmp_path / "cache") for _ in range(4)
             ]
             assert all(len(process.result()[1].array) == 30 for process in loads)
         assert len(list((tmp_path / "cache").iterdir())) == 2
@@ -228,19 +263,19 @@ class TestCache:
             with pytest.raises(
                 DataError, match=r"cannot hold 1 MB of decoded photos \(File too large\); make room"
             ):
-                decode_dataset(dataset, SMALL, tmp_path / "cache")
+                decode_dataset(dataset, PREVIEW, tmp_path / "cache")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert not list((tmp_path / "cache").iterdir())
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
         with pytest.raises(DataError, match=r"No space left on device"):
-            decode_dataset(dataset, SMALL, tmp_path / "cache")
+            decode_dataset(dataset, PREVIEW, tmp_path / "cache")
         assert not list((tmp_path / "cache").iterdir())
 
     def test_refuses_a_cache_that_is_no_folder(self, tmp_path: Path) -> None:
         (tmp_path / "cache").touch()
         with pytest.raises(DataError, match=r"cache cannot hold .* \(File exists\)"):
-            decode_dataset(read_dataset(folders(tmp_path / "root")), SMALL, tmp_path / "cache")
+            decode_dataset(read_dataset(folders(tmp_path / "root")), PREVIEW, tmp_path / "cache")
 
     def test_refuses_a_photo_that_changes_meanwhile(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -248,7 +283,7 @@ class TestCache:
         dataset = read_dataset(folders(tmp_path / "root"))
         monkeypatch.setattr(npair.data.dataset, "digest_of", lambda path: "0" * 63 + path.name[0])
         with pytest.raises(DataError, match=r"png changed while it was read"):
-            decode_dataset(dataset, SMALL, tmp_path / "cache")
+            decode_dataset(dataset, PREVIEW, tmp_path / "cache")
 
     def test_hashes_each_photo_once(
         self, tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
@@ -261,8 +296,8 @@ class TestCache:
 
         monkeypatch.setattr(npair.data.dataset, "digest_of", counted)
         read = read_dataset(folders(tmp_path / "root"))
-        dataset, _, _ = decode_dataset(read, SMALL, tmp_path / "cache")
-        decode_dataset(dataset, dataclasses.replace(SMALL, size=8), tmp_path / "cache")
+        dataset, _, _ = decode_dataset(read, PREVIEW, tmp_path / "cache")
+        decode_dataset(dataset, dataclasses.replace(PREVIEW, size=8), tmp_path / "cache")
         dataset.fingerprint()
         assert len(decoded) == 60
         assert sorted(hashed) == sorted(read.train.paths)
@@ -272,9 +307,9 @@ class TestCache:
         self, tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         dataset = read_dataset(folders(tmp_path / "root"))
-        decode_dataset(dataset, SMALL, tmp_path / "cache")
+        decode_dataset(dataset, PREVIEW, tmp_path / "cache")
         monkeypatch.setattr(pixels, "code_of", lambda _: [Path(__file__)])
-        decode_dataset(dataset, SMALL, tmp_path / "cache")
+        decode_dataset(dataset, PREVIEW, tmp_path / "cache")
         assert len(decoded) == 60
 
     def test_lies_where_the_user_keeps_caches(
@@ -288,7 +323,7 @@ class TestCache:
 
     def test_hundreds_of_classes(self, tmp_path: Path) -> None:
         dataset, pixels, findings = decode_dataset(
-            read_dataset(folders(tmp_path / "root", 900, 6)), SMALL, tmp_path / "cache"
+            read_dataset(folders(tmp_path / "root", 900, 6)), PREVIEW, tmp_path / "cache"
         )
         assert sizes(dataset) == {"train": 4_500, "val": 900}
         assert len(pixels.array) == 5_400
