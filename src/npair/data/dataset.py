@@ -162,7 +162,13 @@ def by_split(
     fine_names: tuple[str, ...] | None = None,
     coarse_names: tuple[str, ...] | None = None,
 ) -> dict[str, Photos]:
-    """Group rows by split, in the order of SPLITS. Sort the labels if no order is given."""
+    """Group rows by split, in the order of SPLITS. Sort the labels if no order is given.
+
+    A coarse label that all photos share says nothing, such as a folder around all classes: they
+    count as having none.
+    """
+    if len({row.coarse for row in rows}) == 1:
+        rows, coarse_names = [row._replace(coarse=row.fine) for row in rows], fine_names
     fine_names = fine_names or tuple(sorted({row.fine for row in rows}))
     coarse_names = coarse_names or tuple(sorted({row.coarse for row in rows}))
     fine_index = {name: index for index, name in enumerate(fine_names)}

@@ -135,6 +135,13 @@ class TestReadFolders:
             "fruit/apple",
         ]
 
+    def test_a_folder_around_all_classes_is_no_coarse_label(self, tmp_path: Path) -> None:
+        for split in ("train", "val"):
+            folders(tmp_path / split / "products", classes=2)
+        train = read_dataset(tmp_path).train
+        assert train.fine_names == ("products/class 0", "products/class 1")
+        assert not train.has_coarse
+
     def test_top_folders_can_be_the_splits(self, tmp_path: Path) -> None:
         for split in ("train", "test"):
             folders(tmp_path / split, classes=2)
@@ -317,12 +324,12 @@ class TestReadTable:
         path = root / "class 1/0.png"
         rows = (
             '"photos, ü/class 0/0.png","a, b", Obst,train\r\n'
-            f'"{path.absolute()}",c,Obst ,val\r\n,,,\r\n'
+            f'"{path.absolute()}",c,Saft ,val\r\n,,,\r\n'
         )
         dataset = read_dataset(table(tmp_path, "\ufeffpath,label,coarse,split\r\n" + rows))
         assert sizes(dataset) == {"train": 1, "val": 1}
         assert dataset.train.fine_names == ("a, b", "c")
-        assert dataset.train.coarse_names == ("Obst",)
+        assert dataset.train.coarse_names == ("Obst", "Saft")
         assert dataset.made == "as the column split of photos.csv says"
 
     def test_reads_tabs(self, tmp_path: Path) -> None:
