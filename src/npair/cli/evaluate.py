@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,6 +75,7 @@ def add_commands(commands: Commands) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.run:
         arguments.extra = "train"  # for the network
+    _refuse_unwritable(arguments.report, arguments.picture)
     score = score_run if arguments.run else _score_server
     present(
         score(arguments, arguments.split),
@@ -82,6 +84,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         as_json=arguments.json,
     )
     return 0
+
+
+def _refuse_unwritable(report: Path | None, picture: Path | None) -> None:
+    """Raise ValueError for files that cannot be written, before the minutes of embedding."""
+    from PIL import Image
+
+    for file in filter(None, (report, picture)):
+        if file.is_dir() or not os.access(file.parent, os.W_OK):
+            raise ValueError(f"{file} cannot be written; name a file in a folder that can")
+    formats = Image.registered_extensions()
+    if picture and formats.get(picture.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"{picture} names no format of pictures; add .png or .jpg")
 
 
 def score_run(arguments: argparse.Namespace, split: str) -> Scored:
@@ -124,12 +138,17 @@ def present(
     picture: Path | None = None,
     as_json: bool = False,
 ) -> None:
-    """Print the scores and write the report and the picture, if they are asked for."""
+    """Print the scores, and then write the report and the picture, if they are asked for."""
     from npair.scoring.pictures import draw_neighbours
     from npair.scoring.report import write_report
 
     embedded, run = scored.embedded, scored.run
     scores = embedded.evaluate()
+    if as_json:
+        about = {"embedded_by": embedded.embedded_by, "split": scored.split}
+        print(json.dumps({**about, **scores.as_dict()}))
+    else:
+        print(f"{embedded.embedded_by} on {scored.split}", *scores.lines(), sep="\n")
     if picture:
         draw_neighbours(embedded, picture)
     if report:
@@ -142,13 +161,8 @@ def present(
             log=[json.loads(row) for row in log],
             findings=scored.findings,
         )
-    if as_json:
-        about = {"embedded_by": embedded.embedded_by, "split": scored.split}
-        print(json.dumps({**about, **scores.as_dict()}))
-        return
-    print(f"{embedded.embedded_by} on {scored.split}", *scores.lines(), sep="\n")
-    if report:
-        print(f"report: {report}")
+        if not as_json:
+            print(f"report: {report}")
 
 
 def embed_run(run: Path, dataset: Dataset, pixels: Pixels, split: str) -> EmbeddedSplit:

@@ -123,6 +123,25 @@ def test_training_refuses_a_patience_that_ends_nothing(
     assert "d is neither a folder nor" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (
+            "--report none/report.html",
+            "none/report.html cannot be written; name a file in a folder",
+        ),
+        ("--report .", ". cannot be written"),
+        ("--picture none/1.png", "none/1.png cannot be written"),
+        ("--picture photo", "photo names no format of pictures; add .png or .jpg"),
+    ],
+)
+def test_evaluate_refuses_files_that_it_cannot_write_before_it_reads_any(
+    words: str, reason: str, npair: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert npair("evaluate", "--data", "d", "--run", "r", *words.split()) == 1
+    assert capsys.readouterr().err.startswith(f"npair: {reason}")
+
+
 def test_help_says_what_an_option_does_nothing_without() -> None:
     described = {option.dest: option.help for option in PARSERS["npair train"]._actions}
     assert described["temperature"] == (

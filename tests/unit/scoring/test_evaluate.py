@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from support.photos import PNG, with_much_text
 
+from npair.cli.evaluate import Scored, present
 from npair.data.dataset import DataError, Dataset
 from npair.data.files import LIMITS
 from npair.data.sources import read_dataset
@@ -52,6 +53,20 @@ def test_draws_a_readable_picture(dataset: Path, tmp_path: Path) -> None:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24) or []}
     assert (0, 128, 0) in colours, "neighbours of the same product are framed in green"
     assert (255, 0, 0) not in colours
+
+
+def test_scores_are_printed_even_if_no_report_can_be_written(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queries, gallery = queries_and_gallery(read_dataset(dataset), "val")
+    vectors = np.eye(6, dtype=np.float32)
+    embedded = EmbeddedSplit("it", queries, vectors[queries.fine], gallery, vectors[gallery.fine])
+    for as_json in (True, False):
+        with pytest.raises(OSError, match="No such file"):
+            present(Scored(embedded, "val", []), report=tmp_path / "no/1.html", as_json=as_json)
+    printed = capsys.readouterr().out
+    assert '"embedded_by": "it"' in printed
+    assert "it on val\n12 photos of 6 classes" in printed
 
 
 @pytest.mark.parametrize("exclude_self", [True, False])
