@@ -201,20 +201,24 @@ def test_epochs_follow_the_number_of_photos() -> None:
     assert [default_epochs("efficientnet-lite0", n) for n in (24, 2_640, 10**6)] == [150, 68, 10]
 
 
-def test_a_run_interrupted_after_every_step_misses_no_row(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_interrupted_after_every_step_has_the_log_of_the_whole(
+    dataset: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(embeddings: torch.Tensor) -> torch.Tensor:
         signal.raise_signal(signal.SIGINT)
         return batch_recall(embeddings)
 
     config = dataclasses.replace(TINY, epochs=2, evaluations=2)
+    (tmp_path / "run").mkdir()
+    shutil.copy(trained / "log.jsonl", tmp_path / "run")  # of a run without a checkpoint
     monkeypatch.setattr("npair.training.train.batch_recall", interrupted)
     assert not train(dataset, tmp_path / "run", config)
     while not train(dataset, tmp_path / "run", config, resume=True):
         pass
-    rows = read_log(tmp_path / "run")
+    rows, whole = read_log(tmp_path / "run"), read_log(trained)
     assert [(row["epoch"], "val" in row) for row in rows] == [(1, True), (2, True)]
+    averages = [row["loss"] for row in whole]
+    assert [row["loss"] for row in rows] == pytest.approx(averages, rel=1e-2), "of all steps"
 
 
 def test_a_resumed_run_has_a_row_for_each_epoch(
@@ -235,7 +239,9 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(RunError, match=r"checkpoint\.pt cannot be written .*make room"):
+        with pytest.raises(
+            RunError, match=r"checkpoint\.pt cannot be written .*make room, and start"
+        ):
             state.save(tmp_path / "checkpoint.pt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class TrainingState:
     step: the number of steps done.
     best: with early stopping, ``epoch``, ``fine`` (recall) and ``ema`` of the best evaluation.
     misses: evaluations since the best one.
+    measured: loss and batch recall of each step of the epoch that has begun.
     """
 
     network: EmbeddingNetwork
@@ -36,6 +37,7 @@ class TrainingState:
     step: int = 0
     best: dict[str, Any] | None = None
     misses: int = 0
+    measured: list[tuple[float, float]] = field(default_factory=list)
 
     @classmethod
     def start(
@@ -74,14 +76,16 @@ class TrainingState:
                 "optimizer": self.optimizer.state_dict(),
                 "best": self.best,
                 "misses": self.misses,
+                "measured": self.measured,
             }
             try:
                 torch.save(checkpoint, unfinished)
                 unfinished.replace(path)
             except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
                 unfinished.unlink(missing_ok=True)
+                go_on = "go on with --resume" if path.exists() else "start again"
                 raise RunError(
-                    f"{path} cannot be written ({error}); make room, and go on with --resume"
+                    f"{path} cannot be written ({error}); make room, and {go_on}"
                 ) from error
 
     def restore(self, path: Path, device: torch.device) -> None:
@@ -91,6 +95,7 @@ class TrainingState:
             getattr(self, name).load_state_dict(checkpoint[name])
         self.step, self.best = checkpoint["step"], checkpoint["best"]
         self.misses = checkpoint["misses"]
+        self.measured = checkpoint.get("measured", [])  # npair 0.2.0 kept none
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:

@@ -120,12 +120,11 @@ def _loop(
     epochs = range(first, first if _stops_early(state, config) else config.epochs)
     with interruption() as interrupted, _progress(state.step, steps) as progress:
         for epoch in epochs:
-            began, losses, recalls, came = time.monotonic(), [], [], False
+            began, came = time.monotonic(), False
             end = (epoch + 1) * batches.per_epoch
             while state.step < end and not came:
                 loss, recall = _step(state, batches, config, loss_of, steps)
-                losses.append(loss)
-                recalls.append(recall)
+                state.measured.append((loss, recall))
                 progress.update()
                 progress.set_postfix(
                     epoch=epoch + 1, loss=f"{loss:.3f}", batch_recall=f"{recall:.2f}"
@@ -133,8 +132,9 @@ def _loop(
                 came = any_process(interrupted(), batches.device)
 
             if state.step == end:
-                row: dict[str, Any] = {"epoch": epoch + 1, "loss": float(np.mean(losses))}
-                row["batch_recall"] = float(np.mean(recalls))
+                loss, recall = np.mean(state.measured, axis=0).tolist()
+                state.measured.clear()
+                row: dict[str, Any] = {"epoch": epoch + 1, "loss": loss, "batch_recall": recall}
                 row["seconds"] = round(time.monotonic() - began, 1)
                 if score and _evaluation_due(epoch, config) and rank() == 0:
                     row["val"] = score(state.ema.module)
@@ -236,6 +236,7 @@ def _start_run(
             },
         }
         run.mkdir(parents=True, exist_ok=True)
+        (run / "log.jsonl").unlink(missing_ok=True)  # of a run that ended before its checkpoint
         (run / "config.json").write_text(json.dumps(started, indent=2) + "\n")
     return network
 
