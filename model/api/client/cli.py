@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from .errors import (
 from .photos import Unread, photos_in
 from .pool import BACKOFF_SECONDS
 from .results import Vectors
-from .rows import SAVED_SUFFIXES, Rows, load_saved, resume, say, shown, write_npz
+from .rows import SAVED_SUFFIXES, Rows, alone, load_saved, resume, say, shown, write_npz
 
 EXIT_OK, EXIT_PHOTOS, EXIT_USAGE, EXIT_SERVER = 0, 1, 2, 3
 EXIT_INTERRUPTED, EXIT_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # as shells report them
@@ -218,41 +218,46 @@ def _embed_to(out: Path, client: NpairClient, options: Options) -> int:
         raise ValueError(f"--out must end in .npz or .jsonl, got {out}")
     if not out.parent.is_dir():
         raise ValueError(f"--out must be in an existing folder, got {out}")
-    unfinished = out.with_name(out.name + ".unfinished")
+    with alone(out.with_name(out.name + ".unfinished")) as unfinished:
+        return _go_on(unfinished, out, client, options)
+
+
+def _go_on(unfinished: IO[bytes], out: Path, client: NpairClient, options: Options) -> int:
+    path = Path(unfinished.name)
     done = resume(unfinished, client)
     if strange := done.difference(map(str, photos_in(options.photos))) if done else None:
         other = f"is of another command: it has {shown(min(strange))}; repeat that one"
-        raise ValueError(f"{unfinished} {other}, or delete the file")
+        raise ValueError(f"{path} {other}, or delete the file")
     rows, version, embedded = Rows(client, options.photos, done), client.version, len(done)
     try:
-        with unfinished.open("a", encoding="utf-8") as lines:
-            for row in rows:
-                version = row["version"]
-                print(json.dumps(row), file=lines, flush=True)
-                embedded += 1
+        for row in rows:
+            version = row["version"]
+            unfinished.write(json.dumps(row).encode() + b"\n")
+            unfinished.flush()
+            embedded += 1
         if embedded and out.suffix == ".npz":
-            write_npz(unfinished, out)
+            write_npz(path, out)
     except VersionGoneError as error:
         served = client.versions() if embedded and not options.version else None
         if not served:
             raise
         say(f"{error}: all photos are embedded again")
-        unfinished.unlink()
+        unfinished.truncate(0)
         client.version = options.version = max(served, key=int)  # pinned, so this happens once
-        return _embed_to(out, client, options)
+        return _go_on(unfinished, out, client, options)
     except (NpairError, OSError, KeyboardInterrupt):
         if embedded:
-            say(f"{embedded} photos are in {unfinished}, and the same command goes on after them")
+            say(f"{embedded} photos are in {path}, and the same command goes on after them")
         raise
     finally:
         if not embedded:
-            unfinished.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
     if not embedded:
         return EXIT_PHOTOS
     if out.suffix == ".npz":
-        unfinished.unlink()
+        path.unlink()
     else:
-        unfinished.replace(out)
+        path.replace(out)
     counts = {"embedded": embedded, "left_out": rows.left_out}
     if options.json:
         print(json.dumps({"out": str(out), **counts, "model": client.model, "version": version}))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
 import json
+import os
 import sys
 import time
 import zipfile
@@ -11,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -173,40 +176,64 @@ def _read_saved(path: Path) -> tuple[Saved, MadeBy]:
     return (list(names), np.stack(vectors)), origins[0]
 
 
-def resume(unfinished: Path, client: NpairClient) -> set[str]:
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file to read and append, which no other process may open this way meanwhile.
+
+    Raises: OSError, or ValueError if another process has it open.
+    """
+    while True:
+        with path.open("a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"another embed is writing {path}") from error
+            if _is_at(path, file):
+                yield file
+                return
+
+
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    """Tell whether a file still has its path: who had it before may have finished and moved it."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def resume(unfinished: IO[bytes], client: NpairClient) -> set[str]:
     """Read which photos an interrupted run has embedded, and pin the client to its version.
 
     Remove a last line that was cut off. Raises: ValueError if the file is damaged, or of another
     model or version.
     """
     done: set[str] = set()
-    if not unfinished.exists():
-        return done
     remedy = "delete it to begin again"
-    with unfinished.open("r+b") as lines:
-        for line in iter(lines.readline, b""):
-            if not line.endswith(b"\n"):
-                lines.truncate(lines.tell() - len(line))
-                break
-            try:
-                row = json.loads(line)
-                made_by = model, version, manifest = _made_by(row)
-                name = row["photo"]
-            except (ValueError, LookupError, TypeError) as error:
-                raise ValueError(f"{unfinished} is damaged; {remedy}") from error
-            if not done:
-                expected = (client.model, client.version or version, manifest)
-                client.version = version
-            if made_by != expected:
-                raise ValueError(f"{unfinished} has vectors of {model} version {version}; {remedy}")
-            done.add(name)
+    unfinished.seek(0)
+    for line in iter(unfinished.readline, b""):
+        if not line.endswith(b"\n"):
+            unfinished.truncate(unfinished.tell() - len(line))
+            break
+        try:
+            row = json.loads(line)
+            made_by = model, version, manifest = _made_by(row)
+            name = row["photo"]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(f"{unfinished.name} is damaged; {remedy}") from error
+        if not done:
+            expected = (client.model, client.version or version, manifest)
+            client.version = version
+        if made_by != expected:
+            other = f"{model} version {version}"
+            raise ValueError(f"{unfinished.name} has vectors of {other}; {remedy}")
+        done.add(name)
     if (
         done
         and version in client.versions()
         and manifest != (client.manifest_sha256(version) or "")
     ):
         other = f"another version {version} than is served"
-        raise ValueError(f"{unfinished} has vectors of {other}; {remedy}")
+        raise ValueError(f"{unfinished.name} has vectors of {other}; {remedy}")
     return done
 
 
