@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -37,6 +39,7 @@ from support.servers import running
 from support.tls import certificate
 
 from npair.client import NpairClient, Thresholds
+from npair.client.rows import alone
 
 CLIENT = ROOT / "model/api/client.py"
 NOBODY = "http://127.0.0.1:9"
@@ -125,14 +128,18 @@ class TestEmbed:
             bad = [f"IMAGE[{index}]: broken" for index, length in lengths if length == 2]
             return (400, json.dumps({"error": "; ".join(bad)})) if bad else echo(photos, path)
 
-        out, missing = tmp_path / "out.npz", photos / "missing.jpg"
+        out, missing, huge = tmp_path / "out.npz", photos / "missing.jpg", photos / "huge.jpg"
+        huge.touch()
+        os.truncate(huge, 3_000_000_000)
         with serving(answer) as (url, _):
-            result = run(url, "embed", photos, missing, "--out", out, "--json")
+            again = [photos / "a.png", missing]
+            result = run(url, "embed", photos, missing, *again, "--out", out, "--json")
         assert result.returncode == 1
+        assert "huge.jpg: 3000000000 bytes, more than the limit of 100000000" in result.stderr
         assert "b.jpg: broken" in result.stderr
         assert "missing.jpg: cannot be read: No such file" in result.stderr
-        assert "2 of 4 photos left out" in result.stderr
-        counts = {"embedded": 2, "left_out": 2}
+        assert "3 of 5 photos left out" in result.stderr
+        counts = {"embedded": 2, "left_out": 3}
         expected = {"out": str(out), **counts, "model": "npair", "version": "1"}
         assert json.loads(result.stdout) == expected
         with np.load(out) as saved:
@@ -289,9 +296,10 @@ class TestEmbed:
     def test_a_closed_pipe_ends_quietly(self, hundred: Path) -> None:
         with serving() as (url, _):
             process = subprocess.Popen(
-                [sys.executable, CLIENT, "embed", *[hundred] * 5, "--url", url],
+                [sys.executable, CLIENT, "embed", hundred, "--url", url],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
+                pipesize=4096,
             )
             assert process.stdout is not None
             process.stdout.readline()
@@ -428,6 +436,44 @@ class TestResume:
         assert unfinished.read_bytes() == kept
         unfinished.write_text("[]\n")
         assert "is damaged" in run(NOBODY, "embed", hundred, "--out", out).stderr
+
+    @pytest.mark.parametrize("suffix", ["npz", "jsonl"])
+    def test_two_at_once_do_not_mix(self, hundred: Path, suffix: str) -> None:
+        out = hundred.parent / f"out.{suffix}"
+        asked, go_on = threading.Event(), threading.Event()
+
+        def answer(photos: PHOTOS, path: str) -> tuple[int, str]:
+            if photos and len(photos[0]) == 33:
+                asked.set()
+                assert go_on.wait(60)
+            return echo(photos, path)
+
+        with serving(answer) as (url, server), ThreadPoolExecutor(1) as pool:
+            first = pool.submit(run, url, "embed", hundred, "--out", out)
+            assert asked.wait(60)
+            second = run(url, "embed", hundred, "--out", out)
+            go_on.set()
+            done = first.result()
+        assert second.returncode == 2
+        assert f"another embed is writing {out}.unfinished" in second.stderr
+        assert (done.returncode, sum(map(len, server.batches))) == (0, 100), done.stderr
+
+    def test_a_file_that_the_other_has_just_finished_begins_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, locked = tmp_path / "unfinished", fcntl.flock
+
+        def late(file: int, how: int) -> None:
+            if not (tmp_path / "out").exists():
+                path.replace(tmp_path / "out")
+            locked(file, how)
+
+        path.write_bytes(b"rows\n")
+        monkeypatch.setattr("fcntl.flock", late)
+        with alone(path) as file:
+            file.write(b"others\n")
+        assert (tmp_path / "out").read_bytes() == b"rows\n"
+        assert path.read_bytes() == b"others\n"
 
 
 class TestSavedVectors:

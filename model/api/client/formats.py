@@ -19,7 +19,10 @@ CONVERTED = {
     "BMP": rb"BM.{4}\0{4}",
     "TIFF": rb"II\*\0(?!.{4}CR)|MM\0\*|II\+\0|MM\0\+",  # CR: raw files of Canon
 }
-SERVED = re.compile(rb"\xff\xd8\xff|\x89PNG|RIFF.{4}WEBP", re.DOTALL)
+SERVED = rb"\xff\xd8\xff|\x89PNG|RIFF.{4}WEBP"
+READ = re.compile(b"|".join([*CONVERTED.values(), SERVED]), re.DOTALL)
+LAZY = ("GIF", "BMP", "TIFF")  # Pillow reads as much of them as it decodes
+MAX_BYTES = 100_000_000  # of other files, which are read whole; no server is meant to take more
 MAX_PIXELS = 64_000_000  # the server's limit for its own formats
 # A larger photo is halved before it is encoded, so that its PNG has at most 16 MB. Networks see
 # less than a megapixel.
@@ -36,17 +39,19 @@ def encoded_photo(photo: Path | IO[bytes]) -> bytes:
     until it has at most SENT_PIXELS.
 
     photo: a path, or a seekable binary file.
-    Raises: OSError; ValueError with a reason and a remedy if the photo cannot be converted.
+    Raises: OSError; ValueError with a reason if the photo is too large or cannot be converted.
     """
     if isinstance(photo, Path):
         with photo.open("rb") as file:
             return encoded_photo(file)
     start = photo.read(32)
-    photo.seek(0)
     matches = (kind for kind, begin in CONVERTED.items() if re.match(begin, start, re.DOTALL))
     kind = next(matches, None)
+    if kind not in LAZY and (size := photo.seek(0, io.SEEK_END)) > MAX_BYTES:
+        raise ValueError(f"{size} bytes, more than the limit of {MAX_BYTES}")
+    photo.seek(0)
     if kind is None:
-        return photo.read()
+        return photo.read(MAX_BYTES)  # a device has no size
     try:
         from PIL import AvifImagePlugin, Image  # noqa: F401, PLC0415  # with AVIF: Pillow 11.3
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .formats import SERVED, encoded_photo
+from .formats import MAX_BYTES, READ, encoded_photo
 
 SUFFIXES = {
     *(".apng", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp"),  # sent as they are
@@ -39,34 +39,53 @@ class Unread:
     def read(self) -> bytes:
         """Raises: OSError; ValueError with a reason."""
         if self._path == STDIN:
-            return encoded_photo(io.BytesIO(sys.stdin.buffer.read()))
-        content = encoded_photo(self._path)
-        if self._path.suffix.lower() in OTHER_SUFFIXES and not SERVED.match(content):
-            raise ValueError("neither the server nor this command reads it; save it as JPEG")
-        return content
+            content = sys.stdin.buffer.read(MAX_BYTES + 1)
+            if len(content) > MAX_BYTES:
+                raise ValueError(f"more than {MAX_BYTES} bytes on standard input")
+            return encoded_photo(io.BytesIO(content))
+        with self._path.open("rb") as file:
+            if self._path.suffix.lower() in OTHER_SUFFIXES and not READ.match(file.read(32)):
+                raise ValueError("neither the server nor this command reads it; save it as JPEG")
+            file.seek(0)
+            return encoded_photo(file)
 
 
-def photos_in(
-    paths: Iterable[Path],
-    passed_over: Counter[str] | None = None,
-    visited: set[str] | None = None,
-) -> Iterator[Path]:
+def photos_in(paths: Iterable[Path], passed_over: Counter[str] | None = None) -> Iterator[Path]:
     """Yield the paths, and for a folder the photos in it and below, sorted by name.
 
-    Skips hidden files and folders, ``._`` files among them, and SYSTEM_FOLDERS. Follows symlinks,
-    and visits no folder twice. npair.data.sources.find_photos has the same rule.
+    Skips hidden files and folders, ``._`` files among them, and SYSTEM_FOLDERS. Follows symlinks.
+    Visits no folder twice and yields no path twice, but STDIN. npair.data.sources.find_photos has
+    the same rule.
 
     passed_over: counts the other files of folders, except hidden ones, by suffix.
-    visited: the real paths of folders that are not visited again.
     """
+    paths = list(paths)
     passed_over = Counter() if passed_over is None else passed_over
+    # Only a path that is given can come twice: no set of all photos is needed.
+    visited, given, yielded = set[str](), {*paths} - {STDIN}, set[Path]()
     for path in paths:
         if not path.is_dir():
-            yield path
+            found = iter((path,))
+        elif (real := os.path.realpath(path)) not in visited:
+            visited.add(real)
+            found = _photos_below(path, passed_over, visited)
+        else:
             continue
-        known = {os.path.realpath(path)} if visited is None else visited
-        names = _names_in(path, passed_over, known)
-        yield from photos_in((path / name for name in names), passed_over, known)
+        for photo in found:
+            if photo in yielded:
+                continue
+            if photo in given:
+                yielded.add(photo)
+            yield photo
+
+
+def _photos_below(folder: Path, passed_over: Counter[str], visited: set[str]) -> Iterator[Path]:
+    for name in _names_in(folder, passed_over, visited):
+        path = folder / name
+        if path.is_dir():
+            yield from _photos_below(path, passed_over, visited)
+        else:
+            yield path
 
 
 def _names_in(folder: Path, passed_over: Counter[str], visited: set[str]) -> list[str]:

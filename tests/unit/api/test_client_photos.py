@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import sysconfig
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ from PIL import Image
 from support import profiles
 from support.models import ROOT, SHIPPED
 
-from npair.client.formats import MAX_PIXELS, SENT_PIXELS, encoded_photo
-from npair.client.photos import photos_in
+from npair.client.formats import MAX_BYTES, MAX_PIXELS, SENT_PIXELS, encoded_photo
+from npair.client.photos import Unread, photos_in
 from npair.data.sources import find_photos
 from npair.serving.preprocess import Limits, Preprocessing, decode
 
@@ -151,6 +153,30 @@ class TestSize:
         with pytest.raises(ValueError, match=r"9000x9000 pixels, more than .*; save it as"):
             converted(Image.new("1", (9000, 9000)), "TIFF", compression="group4")
 
+    @pytest.mark.parametrize(
+        ("name", "start", "reason"),
+        [
+            ("photo.jpg", b"\xff\xd8\xff", "200000000 bytes, more than the limit of 100000000"),
+            ("photo.heic", b"\0\0\0 ftypheic", "200000000 bytes, more than the limit"),
+            ("disk.raw", b"", "neither the server nor this command reads it"),
+        ],
+    )
+    def test_a_huge_file_is_not_read(
+        self, name: str, start: bytes, reason: str, tmp_path: Path
+    ) -> None:
+        path = tmp_path / name
+        path.write_bytes(start)
+        os.truncate(path, 200_000_000)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=reason):
+            Unread(path).read()
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < 1_000_000
+
+    def test_nor_is_a_device_that_never_ends(self) -> None:
+        assert len(encoded_photo(Path("/dev/zero"))) == MAX_BYTES
+
 
 class TestRefused:
     @pytest.mark.parametrize("kind", ["HEIF", "AVIF", "GIF", "TIFF", "BMP"])
@@ -208,3 +234,15 @@ def test_folders_are_searched_by_the_rule_of_training(tmp_path: Path) -> None:
     found = [str(path.relative_to(root)) for path in photos_in([root])]
     assert found == ["a/1.jpg", "b/2.jpg", "b/c/6.png", "outside/7.jpg", "photo.jpg"]
     assert sorted(root / name for name in found) == find_photos(root)[0]
+
+
+def test_what_is_given_twice_is_found_once(tmp_path: Path) -> None:
+    for name in ("a/1.jpg", "a/b/2.jpg", "3.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    one, two, three = (tmp_path / name for name in ("a/1.jpg", "a/b/2.jpg", "3.jpg"))
+    assert [*photos_in([three, one, three])] == [three, one]
+    assert [*photos_in([two, tmp_path / "a", one, tmp_path / "link"])] == [two, one]
+    assert [*photos_in([tmp_path / "a/b", tmp_path])] == [two, three, one]
+    assert [*photos_in([Path("-"), Path("-")])] == [Path("-")] * 2
