@@ -167,8 +167,11 @@ def connected(url: str, wait: float, **options: Any) -> Iterator[NpairClient]:
     """
     log.handlers = [Retries()]
     log.setLevel(logging.INFO)
-    retries = retries_within(wait)
-    with NpairClient(url, retries=retries, **options, **from_environment()) as client:
+    if not 0 <= wait <= 1e6:
+        raise ValueError(f"--wait must be a number of seconds from 0 to 1000000, got {wait}")
+    retries = int(math.log2(wait / BACKOFF_SECONDS + 1))  # as many as their pauses leave time for
+    options |= {"retries": retries, "retry_seconds": wait}
+    with NpairClient(url, **options, **from_environment()) as client:
         yield client
 
 
@@ -176,13 +179,6 @@ def reason_of(error: NpairError) -> str:
     """Describe an error, and the next step."""
     remedies = (remedy for kind, remedy in REMEDIES.items() if isinstance(error, kind))
     return "; ".join([str(error), *remedies])
-
-
-def retries_within(seconds: float) -> int:
-    """Return how many retries of NpairClient take at most so long. Raises: ValueError."""
-    if not 0 <= seconds <= 1e6:
-        raise ValueError(f"--wait must be a number of seconds from 0 to 1000000, got {seconds}")
-    return int(math.log2(seconds / BACKOFF_SECONDS + 1))
 
 
 class Retries(logging.Handler):

@@ -28,7 +28,7 @@ from .errors import (
     UnavailableError,
     VersionGoneError,
 )
-from .pool import Pool
+from .pool import PATIENT_RETRIES, Pool
 from .results import Configuration, Embeddings, Thresholds
 from .stream import EmbeddingStream, Photo, read
 from .transports import GrpcTransport, HttpTransport, StrPath, Transport, tls_context
@@ -40,6 +40,8 @@ log = logging.getLogger("npair.client")
 DEFAULT_URL = "http://127.0.0.1:8000"
 # A socket's timeout wraps around where its milliseconds exceed 32 bits.
 MAX_SECONDS = 1e6
+# By scheme. gRPC has no paths.
+PATHS = {"http": "[!-~]*", "https": "[!-~]*", "grpc": "/?", "grpcs": "/?"}
 MAX_RECONNECTS = 8  # to look for another server behind the same address
 # The smallest PNG: one white pixel.
 PIXEL = bytes.fromhex(
@@ -57,11 +59,13 @@ class NpairClient:
     connections; over gRPC, do not fork while another thread has a call under way, which can crash
     the child, and leave GRPC_ENABLE_FORK_SUPPORT unset. A pickled client contains its API key.
 
-    url: http, https, grpc or grpcs://host:port. Proxies named by the environment are not used.
+    url: http(s)://host:port/path or grpc(s)://host:port; grpc:// needs the port. Proxies named by
+        the environment are not used.
     version: pins a version; if None, each call of embed() stays with the version it first gets.
     timeout: seconds for one request, a million at most.
     retries: repeats of a request if no server answers, and of embed() if its version is gone. Each
         takes a new connection, on which a balancer may choose another server.
+    retry_seconds: no repeat of a request begins later than this after its first try.
     batch_size, batch_bytes: limits of one request; a larger photo travels alone.
     ca: certificates (PEM) to trust over https:// and grpcs:// instead of the system's.
     cert: certificate and key (PEM, without password) for a server that asks for one.
@@ -75,6 +79,7 @@ class NpairClient:
     version: str | None = None
     timeout: float = 30.0
     retries: int = 3
+    retry_seconds: float = MAX_SECONDS
     batch_size: int = 32
     batch_bytes: int = 16_000_000
     ca: StrPath | None = None
@@ -86,15 +91,19 @@ class NpairClient:
         if parts.username is not None:
             raise ValueError("the URL must not hold a name or password; use api_key")
         try:
-            complete = parts.hostname and parts.port != 0
+            # Without a port, gRPC would take that of TLS.
+            complete = parts.hostname and parts.port != 0 and (parts.port or parts.scheme != "grpc")
         except ValueError:  # the port is not a number
             complete = False
-        if parts.scheme not in ("http", "https", "grpc", "grpcs") or not complete:
+        path = PATHS.get(parts.scheme)
+        if not complete or path is None or not re.fullmatch(path, parts.path) or any(parts[3:]):
             raise ValueError(
                 f"the URL must be like http://host:8000 or grpc://host:8001, got {self.url!r}"
             )
-        if not (self.batch_size >= 1 and self.batch_bytes >= 1 and self.retries >= 0):  # or nan
-            raise ValueError("batch_size and batch_bytes must be positive, retries not negative")
+        if not (self.batch_size >= 1 and self.batch_bytes >= 1):  # or nan
+            raise ValueError("batch_size and batch_bytes must be positive")
+        if not (self.retries >= 0 and self.retry_seconds >= 0):
+            raise ValueError("retries and retry_seconds must not be negative")
         if not 0 < self.timeout <= MAX_SECONDS:
             limit = f"above 0 and up to {MAX_SECONDS:.0f}"
             raise ValueError(f"timeout must be a number of seconds {limit}, got {self.timeout}")
@@ -123,6 +132,11 @@ class NpairClient:
     def close(self) -> None:
         """Close the connections and end the calls of other threads; may be called again."""
         self._pool.close()
+
+    def be_patient(self) -> None:
+        """Wait half a minute or more for a server that has answered, should it go away."""
+        self.retries = max(self.retries, PATIENT_RETRIES)
+        self.retry_seconds = MAX_SECONDS
 
     def copy(self) -> NpairClient:
         """Make a client with the same arguments and connections of its own."""
@@ -173,7 +187,8 @@ class NpairClient:
         Raises: InvalidPhotoError that names every refused photo, other NpairErrors, OSError for an
         unreadable file, ValueError if there is no photo.
         """
-        one = isinstance(images, str | os.PathLike | bytes) or hasattr(images, "read")
+        single = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview)
+        one = single or hasattr(images, "read")
         photos: list[Photo] = [images] if one else list(images)  # type: ignore[list-item, arg-type]
         # Files are read once, though a call may start over.
         photos = [read(photo) if hasattr(photo, "read") else photo for photo in photos]
@@ -201,6 +216,8 @@ class NpairClient:
 
     def _infer(self, photos: Sequence[bytes], version: str | None, retries: int) -> Embeddings:
         """Embed one batch in one request."""
+        if version is not None and not re.fullmatch("[1-9][0-9]{0,17}", version):
+            raise self._gone(version, None)  # Triton would take 017 or +17 for 17
         request = uuid.uuid4().hex
         answer = self._call(
             lambda transport: transport.infer(photos, version or "", request), retries, version
@@ -222,6 +239,7 @@ class NpairClient:
         Not after a timeout: the server may still be at work, and a retry would add to its load.
         """
         attempt, rounds = 0, MAX_RECONNECTS if retries else 0
+        last = time.monotonic() + self.retry_seconds
         with self._pool.lend() as transport:
             while True:
                 try:
@@ -233,11 +251,15 @@ class NpairClient:
                         if not rounds:
                             raise self._gone(version, served) from error
                         rounds -= 1
-                    elif attempt == retries or isinstance(error, InvalidRequestError):
+                    elif (
+                        attempt == retries
+                        or isinstance(error, InvalidRequestError)
+                        or (left := last - time.monotonic()) <= 0
+                    ):
                         raise
                     else:
                         log.info("%s does not answer (%s); trying again", self.url, error)
-                        self._pool.back_off(attempt)
+                        self._pool.back_off(attempt, left)
                         attempt += 1
                 self._reconnect(transport, version)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import threading
@@ -50,9 +51,9 @@ class Pool:
             if self._closed.is_set():
                 self._close_idle()
 
-    def back_off(self, attempt: int) -> None:
+    def back_off(self, attempt: int, most: float = math.inf) -> None:
         """Back off exponentially, with jitter. Raises: RuntimeError if the client is closed."""
-        self._closed.wait(BACKOFF_SECONDS * 2**attempt * random.uniform(0.5, 1))
+        self._closed.wait(min(BACKOFF_SECONDS * 2**attempt * random.uniform(0.5, 1), most))
         self.check_open()
 
     def check_open(self) -> None:

@@ -27,7 +27,6 @@ from .errors import (
     VersionGoneError,
 )
 from .photos import Unread, photos_in
-from .pool import PATIENT_RETRIES
 from .results import Embedded, Vectors
 from .stream import EmbeddingStream
 
@@ -75,7 +74,7 @@ class Rows:
         try:
             for result, name in zip(self._progress(stream), names, strict=True):
                 total += 1
-                self._client.retries = max(self._client.retries, PATIENT_RETRIES)
+                self._client.be_patient()
                 if result.vector is None:
                     self.left_out += 1
                     say(f"{shown(name)}: {result.reason}")

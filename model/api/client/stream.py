@@ -24,7 +24,7 @@ class Readable(Protocol):
     def read(self) -> bytes: ...
 
 
-Photo = str | os.PathLike[str] | bytes | Readable
+Photo = str | os.PathLike[str] | bytes | bytearray | memoryview | Readable
 
 
 class EmbeddingStream:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import json
 import os
 import socket
 import ssl
+import time
 from collections.abc import Mapping, Sequence
 from email.message import Message
 from functools import partial
@@ -69,8 +71,9 @@ class HttpTransport:
         address: str | None = None,
     ) -> None:
         parts = urlsplit(url)
-        self._connection = _HttpConnection(parts, address, timeout, tls)
+        self._connection = _HttpConnection(parts, address, tls)
         self._path, self._headers, self._aborted = parts.path.rstrip("/"), headers, False
+        self._timeout = timeout
         self.model, self._model = model, f"/v2/models/{quote(model)}"
 
     def infer(self, photos: Sequence[bytes], version: str, request: str) -> Embeddings:
@@ -108,7 +111,12 @@ class HttpTransport:
 
         Raises: InferenceServerException for a status other than 200, OSError, HTTPException.
         """
-        headers = {**self._headers, **headers}
+        self._connection.deadline = time.monotonic() + self._timeout
+        return self._exchange(method, self._path + path, body, {**self._headers, **headers})
+
+    def _exchange(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
+    ) -> tuple[bytes, Message]:
         kept = self._connection.sock is not None
         try:
             if not kept:
@@ -116,7 +124,7 @@ class HttpTransport:
             if self._aborted:
                 raise ConnectionAbortedError("the client is closed")
             with contextlib.suppress(ConnectionError):  # a proxy may refuse a body it is still sent
-                self._connection.request(method, self._path + path, body, headers)
+                self._connection.request(method, path, body, headers)
             answer = self._connection.getresponse()
             content = answer.read()
             if not content and answer.getheader("Content-Length") is None:
@@ -126,7 +134,7 @@ class HttpTransport:
             self._connection.close()
             closed = isinstance(error, ConnectionError | ssl.SSLEOFError)
             if kept and closed and not self._aborted:  # the server closed it while it was idle
-                return self.request(method, path, body, headers)
+                return self._exchange(method, path, body, headers)
             raise
         if answer.status != http.client.OK:
             try:
@@ -151,28 +159,68 @@ class HttpTransport:
 
 
 class _HttpConnection(http.client.HTTPConnection):
-    """A connection to an address; the Host header and the certificate are those of the URL."""
+    """A connection to an address; the Host header and the certificate are those of the URL.
 
-    def __init__(
-        self, url: SplitResult, address: str | None, timeout: float, tls: ssl.SSLContext | None
-    ) -> None:
+    deadline: when the request must be done, by the monotonic clock. A socket's timeout is that of
+    one call, and starts again with each byte of a slow answer.
+    """
+
+    sock: Any
+    deadline: float
+
+    def __init__(self, url: SplitResult, address: str | None, tls: ssl.SSLContext | None) -> None:
         self._tls = None
         if url.scheme == "https":
             self.default_port = http.client.HTTPS_PORT
             self._tls = tls or ssl.create_default_context()
-        super().__init__(url.hostname or "", url.port, timeout=timeout)
+        super().__init__(url.hostname or "", url.port)
         self._address = address or self.host
 
+    def left(self) -> float:
+        """Return the seconds until the deadline. Raises: TimeoutError."""
+        if (left := self.deadline - time.monotonic()) <= 0:
+            raise TimeoutError("timed out")
+        return left
+
     def connect(self) -> None:
-        limit = min(self.timeout or CONNECT_SECONDS, CONNECT_SECONDS)
+        limit = min(self.left(), CONNECT_SECONDS)
         try:
             self.sock = socket.create_connection((self._address, self.port), limit)
         except TimeoutError as error:
-            raise TimeoutError(f"no connection within {limit:g} s") from error
-        self.sock.settimeout(self.timeout)
+            raise TimeoutError(f"no connection within {limit:.2g} s") from error
+        self.sock.settimeout(self.left())
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tls is not None:
             self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
+
+    def send(self, data: Any) -> None:
+        self.sock.settimeout(self.left())
+        super().send(data)
+
+    def response_class(self, sock: socket.socket, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]
+        answer = http.client.HTTPResponse(sock, **options)
+        answer.fp.close()
+        answer.fp = io.BufferedReader(_InTime(self, sock))
+        return answer
+
+
+class _InTime(io.RawIOBase):
+    """Reads from a connection's socket, and waits no longer than until the deadline."""
+
+    def __init__(self, connection: _HttpConnection, sock: socket.socket) -> None:
+        self._connection, self._sock = connection, sock
+        self._raw = sock.makefile("rb", buffering=0)  # the socket stays open until it is closed
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._sock.settimeout(self._connection.left())
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 class GrpcTransport:
@@ -190,11 +238,12 @@ class GrpcTransport:
     ) -> None:
         parts = urlsplit(url)
         certificate, key = cert or (None, None)
+        system = ssl.get_default_verify_paths().cafile  # as for https://; gRPC brings its own
         self._connect = partial(
             tritonclient.grpc.InferenceServerClient,
             parts.netloc,
             ssl=parts.scheme == "grpcs",
-            root_certificates=ca,
+            root_certificates=ca or system,
             certificate_chain=certificate,
             private_key=key,
             channel_args=[

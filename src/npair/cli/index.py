@@ -22,7 +22,6 @@ from npair.cli.options import (
 )
 from npair.client import PIXEL, InvalidPhotoError, NpairClient, NpairError
 from npair.client.cli import connected, reason_of
-from npair.client.pool import PATIENT_RETRIES
 
 NAMED = 5  # missing photos
 
@@ -112,8 +111,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
     with _connected(arguments) as client:
         client.embed(PIXEL)
-        # A server that has answered is waited for if it restarts.
-        client.retries = max(client.retries, PATIENT_RETRIES)
+        client.be_patient()
         built = build(arguments.photos, arguments.index, client, prune=arguments.prune)
     for photo, reason in built.left_out.items():
         say(f"left out: {photo}: {reason}")

@@ -106,11 +106,11 @@ class Embedder:
         request = _parsed(body)
         photos = [request.input] if isinstance(request.input, str) else request.input
         decoded = [_decoded(photo, index) for index, photo in enumerate(photos)]
-        name, _, version = request.model.partition(":")
-        if name != self.client.model or (":" in request.model and not version.isdecimal()):
+        name, pinned, version = request.model.partition(":")
+        if name != self.client.model:
             raise self._unknown(request.model)
         with self.client.copy() as client:
-            client.version = version or None
+            client.version = version if pinned else None
             try:
                 vectors, version = client.embed(decoded)
             except InvalidPhotoError as error:

@@ -62,7 +62,8 @@ class TestBatches:
             vectors = client.embed([path, str(path), b"123", file]).vectors
             assert vectors[:, 0].tolist() == [5, 5, 3, 5]
             assert client.embed(path).vectors.shape == (1, 128)
-            assert client.embed(b"123").vectors.shape == (1, 128)
+            for content in (b"123", bytearray(b"123"), memoryview(b"123")):
+                assert client.embed(content).vectors.shape == (1, 128)
 
     def test_reads_photos_as_it_goes(self) -> None:
         taken = 0
@@ -156,6 +157,14 @@ class TestVersionGone:
         gone = pytest.raises(VersionGoneError, match=reason)
         with client_of(changing(after=0), version="1") as (client, _), gone:
             client.embed([b"a"])
+
+    @pytest.mark.parametrize("version", ["017", " 17", "+17", "17/../17", "17?x", "9" * 20, "one"])
+    def test_nor_does_one_that_no_version_can_have(self, version: str) -> None:
+        """Triton takes some of these for 17."""
+        gone = pytest.raises(VersionGoneError, match=re.escape(f"version {version} of model npair"))
+        with client_of(version=version) as (client, server), gone:
+            client.embed([b"a"])
+        assert server.batches == []
 
 
 class TestConnections:
@@ -286,6 +295,19 @@ class TestErrors:
         with client_of(lambda photos, _: next(answers, embeddings(photos))) as (client, _):
             assert client.embed(b"photo").vectors.shape == (1, 128)
 
+    @pytest.mark.parametrize(("seconds", "most"), [(0, 1), (1, 4)])
+    def test_retries_for_no_longer_than_is_asked(self, seconds: float, most: int) -> None:
+        """The time counts that a server takes to refuse."""
+
+        def answer(*_: object) -> tuple[int, str]:
+            time.sleep(0.4)
+            return 503, '{"error": "starting"}'
+
+        limits: dict[str, Any] = {"retries": 8, "retry_seconds": seconds}
+        with client_of(answer, **limits) as (client, server), pytest.raises(UnavailableError):
+            client.embed(b"photo")
+        assert min(most, 2) <= len(server.batches) <= most
+
     def test_retries_for_the_configuration_too(self) -> None:
         answers = iter([(429, "<html>"), (503, '{"error": "starting"}')])
         with client_of(lambda *_: next(answers, (200, '{"parameters": {}}'))) as (client, _):
@@ -300,8 +322,14 @@ class TestErrors:
         "arguments",
         [
             *({"url": url} for url in ("ftp://a", "localhost:8000", "http://a:x")),
+            *(
+                {"url": url}
+                for url in ("http://a/b c", "http://a/\xe4", "http://a?b", "http://a#b")
+            ),
+            *({"url": url} for url in ("grpc://a", "grpc://a:1/b", "grpcs://a:1?b")),
             {"url": "http://user:secret@a:1"},
             *({"timeout": 0}, {"retries": -1}, {"batch_size": 0}, {"batch_bytes": 0}),
+            *({"retry_seconds": seconds} for seconds in (-1, math.nan)),
             *({"timeout": seconds} for seconds in (-1, 1e7, 1e10, math.inf, math.nan)),
             *({name: math.nan} for name in ("retries", "batch_size", "batch_bytes")),
             *({"api_key": "two words"}, {"api_key": "clé"}),
@@ -372,6 +400,7 @@ class TestPickle:
     def test_a_client_is_its_arguments(self, tmp_path: Path) -> None:
         cert, key = certificate(tmp_path)
         limits: dict[str, Any] = {"timeout": 1.5, "retries": 7, "batch_size": 2, "batch_bytes": 9}
+        limits["retry_seconds"] = 0.5
         files: dict[str, Any] = {"ca": cert, "cert": (cert, key)}
         given = {"model": "other", "version": "3", "api_key": "abc"} | limits | files
         with NpairClient("https://127.0.0.1:9", **given) as client:

@@ -23,6 +23,7 @@ from support.tls import certificate
 from npair.client import (
     AccessDeniedError,
     HttpTransport,
+    InvalidRequestError,
     NpairClient,
     NpairError,
     RequestTimeoutError,
@@ -59,6 +60,24 @@ class TestTime:
             began = time.monotonic()
             fails(f"{scheme}://{address(silent)}", RequestTimeoutError, timeout=0.5)
             assert time.monotonic() - began < 5
+
+    @pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"])
+    def test_an_answer_that_never_ends_is_none(self, start: bytes) -> None:
+        """Each byte comes in time; the whole answer would take minutes."""
+
+        def trickle() -> None:
+            with listener.accept()[0] as connection, suppress(OSError):
+                connection.recv(1 << 20)
+                connection.sendall(start)
+                while True:
+                    connection.sendall(b"x")
+                    time.sleep(0.2)
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            threading.Thread(target=trickle, daemon=True).start()
+            began = time.monotonic()
+            fails(f"http://{address(listener)}", RequestTimeoutError, timeout=1)
+            assert time.monotonic() - began < 20
 
     def test_a_connection_to_a_machine_that_is_gone_ends(self) -> None:
         """TCP_USER_TIMEOUT ends a connection if data is not acknowledged within 10 s."""
@@ -243,6 +262,25 @@ class TestCertificates:
         refused = pytest.raises(UnavailableError, match="CERTIFICATE_VERIFY_FAILED")
         with client_of(tls=tls, retries=0) as (client, _), refused:
             client.embed(b"photo")
+
+    def test_those_of_the_system_are_trusted(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whatever the protocol. SSL_CERT_FILE names others, for Python and OpenSSL."""
+        cert, key = certificate(tmp_path)
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(cert, key)
+        credentials = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
+        with serving(tls=tls) as (url, _), ThreadPoolExecutor(1) as pool:
+            server = grpc.server(pool)
+            port = server.add_secure_port("127.0.0.1:0", credentials)
+            server.start()
+            monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+            with NpairClient(url) as client:
+                client.check()
+            # It answers that it does not have the method.
+            fails(f"grpcs://127.0.0.1:{port}", InvalidRequestError, retries=0)
+            server.stop(None).wait()
 
     def test_the_client_and_its_copies_show_theirs(self, tmp_path: Path) -> None:
         cert, key = certificate(tmp_path)
