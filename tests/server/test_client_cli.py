@@ -33,13 +33,14 @@ from support.fake_server import (
     embeddings,
     of_version,
     serving,
+    unit,
 )
 from support.models import ROOT, SHIPPED
 from support.servers import running
 from support.tls import certificate
 
 from npair.client import NpairClient, Thresholds
-from npair.client.rows import alone
+from npair.client.rows import alone, load_saved
 
 CLIENT = ROOT / "model/api/client.py"
 NOBODY = "http://127.0.0.1:9"
@@ -484,7 +485,7 @@ class TestSavedVectors:
         photo = photos / "a.png"
         one, two = saved = [tmp_path / "one.npz", tmp_path / "two.npz"]
         for version, path in zip("12", saved, strict=True):
-            with serving(of_version(version)) as (url, _):
+            with serving(of_version(version, unit=True)) as (url, _):
                 assert run(url, "embed", photo, "--out", path).returncode == 0
         elsewhere, strange = tmp_path / "elsewhere.npz", tmp_path / "strange.npz"
         with np.load(two) as arrays:
@@ -513,7 +514,7 @@ class TestSavedVectors:
 
     def test_of_json_lines_are_read(self, photos: Path, tmp_path: Path) -> None:
         out, mixed = tmp_path / "out.jsonl", tmp_path / "mixed.jsonl"
-        with serving() as (url, server):
+        with serving(unit) as (url, server):
             assert run(url, "embed", photos, "--out", out).returncode == 0
             row = json.loads(out.read_text().splitlines()[0])
             mixed.write_text(out.read_text() + json.dumps(row | {"version": "2"}) + "\n")
@@ -522,13 +523,14 @@ class TestSavedVectors:
             refused = run(url, "rank", photos / "b.jpg", mixed)
         assert len(server.batches) == before + 1, "only the query is embedded"
         found = [(Path(each["photo"]).name, each["cosine"]) for each in ranked["ranked"]]
-        assert found == [("c.WEBP", 8), ("a.png", 6), ("b.jpg", 4)]
+        assert [name for name, _ in found] == ["b.jpg", "a.png", "c.WEBP"]
+        assert [cosine for _, cosine in found] == pytest.approx([1, 0.9947, 0.9780], abs=1e-4)
         assert refused.returncode == 2
         assert "mixed.jsonl holds no vectors: rows of several versions" in refused.stderr
 
     def test_compare_takes_those_of_one_photo(self, photos: Path, tmp_path: Path) -> None:
         a, b, many = (tmp_path / name for name in ("a.npz", "b.npz", "many.npz"))
-        with serving() as (url, server):
+        with serving(unit) as (url, server):
             for source, out in ((photos / "a.png", a), (photos / "b.jpg", b), (photos, many)):
                 assert run(url, "embed", source, "--out", out).returncode == 0
             before = len(server.batches)
@@ -536,11 +538,46 @@ class TestSavedVectors:
             assert len(server.batches) == before, "saved vectors are not embedded again"
             one = run(url, "compare", photos / "b.jpg", a, "--json")
             several = run(url, "compare", photos / "b.jpg", many)
-        expected = {"cosine": 6.0, "version": "1", "same_product": None}
-        assert json.loads(both.stdout) == json.loads(one.stdout) == expected
+        expected = {"version": "1", "same_product": None}
+        for told in map(json.loads, (both.stdout, one.stdout)):
+            assert told.pop("cosine") == pytest.approx(0.9947, abs=1e-4)
+            assert told == expected
         assert several.returncode == 2
         reason = "many.npz holds the vectors of 3 photos, and compare takes one"
         assert reason in several.stderr
+
+    def test_damaged_or_strange_ones_are_refused(self, photos: Path, tmp_path: Path) -> None:
+        """Whatever is wrong with a file, one line names it."""
+        good, lines = tmp_path / "good.npz", tmp_path / "deep.jsonl"
+        with serving(unit) as (url, _):
+            assert run(url, "embed", photos, "--out", good).returncode == 0
+        with np.load(good) as arrays:
+            whole = dict(arrays)
+        vectors, damaged = whole["vectors"], good.read_bytes()
+        method = damaged.index(b"PK\1\2") + 10
+        (tmp_path / "method.npz").write_bytes(damaged[:method] + b"\x63" + damaged[method + 1 :])
+        flags = method - 2
+        (tmp_path / "flags.npz").write_bytes(damaged[:flags] + b"\1" + damaged[flags + 1 :])
+        lines.write_text("[" * 100_000)
+        for name, changed in {
+            "few": {"names": whole["names"][:1]},
+            "scalar": {"vectors": np.float32(3)},
+            "nan": {"vectors": np.full_like(vectors, np.nan)},
+            "long": {"vectors": vectors * 79},
+        }.items():
+            np.savez(tmp_path / name, **(whole | changed))
+        names = ["method.npz", "flags.npz", "few.npz", "scalar.npz", "nan.npz", "long.npz"]
+        np.savez(tmp_path / "short", **(whole | {"vectors": vectors[:, :64]}))
+        with NpairClient(NOBODY, retries=0) as client:
+            for path in [*(tmp_path / name for name in names), lines]:
+                with pytest.raises(ValueError, match=f"{path} holds no vectors: "):
+                    load_saved([path], client)
+            with pytest.raises(ValueError, match="holds vectors of 64 numbers"):
+                load_saved([good, tmp_path / "short.npz"], client)
+        with serving(unit) as (url, _):
+            beside = run(url, "rank", photos / "a.png", tmp_path / "short.npz")
+        assert beside.returncode == 2
+        assert "vectors of 64 numbers, and the server gives 128" in beside.stderr
 
 
 class TestCompare:
@@ -616,6 +653,17 @@ def test_names_stay_within_their_lines(tmp_path: Path, monkeypatch: pytest.Monke
     made = rf"2 photos embedded by npair version 1 in '{tmp_path}/caf\udce9.npz', 1 left out"
     assert embedded.stdout == f"{made}\n"
     assert compared.stderr == rf"client.py compare: '{folder}/bad\nc.jpg': broken" + "\n"
+
+
+def test_names_that_standard_output_lacks_are_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    (tmp_path / "\u82f9\u679c.jpg").write_bytes(b"x")
+    with serving() as (url, _):
+        ranked = run(url, "rank", tmp_path / "\u82f9\u679c.jpg", tmp_path)
+    assert ranked.returncode == 0, ranked.stderr
+    assert ranked.stdout.endswith("/\\u82f9\\u679c.jpg\n")
 
 
 class TestEnvironment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import math
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -16,16 +17,22 @@ PHOTOS = list[bytes]
 Answer = Callable[[PHOTOS, str], tuple[int, str]]  # (photos, path) to (status, body)
 
 
-def embeddings(photos: PHOTOS, version: str = "1") -> tuple[int, str]:
-    """Answer with vectors whose first component is the length of their photo."""
-    data = [float(value) for photo in photos for value in [len(photo), *[0] * 127]]
+def embeddings(photos: PHOTOS, version: str = "1", unit: bool = False) -> tuple[int, str]:
+    """Answer with vectors whose first component is the length of their photo.
+
+    unit: it is a tenth of that, and the second makes the vector's length 1.
+    """
+    data = list[float]()
+    for photo in photos:
+        first = len(photo) / 10 if unit else float(len(photo))
+        data += [first, math.sqrt(1 - first**2) if unit else 0.0, *[0.0] * 126]
     output = {"name": "EMBEDDING", "datatype": "FP32", "shape": [len(photos), 128], "data": data}
     return 200, json.dumps({"model_version": version, "outputs": [output]})
 
 
-def of_version(version: str) -> Answer:
+def of_version(version: str, unit: bool = False) -> Answer:
     """Embed as this version; answer other requests with an empty object."""
-    return lambda photos, _: embeddings(photos, version) if photos else (200, "{}")
+    return lambda photos, _: embeddings(photos, version, unit) if photos else (200, "{}")
 
 
 def always(status: int, body: str) -> Answer:
@@ -33,6 +40,7 @@ def always(status: int, body: str) -> Answer:
 
 
 echo = of_version("1")
+unit = of_version("1", unit=True)
 DENIED = always(401, '{"error": "a key is needed"}')
 UNHEALTHY = always(500, '{"error": "stub is not healthy"}')
 

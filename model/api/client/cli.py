@@ -30,7 +30,17 @@ from .errors import (
 from .photos import Unread, photos_in
 from .pool import BACKOFF_SECONDS
 from .results import Vectors
-from .rows import SAVED_SUFFIXES, Rows, alone, load_saved, resume, say, shown, write_npz
+from .rows import (
+    SAVED_SUFFIXES,
+    Rows,
+    Saved,
+    alone,
+    load_saved,
+    resume,
+    say,
+    shown,
+    write_npz,
+)
 
 EXIT_OK, EXIT_PHOTOS, EXIT_USAGE, EXIT_SERVER = 0, 1, 2, 3
 EXIT_INTERRUPTED, EXIT_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # as shells report them
@@ -63,9 +73,9 @@ def main() -> int:
 
 
 def print_any_name() -> None:
-    """Let standard output take the names of files that are not UTF-8, as they are."""
+    """Let standard output escape what its encoding lacks, as standard error does."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -81,9 +91,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     server.add_argument("--wait", default=5.0, help=wait, **seconds)
     timeout = "how long to wait for the answer to one request (default: %(default)g)"
     server.add_argument("--timeout", default=30.0, help=timeout, **seconds)
-    shared.add_argument("--json", action="store_true", help="print JSON")
 
-    def add(name: str, command: Command, summary: str, more: str = "") -> argparse.ArgumentParser:
+    def add(
+        name: str, command: Command, summary: str, more: str = "", printed: str = "print JSON"
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
             parents=[shared],
@@ -94,6 +105,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
             " NPAIR_CERT and NPAIR_KEY a certificate to show and its key. Exit codes: 0 done, 1 a"
             " photo was left out, 2 wrong usage, 3 the server failed.",
         )
+        added.add_argument("--json", action="store_true", help=printed)
         added.set_defaults(command=partial(run, command), prog=added.prog)
         return added
 
@@ -104,6 +116,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "Of folders, it takes the photos in them and below, but no hidden files. AVIF, BMP, GIF,"
         " HEIC and TIFF are converted if Pillow and pillow-heif are installed"
         " (pip install 'npair[heic]'). Photos that cannot be embedded are named and counted.",
+        "with --out, print the counts as JSON",
     )
     photos = "photo files or folders; - is a photo on standard input"
     embedding.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help=photos)
@@ -268,12 +281,13 @@ def compare(client: NpairClient, options: Options) -> int:
     saved = [path for path in (options.a, options.b) if path.suffix in SAVED_SUFFIXES]
     photos = [path for path in (options.a, options.b) if path not in saved]
     vectors: list[Vectors] = []
-    for path, (_, rows) in zip(saved, load_saved(saved, client), strict=True):
+    loaded = load_saved(saved, client)
+    for path, (_, rows) in zip(saved, loaded, strict=True):
         if len(rows) != 1:
             several = f"{path} holds the vectors of {len(rows)} photos"
             raise ValueError(f"{several}, and compare takes one; rank takes more")
         vectors += [*rows]
-    vectors += _embedded(photos, client)
+    vectors += _embedded(photos, client, loaded)
     cosine, version, threshold = float(vectors[0] @ vectors[1]), client.version, None
     thresholds = client.thresholds()
     if thresholds is not None and thresholds.version == version:
@@ -301,7 +315,7 @@ def rank(client: NpairClient, options: Options) -> int:
     saved = load_saved(paths, client)
     names = [name for of_file, _ in saved for name in of_file]
     blocks = [vectors for _, vectors in saved]
-    (query,) = _embedded([options.query], client)
+    (query,) = _embedded([options.query], client, saved)
     left_out = 0
     if photos := [path for path in options.gallery if path not in paths]:
         rows = Rows(client, photos)
@@ -334,12 +348,20 @@ def ready(client: NpairClient, options: Options) -> int:
     return EXIT_OK if reason is None else EXIT_SERVER
 
 
-def _embedded(photos: Sequence[Path], client: NpairClient) -> list[Vectors]:
-    """Embed photos, each float32 [128], and pin the client to the version. Raises: OSError."""
+def _embedded(photos: Sequence[Path], client: NpairClient, saved: Sequence[Saved]) -> list[Vectors]:
+    """Embed photos, each float32 [128], and pin the client to the version.
+
+    Raises: OSError, or ValueError if saved vectors have another length.
+    """
     stream = client.stream(Unread(photo) for photo in photos)
     results = list(stream)
     if refused := [each for each in results if each.reason]:
         raise OSError("; ".join(f"{shown(photos[each.index])}: {each.reason}" for each in refused))
     if results:
         client.version = stream.version
-    return [each.vector for each in results if each.vector is not None]
+    vectors = [each.vector for each in results if each.vector is not None]
+    lengths = [rows.shape[1] for _, rows in saved] + [len(vector) for vector in vectors]
+    if len(set(lengths)) > 1:
+        numbers = f"vectors of {lengths[0]} numbers, and the server gives {lengths[-1]}"
+        raise ValueError(f"the files hold {numbers}; embed their photos again")
+    return vectors

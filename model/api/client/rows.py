@@ -34,7 +34,6 @@ SAVED_SUFFIXES = (".npz", ".jsonl")
 Saved = tuple[list[str], Vectors]  # names and vectors of a file
 MadeBy = tuple[str, str, str]  # model, version, hash of its manifest or an empty string
 UNANSWERED = (UnavailableError, RequestTimeoutError, ServerFaultError)
-DAMAGED = (LookupError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
 CLEAR = "\r\033[K"  # the line of a terminal
 PROGRESS_SECONDS = 0.5  # between two pictures of it
 
@@ -139,9 +138,14 @@ def load_saved(paths: Sequence[Path], client: NpairClient) -> list[Saved]:
     for path in paths:
         try:
             saved, (model, version, manifest) = _read_saved(path)
-        except DAMAGED as error:
+        except OSError:
+            raise
+        except Exception as error:  # damaged files make numpy and zipfile raise far more
             raise ValueError(f"{path} holds no vectors: {error}") from error
         loaded.append(saved)
+        if len({vectors.shape[1] for _, vectors in loaded}) > 1:
+            other = f"vectors of {saved[1].shape[1]} numbers, and {paths[0]} others"
+            raise ValueError(f"{path} holds {other}; {remedy}")
         if model != client.model:
             raise ValueError(f"{path} holds vectors of model {model}, not {client.model}")
         if client.version not in (None, version):
@@ -158,21 +162,28 @@ def load_saved(paths: Sequence[Path], client: NpairClient) -> list[Saved]:
 
 
 def _read_saved(path: Path) -> tuple[Saved, MadeBy]:
-    """Raises: OSError, DAMAGED."""
+    """Raises: OSError, and almost anything for a damaged file."""
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as saved:
-            return (saved["names"].tolist(), saved["vectors"]), _made_by(saved)
-    with path.open(encoding="utf-8") as lines:
-        rows = [
-            (str(row["photo"]), np.array(row["embedding"], np.float32), _made_by(row))
-            for row in map(json.loads, lines)
-        ]
-    if not rows:
-        raise ValueError("no rows")
-    names, vectors, origins = zip(*rows, strict=True)
-    if len(set(origins)) > 1:
-        raise ValueError("rows of several versions")
-    return (list(names), np.stack(vectors)), origins[0]
+            names, vectors, made_by = saved["names"], saved["vectors"], _made_by(saved)
+    else:
+        with path.open(encoding="utf-8") as lines:
+            rows = [
+                (row["photo"], np.array(row["embedding"], np.float32), _made_by(row))
+                for row in map(json.loads, lines)
+            ]
+        if not rows:
+            raise ValueError("no rows")
+        names, each, origins = zip(*rows, strict=True)
+        if len(set(origins)) > 1:
+            raise ValueError("rows of several versions")
+        vectors, made_by = np.stack(each), origins[0]
+    shape = np.shape(vectors)
+    if len(shape) != 2 or np.shape(names) != shape[:1]:
+        raise ValueError(f"names of the shape {np.shape(names)} for vectors of {shape}")
+    if not (np.abs(np.linalg.norm(vectors, axis=1) - 1) < 0.01).all():  # nan is not
+        raise ValueError("not all of them have the length 1")
+    return ([*map(str, names)], vectors), made_by
 
 
 @contextlib.contextmanager
