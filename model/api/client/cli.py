@@ -18,8 +18,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from .client import DEFAULT_URL, NpairClient, log
-from .environment import from_environment
+from .client import NpairClient, log
+from .environment import default_url, from_environment
 from .errors import (
     AccessDeniedError,
     InvalidPhotoError,
@@ -82,9 +82,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the commands to a parser. ``options.command(options)`` runs one; see ``run``."""
     shared = argparse.ArgumentParser(add_help=False)
     server = shared.add_argument_group("server")
-    url = os.environ.get("NPAIR_URL") or DEFAULT_URL
     where = "http(s):// or grpc(s)://host:port (NPAIR_URL; default: %(default)s)"
-    server.add_argument("--url", default=url, help=where)
+    server.add_argument("--url", default=default_url(), help=where)
     server.add_argument("--version", metavar="N", help="pin a version of the model")
     seconds: dict[str, Any] = {"type": float, "metavar": "SECONDS"}
     wait = "give up if the server has not answered for this long (default: %(default)g)"

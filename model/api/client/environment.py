@@ -6,6 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .client import DEFAULT_URL
+
+
+def default_url() -> str:
+    """Read the URL of the server, or take that of a server on this machine."""
+    return os.environ.get("NPAIR_URL") or DEFAULT_URL
+
 
 def from_environment() -> dict[str, Any]:
     """Read NpairClient's ca, cert and api_key, as far as the environment has them.

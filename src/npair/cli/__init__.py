@@ -18,8 +18,7 @@ import npair
 from npair.cli import bulk, data, evaluate, index, publish, release, train, tune, web
 from npair.client import NpairError
 from npair.client import cli as client_commands
-
-EXIT_PIPE = 128 + signal.SIGPIPE  # as a shell reports a command that SIGPIPE ended
+from npair.client.cli import EXIT_INTERRUPTED, EXIT_PIPE
 
 
 def main() -> int:
@@ -79,7 +78,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt as interrupt:
         if str(interrupt):
             _fail(interrupt)
-        return 130
+        return EXIT_INTERRUPTED
 
 
 def _readers_left() -> bool:

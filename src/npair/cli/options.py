@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from npair.client import DEFAULT_URL
+from npair.client.environment import default_url
 from npair.training.run import TrainConfig, flag
 
 if TYPE_CHECKING:
@@ -166,10 +166,6 @@ def add_server(parser: argparse.ArgumentParser | argparse._MutuallyExclusiveGrou
         default=default_url(),
         help="the server: http(s):// or grpc(s):// (NPAIR_URL; default: %(default)s)",
     )
-
-
-def default_url() -> str:
-    return os.environ.get("NPAIR_URL") or DEFAULT_URL
 
 
 def add_servers(parser: argparse.ArgumentParser) -> None:

@@ -15,10 +15,10 @@ from npair.cli.options import (
     add_command,
     add_repository,
     add_servers,
-    default_url,
     number,
     say,
 )
+from npair.client.environment import default_url
 
 if TYPE_CHECKING:
     from npair.releasing.control import Server

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from npair.cli.evaluate import present, score_run
 from npair.cli.options import Commands, add_command, add_config_option, add_data, command_line, say
+from npair.client.cli import EXIT_INTERRUPTED
 from npair.training.run import TrainConfig, read_run
 
 
@@ -47,7 +48,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     run: Path = arguments.run
     if not train(arguments.data, run, config, resume=arguments.resume, cache=arguments.cache):
-        return 130
+        return EXIT_INTERRUPTED
     if int(os.environ.get("RANK", "0")):  # torchrun's first process alone reports
         return 0
     last_epoch = (run / "log.jsonl").read_text().splitlines()[-1]

@@ -185,7 +185,7 @@ def test_releasing_needs_http(
 
 
 @pytest.mark.parametrize("main", [cli.main, client_commands.main])
-def test_names_that_are_not_utf_8_are_printed_as_they_are(
+def test_names_that_are_not_utf_8_are_escaped(
     main: Callable[[], int],
     capsysbinary: pytest.CaptureFixture[bytes],
     monkeypatch: pytest.MonkeyPatch,
@@ -193,7 +193,7 @@ def test_names_that_are_not_utf_8_are_printed_as_they_are(
     monkeypatch.setattr(client_commands, "run", lambda *_: print(os.fsdecode(b"\xc4.jpg")) or 0)
     monkeypatch.setattr(sys, "argv", ["npair", "ready"])
     assert main() == 0
-    assert capsysbinary.readouterr().out == b"\xc4.jpg\n"
+    assert capsysbinary.readouterr().out == b"\\udcc4.jpg\n"
 
 
 def test_versions_names_servers_that_do_not_answer(
