@@ -29,8 +29,9 @@ from npair.client import Embeddings, InvalidPhotoError, NpairClient, Unavailable
 from npair.data.catalogue import read_catalogue
 from npair.gallery import build as building
 from npair.gallery.build import Built, build
-from npair.gallery.gallery import Gallery, PhotoGoneError, path_of
+from npair.gallery.gallery import MOST, Gallery, PhotoGoneError, path_of
 from npair.gallery.location import Folder, GalleryError
+from npair.gallery.transfer import export_vectors, import_vectors
 from npair.releasing.config import with_release
 
 OLD, NEW = SHIPPED.name, str(int(SHIPPED.name) + 1)
@@ -226,6 +227,28 @@ class TestBuild:
         built = build(photos, index, client, prune=True)
         assert (built.photos, built.removed) == (1, len(names) - 1)
         assert list(stored(index)) == [str(photos / "naïve.png")]
+
+    def test_labels_are_stored_as_they_are(
+        self, client: NpairClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Escapes are for terminals. What is not UTF-8 can be neither stored nor exported."""
+        photos, index = tmp_path / "photos", tmp_path / "index"
+        labels = ["\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\x1b[31mred", "\udcff"]
+        paths = [photo(photos / label / "a.png", number) for number, label in enumerate(labels)]
+        build(photos, index, client)
+        expected = {*labels[:2], r"\udcff"}
+        assert set(stored(index).values()) == expected
+        assert npair(client, "search", paths[0], "--index", index) == 0
+        said = capsys.readouterr().out
+        assert "\x1b" not in said
+        assert r"'\x1b[31mred'" in said
+        assert export_vectors(index, tmp_path / "out") == 3
+        import_vectors(tmp_path / "out", tmp_path / "again")
+        hits = Gallery(tmp_path / "again").search(paths[2], client)
+        assert {hit.label for hit in hits} == expected
+        assert f"{photos}/\\udcff/a.png" in [hit.photo for hit in hits]
+        shutil.rmtree(photos / labels[2])
+        assert build(photos, index, client).missing == (str(paths[2]),)
 
     def test_one_at_a_time(self, client: NpairClient, tmp_path: Path) -> None:
         photo(tmp_path / "photos/a.png")
@@ -592,7 +615,7 @@ class TestSearch:
         )
 
     def test_more_than_there_are(self, made: Gallery, client: NpairClient, dataset: Path) -> None:
-        found = made.search(next(iter(labels_of(dataset))), client, k=1000)
+        found = made.search(next(iter(labels_of(dataset))), client, k=MOST)
         assert sorted(hit.photo for hit in found) == sorted(map(str, labels_of(dataset)))
 
     def test_hits_lead_to_photos_and_vectors(
@@ -611,8 +634,9 @@ class TestSearch:
                 made.photo(unknown)
 
     def test_wrong_queries(self, made: Gallery, client: NpairClient, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="k must be at least 1"):
-            made.search(SHIPPED / "golden/photo.jpg", client, k=0)
+        for k in (0, MOST + 1, 1 << 32):
+            with pytest.raises(ValueError, match=f"k must be 1 to {MOST}, got {k}"):
+                made.search(SHIPPED / "golden/photo.jpg", client, k=k)
         with pytest.raises(InvalidPhotoError):
             made.search(b"text", client)
         with pytest.raises(FileNotFoundError):

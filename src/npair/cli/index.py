@@ -54,7 +54,10 @@ def add_commands(commands: Commands) -> None:
     search.add_argument("photo", metavar="PHOTO", help="file; - for standard input")
     add_moved_photos(search)
     search.add_argument(
-        "-k", type=number(int, least=1), default=5, help="number of photos (default: %(default)s)"
+        "-k",
+        type=number(int, least=1, most=100_000),
+        default=5,
+        help="number of photos (default: %(default)s)",
     )
     take = add_command(
         steps,
@@ -107,6 +110,7 @@ def _connected(arguments: argparse.Namespace) -> Iterator[NpairClient]:
 
 
 def _build(arguments: argparse.Namespace) -> int:
+    from npair.data.files import shown
     from npair.gallery.build import build
 
     with _connected(arguments) as client:
@@ -114,13 +118,13 @@ def _build(arguments: argparse.Namespace) -> int:
         client.be_patient()
         built = build(arguments.photos, arguments.index, client, prune=arguments.prune)
     for photo, reason in built.left_out.items():
-        say(f"left out: {photo}: {reason}")
+        say(f"left out: {shown(photo)}: {reason}")
     for copies in built.contradicting:
-        say(f"the same photo has different labels: {' = '.join(copies)}")
+        say(f"the same photo has different labels: {' = '.join(map(shown, copies))}")
     if built.ignored:
         say(f"ignored, since they are no photos: {built.ignored}")
     if built.missing:
-        named = ", ".join(built.missing[:NAMED]) + " ..." * (len(built.missing) > NAMED)
+        named = ", ".join(map(shown, built.missing[:NAMED])) + " ..." * (len(built.missing) > NAMED)
         say(
             f"{len(built.missing)} photos of the gallery are not in {arguments.photos}: {named}\n"
             "They stay in the gallery. Bring them back, or remove them: --prune"
@@ -154,8 +158,8 @@ def _search(arguments: argparse.Namespace) -> int:
     else:
         for hit in found:
             columns = (f"{name}={value}" for name, value in hit.columns.items() if value)
-            cells = (f"{hit.cosine:.4f}", hit.label, shown(hit.photo), *map(shown, columns))
-            print(*cells, sep="  ")
+            texts = map(shown, (hit.label, hit.photo, *columns))
+            print(f"{hit.cosine:.4f}", *texts, sep="  ")
     return 0
 
 

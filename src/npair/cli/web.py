@@ -30,7 +30,7 @@ def add_commands(commands: Commands) -> None:
     add_server(web)
     web.add_argument(
         "--refresh",
-        type=number(float, least=0),
+        type=number(float, least=0, most=1e6),
         metavar="SECONDS",
         help="look for a newer gallery at most this often (default: 0 for a folder; 5 for s3://,"
         " where each look is a request)",

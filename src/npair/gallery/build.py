@@ -5,6 +5,7 @@ A new version's table is filled beside the current one, and replaces it in one s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -21,14 +22,15 @@ from tqdm import tqdm
 from npair.client import PIXEL, NpairClient, Vectors
 from npair.client.photos import Unread
 from npair.data.catalogue import Catalogue, read_catalogue
-from npair.data.files import digest_of, parallel_map, shown
-from npair.gallery.gallery import MADE_BY, name_of, pinned_to, place_of
+from npair.data.files import parallel_map, shown
+from npair.gallery.gallery import MADE_BY, name_of, pinned_to, place_of, storable
 from npair.gallery.location import GalleryError, Location, Where, locate, readable, writable
 
 ROWS = 1000  # per write: the most that are embedded again after a crash
 EXACT = 5000  # rows up to which a full scan is faster than an index
 WHOLE = 1_000_000  # rows up to which the index holds whole vectors; above, SUB_VECTORS bytes each
 SUB_VECTORS = 16
+BLOCK = 1 << 20  # bytes of a file that are hashed at a time
 READ = timedelta(hours=1)  # replaced data stay this long for searches that have started
 
 
@@ -92,7 +94,7 @@ def build(source: Path, folder: Where, client: NpairClient, *, prune: bool = Fal
             if not prune:
                 update.refuse_loss(update.missing, "not in the source", version)
             left_out = update.embed(pinned)
-            failed = [name for name in update.current if update.shown(name) in left_out]
+            failed = [name for name in update.current if update.place(name) in left_out]
             if not prune:
                 update.refuse_loss(failed, "left out", version)
             removed = update.remove(failed if prune else (), keep_missing=not prune)
@@ -100,7 +102,8 @@ def build(source: Path, folder: Where, client: NpairClient, *, prune: bool = Fal
         if not count:
             photo, reason = next(iter(left_out.items()))
             raise GalleryError(
-                f"none of the photos in {source} could be embedded, such as {photo}: {reason}"
+                f"none of the photos in {source} could be embedded, such as {shown(photo)}:"
+                f" {reason}"
             )
         finish(location, table, pointer, tag, name_of(catalogue.root, location.base))
     return Built(
@@ -108,7 +111,7 @@ def build(source: Path, folder: Where, client: NpairClient, *, prune: bool = Fal
         count,
         update.embedded,
         left_out,
-        () if prune else tuple(map(update.shown, update.missing)),
+        () if prune else tuple(map(update.place, update.missing)),
         removed,
         update.contradicting(),
         catalogue.ignored,
@@ -119,6 +122,7 @@ def create(location: Location, made_by: Sequence[str], dimension: int) -> lanced
     """Open the table of a version, or create it.
 
     made_by: model, version and manifest_sha256, which all are part of the table's name.
+    Raises: GalleryError if the gallery's vectors of that version have another dimension.
     """
     columns = {
         **dict.fromkeys(("photo", "label", "columns", "sha256"), pa.string()),
@@ -127,10 +131,18 @@ def create(location: Location, made_by: Sequence[str], dimension: int) -> lanced
     model, version, manifest = made_by
     name = f"{model}-{version}-{manifest[:12] or 'unknown'}"
     opened = location.database()
-    if name not in opened.list_tables().tables:
-        schema = pa.schema(columns.items(), dict(zip(MADE_BY, made_by, strict=True)))
-        return opened.create_table(name, schema=schema)
-    return opened.open_table(name)
+    if name in opened.list_tables().tables:
+        table = opened.open_table(name)
+        if (own := table.schema.field("vector").type.list_size) == dimension:
+            return table
+        if name in location.pointer().values():
+            raise GalleryError(
+                f"the gallery in {location} has vectors of {own} numbers, not {dimension}; name"
+                " another gallery (--index), or delete it"
+            )
+        opened.drop_table(name)  # an import that was refused has left it
+    schema = pa.schema(columns.items(), dict(zip(MADE_BY, made_by, strict=True)))
+    return opened.create_table(name, schema=schema)
 
 
 def index(table: lancedb.table.Table) -> None:
@@ -193,7 +205,7 @@ class _Update:
         self.paths = {name_of(path, folder): path for path in catalogue.entries}
         digests = parallel_map(_digest, list(catalogue.entries), "read")
         self.wanted = {
-            name: _Row(shown(entry.label), json.dumps(entry.columns, sort_keys=True), digest)
+            name: _Row(storable(entry.label), json.dumps(entry.columns, sort_keys=True), digest)
             for name, entry, digest in zip(
                 self.paths, catalogue.entries.values(), digests, strict=True
             )
@@ -218,16 +230,16 @@ class _Update:
             else:
                 self.missing.append(name)
 
-    def shown(self, name: str) -> str:
-        return shown(place_of(name, self.location.base))
+    def place(self, name: str) -> str:
+        return place_of(name, self.location.base)
 
     def refuse_loss(self, names: Iterable[str], why: str, version: str) -> None:
         """Raise GalleryError if a new version's table would lack photos that are searched now."""
         if lost := [name for name in names if name not in self.stored]:
             raise GalleryError(
                 f"the gallery in {self.location} stays as it is, since version {version} would lose"
-                f" {len(lost)} of its photos, which are {why}, such as {self.shown(lost[0])}; bring"
-                " them back, or go without them: --prune"
+                f" {len(lost)} of its photos, which are {why}, such as"
+                f" {shown(self.place(lost[0]))}; bring them back, or go without them: --prune"
             )
 
     def embed(self, client: NpairClient) -> dict[str, str]:
@@ -253,7 +265,7 @@ class _Update:
             for result in tqdm(results, "embed", total, initial=done, unit="photo", disable=None):
                 name = fresh[result.index]
                 if result.vector is None:
-                    left_out[self.shown(name)] = str(result.reason)
+                    left_out[self.place(name)] = str(result.reason)
                 else:
                     rows[name] = result.vector
                     self.embedded += 1
@@ -311,7 +323,7 @@ class _Update:
             copies[row.sha256].append(name)
         copies.pop("", None)  # unread
         return tuple(
-            tuple(map(self.shown, names))
+            tuple(map(self.place, names))
             for names in copies.values()
             if len({self.wanted[name].label for name in names}) > 1
         )
@@ -330,7 +342,12 @@ def _quoted(texts: Iterable[str]) -> str:
 
 
 def _digest(path: Path) -> str:
+    """Return the SHA-256 of a whole file: what is converted may be larger than what is served."""
+    digest = hashlib.sha256()
     try:
-        return digest_of(path)
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
     except OSError:  # embedding will fail on it and say why
         return ""
+    return digest.hexdigest()

@@ -28,8 +28,10 @@ from npair.gallery.location import GalleryError, Where, locate, readable
 
 MADE_BY = ("model", "version", "manifest_sha256")
 PROBES = 64  # index parts read per search; benchmarks/gallery.py measures cost and recall
+MOST = 100_000  # hits of a search; LanceDB counts rows, REFINED times as many, in 32 bits
 REFINED = 10  # of quantised vectors, this many times k are compared again as they were embedded
 IMPORTED = "id://"  # begins no path: a path has no empty part
+ID = re.compile("[0-9a-f]{64}")  # anything else could be SQL
 
 T = TypeVar("T")
 
@@ -123,10 +125,10 @@ class Gallery:
         The client's server embeds the photo with the gallery's version, even if the client is
         pinned to another.
         Raises: GalleryError if the server does not serve that version or the gallery is damaged,
-        ValueError if k < 1, client.NpairError, OSError if the photo cannot be read.
+        ValueError if k is not 1 to MOST, client.NpairError, OSError if the photo cannot be read.
         """
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
+        if not 1 <= k <= MOST:
+            raise ValueError(f"k must be 1 to {MOST}, got {k}")
         return self._following(lambda: self._search(photo, client, k))
 
     def _search(self, photo: Photo, client: NpairClient, k: int) -> list[Hit]:
@@ -145,13 +147,18 @@ class Gallery:
             )
         return self.nearest(vector, k)
 
-    def nearest(self, vector: Vectors, k: int) -> list[Hit]:
+    def nearest(self, vector: Vectors, k: int, without: str = "") -> list[Hit]:
         """Return the k rows most similar to a vector of the gallery's version, float32 [128].
 
-        Raises: GalleryError.
+        without: the id of a photo to leave out, with all its copies.
+        Raises: GalleryError, ValueError if that is no id.
         """
+        if without and not ID.fullmatch(without):
+            raise ValueError(f"{without!r} is no id of a photo")
         with readable(self._location):
             query: Any = self.table.search(vector)  # typed as a search for text
+            if without:
+                query = query.where(f"sha256 != '{without}'", prefilter=True)
             query = query.distance_type("cosine").nprobes(PROBES).limit(k)
             if self._refined:
                 query = query.refine_factor(REFINED)
@@ -196,7 +203,7 @@ class Gallery:
 
     def _rows(self, photo_id: str, column: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
-        if re.fullmatch("[0-9a-f]{64}", photo_id):  # anything else could be SQL
+        if ID.fullmatch(photo_id):
             with readable(self._location):
                 query = self.table.search().where(f"sha256 = '{photo_id}'")
                 rows = query.select([column]).to_list()
@@ -222,6 +229,11 @@ def path_of(name: str, folder: Path) -> Path:
 def place_of(name: str, folder: Path) -> str:
     """Return what users know a row by: a path, or what was imported as its id."""
     return name.removeprefix(IMPORTED) if name.startswith(IMPORTED) else str(path_of(name, folder))
+
+
+def storable(text: str) -> str:
+    """Escape what UTF-8 cannot hold: bytes of a file's name that are not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 @contextlib.contextmanager

@@ -23,13 +23,14 @@ from tqdm import tqdm
 from npair.client import Vectors
 from npair.data.files import shown
 from npair.gallery.build import create, finish
-from npair.gallery.gallery import IMPORTED, Gallery
+from npair.gallery.gallery import IMPORTED, Gallery, storable
 from npair.gallery.location import GalleryError, Where, locate, readable, writable
 from npair.objects import Objects, StoreError
 
 ORIGIN = ("model", "version", "manifest")
 NEEDED = ("id", "vector", "reason", *ORIGIN)
 OPTIONAL = ("label", "columns")
+TEXTS = (pa.string(), pa.large_string(), pa.null())
 ROWS = 8192  # in memory at a time
 FILE_ROWS = 1_000_000  # of an exported file
 UNIT = 0.01  # how far from 1 a vector's length may be: float16 rounds
@@ -76,7 +77,10 @@ def import_vectors(source: Where, folder: Where, *, switch: bool = False) -> Imp
             if table is None:
                 if "table" in pointer and not switch:
                     _refuse_other(Gallery(folder), files.origin)
-                table = create(location, files.origin, first["vector"].type.list_size)
+                try:
+                    table = create(location, files.origin, files.dimension)
+                except GalleryError as error:
+                    raise GalleryError(f"{file} cannot be imported: {error}") from None
                 fresh = not table.count_rows()
             with writable(location):
                 _store(table, first, rows, fresh=fresh)
@@ -90,7 +94,8 @@ def import_vectors(source: Where, folder: Where, *, switch: bool = False) -> Imp
 
 
 def export_vectors(folder: Where, target: Where) -> int:
-    """Write a gallery's rows as Parquet. A row's id is its photo's path, or the imported id.
+    """Write a gallery's rows as Parquet. A row's id is its photo's path, or the imported id; bytes
+    of a path that are not UTF-8 are escaped.
 
     target: new folder, or its s3:// or gs:// URL. Returns: how many rows. Raises: GalleryError.
     """
@@ -106,7 +111,7 @@ def export_vectors(folder: Where, target: Where) -> int:
     def batches() -> Iterator[pa.RecordBatch]:
         for batch in tqdm(found, "export", unit="batch", disable=None):
             columns = {
-                "id": [gallery.place(name) for name in batch["photo"].to_pylist()],
+                "id": [storable(gallery.place(name)) for name in batch["photo"].to_pylist()],
                 "vector": batch["vector"],
                 "reason": [None] * len(batch),
                 **{name: [value] * len(batch) for name, value in zip(ORIGIN, origin, strict=True)},
@@ -135,8 +140,8 @@ def export_vectors(folder: Where, target: Where) -> int:
 class _Files:
     """The Parquet files of a folder.
 
-    origin: model, version and manifest of all rows that were read. count, left_out: how many rows
-    were read with and without a vector.
+    origin, dimension: model, version and manifest, and the vectors' length, of all rows that were
+    read. count, left_out: how many rows were read with and without a vector.
     """
 
     def __init__(self, folder: Where) -> None:
@@ -152,7 +157,7 @@ class _Files:
         if not self.paths:
             raise GalleryError(f"no Parquet files in {folder}")
         self.origin: tuple[str, ...] = ()
-        self.count = self.left_out = 0
+        self.dimension = self.count = self.left_out = 0
 
     def rows(self, path: str) -> Iterator[pa.RecordBatch]:
         """Yield a file's rows that have a vector, as a gallery stores them.
@@ -165,6 +170,7 @@ class _Files:
             known = dataset.schema.names
             if missing := [name for name in NEEDED if name not in known]:
                 raise GalleryError(f"{path} has no column {' or '.join(missing)}; see npair bulk")
+            _refuse_types(path, dataset.schema)
             embedded = pc.is_null(pc.field("reason"))
             ids = pc.value_counts(dataset.to_table(["id"], filter=embedded)["id"].drop_null())
             if len(doubled := ids.filter(pc.greater(ids.field("counts"), 1))):
@@ -184,8 +190,13 @@ class _Files:
     def _check(self, path: str, rows: pa.RecordBatch) -> None:
         if rows["id"].null_count or rows["vector"].null_count:
             raise GalleryError(f"{path} has rows without an id, or without a vector and a reason")
-        if len(pc.unique(pc.list_value_length(rows["vector"]))) > 1:
-            raise GalleryError(f"{path} has vectors of several lengths")
+        lengths = pc.unique(pc.list_value_length(rows["vector"])).to_pylist()
+        self.dimension = self.dimension or lengths[0]
+        if others := set(lengths) - {self.dimension}:
+            raise GalleryError(
+                f"{path} has vectors of {min(others)} numbers, and the rows before have"
+                f" {self.dimension}"
+            )
         if not (abs(np.linalg.norm(_vectors(rows), axis=1) - 1) < UNIT).all():
             raise GalleryError(f"{path} has vectors that are no embeddings: their length is not 1")
         optional = [name for name in OPTIONAL if name in rows.schema.names]
@@ -204,6 +215,20 @@ class _Files:
                 " each version into a gallery of its own"
             )
         self.origin = origin
+
+
+def _refuse_types(path: str, schema: pa.Schema) -> None:
+    """Raise GalleryError for ids or labels that are no texts, and vectors that are no numbers."""
+    for name in schema.names:
+        kind = schema.field(name).type
+        of = getattr(kind, "value_type", pa.null())
+        if name == "vector":
+            fits, needed = pa.types.is_floating(of), "lists of floats"
+        else:
+            fits = kind in TEXTS or (pa.types.is_dictionary(kind) and of in TEXTS)
+            needed = "strings"
+        if name in ("id", "vector", *OPTIONAL) and not fits:
+            raise GalleryError(f"{path} has {kind} in the column {name}, which needs {needed}")
 
 
 def _opened(folder: Where) -> tuple[Any, str]:

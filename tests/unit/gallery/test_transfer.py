@@ -121,6 +121,18 @@ class TestVersions:
             )
             for text in ("red", "[]", '["a"]', '{"price": 3}', r'{"file": "\udce9"}', "[" * 99_999)
         ),
+        (
+            lambda table: retyped(table, "id", pa.array([1, 2, 3, 4])),
+            r"part-0\.parquet has int64 in the column id, which needs strings",
+        ),
+        (
+            lambda table: retyped(table, "vector", pa.array([["0.5"]] * 4)),
+            r"part-0\.parquet has list<.*string> in the column vector, which needs lists of floats",
+        ),
+        (
+            lambda table: retyped(table, "vector", pa.array([[1.0], [1.0], [1.0], [0.6, 0.8]])),
+            r"part-0\.parquet has vectors of 2 numbers, and the rows before have 1",
+        ),
         (lambda table: changed(table, "reason", ["bad"] * 4), "none of the 4 rows in .* has a vec"),
     ],
 )
@@ -149,11 +161,51 @@ def test_an_id_twice(tmp_path: Path) -> None:
     assert len(Gallery(index)) == 4
 
 
+@pytest.mark.parametrize("first", [64, 128])
+def test_vectors_of_another_dimension(first: int, tmp_path: Path) -> None:
+    """Refused in a later file, and for a gallery that is searched; what is left of it goes."""
+    source, index = tmp_path / "bulk", tmp_path / "gallery"
+    dimensions = (first, 192 - first)
+    for number, dimension in enumerate(dimensions):
+        half = units(4)[:, :dimension]
+        vectors = half / np.linalg.norm(half, axis=1, keepdims=True)
+        table = pq.read_table(bulk_file(source / f"part-{number}.parquet", units(4), first=4))
+        table = retyped(table, "vector", pa.array(list(vectors)))
+        pq.write_table(table, source / f"part-{number}.parquet")
+    said = r"part-1\.parquet has vectors of {1} numbers, and the rows before have {0}$"
+    with pytest.raises(GalleryError, match=said.format(*dimensions)):
+        import_vectors(source, index)
+    (source / "part-0.parquet").rename(tmp_path / "other.parquet")
+    assert import_vectors(source, index).photos == 4
+    (tmp_path / "other.parquet").rename(source / "part-1.parquet")
+    said = r"part-1\.parquet cannot be imported: .* has vectors of {1} numbers, not {0};"
+    with pytest.raises(GalleryError, match=said.format(*dimensions)):
+        import_vectors(source, index)
+    assert len(Gallery(index)) == 4
+
+
 def changed(table: pa.Table, name: str, values: object) -> pa.Table:
-    position = table.schema.get_field_index(name)
-    kind = table.schema.types[position]
-    array = pa.array(list(values), kind)  # type: ignore[call-overload]
-    return table.set_column(position, pa.field(name, kind), array)
+    kind = table.schema.field(name).type
+    return retyped(table, name, pa.array(list(values), kind))  # type: ignore[call-overload]
+
+
+def retyped(table: pa.Table, name: str, array: pa.Array) -> pa.Table:
+    return table.set_column(table.schema.get_field_index(name), name, array)
+
+
+def test_copies_are_left_out(tmp_path: Path) -> None:
+    """Rows with one id are as many as a photo has copies, more than the neighbours asked for."""
+    bulk_file(tmp_path / "bulk/part-0.parquet", units(30))
+    import_vectors(tmp_path / "bulk", tmp_path / "gallery")
+    opened = Gallery(tmp_path / "gallery")
+    first, second = opened.nearest(units(30)[0], 2)
+    vector = opened.vector(first.id)
+    copies = [{"sha256": first.id, "vector": vector, "photo": f"{n}"} for n in range(20)]
+    opened.table.add([row | {"label": "", "columns": "{}"} for row in copies])
+    assert {hit.id for hit in opened.nearest(vector, 3)} == {first.id}
+    assert opened.nearest(vector, 1, without=first.id) == [second]
+    with pytest.raises(ValueError, match="is no id"):
+        opened.nearest(vector, 1, without="' OR ''='")
 
 
 def test_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
