@@ -658,7 +658,7 @@ class TestSearch:
         building.index(made)
         assert next(iter(made.list_indices())).num_indexed_rows == 5990
         made.add(rows[5990:])
-        (tmp_path / "current.json").write_text(json.dumps({"table": made.name}))
+        (tmp_path / "current.json").write_text(json.dumps({"table": made.name, "photos": ""}))
         opened, hits = Gallery(tmp_path), 0
         for query in vectors[-50:]:
             exact = set(map(str, np.argsort(-(vectors @ query))[:10]))
