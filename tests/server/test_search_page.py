@@ -264,6 +264,18 @@ class TestSearch:
         page.until("#title", "The search failed")
         page.complaints()  # Chromium itself reports the 404
 
+    def test_by_a_photo_that_has_copies_alone(
+        self, chromium: Browser, index: Path, triton: str, tmp_path: Path
+    ) -> None:
+        """The gallery is not called empty."""
+        table = Gallery(shutil.copytree(index, tmp_path / "index")).table
+        identifier = table.search().select(["sha256"]).to_list()[0]["sha256"]
+        table.delete(f"sha256 != '{identifier}'")
+        chromium.look(1280)
+        with serving(tmp_path / "index", triton) as url:
+            chromium.get(f"{url}/?photo={identifier}")
+            chromium.until("#title", "No other photo")
+
     def test_keyboard_alone(self, page: Browser, url: str, photo: Path) -> None:
         def press(key: str) -> None:
             ActionChains(page).send_keys(key).perform()
@@ -409,8 +421,12 @@ class TestFaults:
         with serving(index, triton, key=KEY) as url:
             chromium.get(url)
             eventually(lambda: chromium.one("#door").is_displayed())
-            chromium.one("#key").send_keys("wrong" + Keys.ENTER)
-            chromium.until("#door-note", "That key was refused.")
+            for wrong in ("\u043a\u043b\u044e\u0447", "two words", "wrong"):
+                chromium.one("#key").clear()
+                chromium.one("#key").send_keys(wrong + Keys.ENTER)
+                chromium.until("#door-note", "That key was refused.")
+                assert chromium.run("return sessionStorage.length") == (wrong == "wrong")
+            chromium.one("#key").clear()
             chromium.one("#key").send_keys(KEY + Keys.ENTER)
             chromium.until("#about", "photos")
             chromium.choose(photo)

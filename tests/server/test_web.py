@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from npair.client import HttpTransport, NpairClient
 from npair.gallery.build import build
 from npair.gallery.gallery import Gallery
 from npair.web import guard
+from npair.web import server as configured_as
 from npair.web.app import BODIES, LIMITS
 from npair.web.search import MAX_PHOTO, SIDE
 
@@ -293,7 +295,7 @@ class TestHealth:
         rows = Gallery(gallery).table.to_arrow().replace_schema_metadata(made_by)
         name = f"npair-{version}-000000000000"
         lancedb.connect(tmp_path).create_table(name, rows)
-        (tmp_path / "current.json").write_text(json.dumps({"table": name}))
+        (tmp_path / "current.json").write_text(json.dumps({"table": name, "photos": ""}))
         with serving(tmp_path, server) as url:
             answer = call(url, "/healthz")
         assert answer.status == 503
@@ -371,6 +373,33 @@ class TestGuard:
                 b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
             )
             assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+
+    @pytest.mark.parametrize("answered", [b"", b"GET /info HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+    @pytest.mark.parametrize("sent", [b"", b"GET /info HTTP/1.1\r\nHost: "])
+    def test_a_head_that_does_not_end_is_given_up(
+        self, web: str, monkeypatch: pytest.MonkeyPatch, answered: bytes, sent: bytes
+    ) -> None:
+        """A connection that has been used is no better than a new one."""
+        monkeypatch.setattr(configured_as, "HEAD_SECONDS", 0.3)
+        host, port = web.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(answered)
+            if answered:
+                assert connection.recv(100_000).startswith(b"HTTP/1.1 200 ")
+            connection.sendall(sent)
+            while connection.recv(100_000):
+                pass
+
+    def test_a_slow_answer_is_waited_for(
+        self, web: str, photo: bytes, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(configured_as, "HEAD_SECONDS", 0.3)
+        host, port = web.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(head("/search", len(photo)) + photo[:100])
+            time.sleep(1)
+            connection.sendall(photo[100:])
+            assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
 
     def test_more_bodies_than_memory_is_for_are_refused(self, web: str, photo: bytes) -> None:
         host, port = web.removeprefix("http://").split(":")
@@ -470,8 +499,11 @@ class TestEmbeddings:
             ({"input": text(TRUNCATED), "model": "clip"}, 404, "model", "served: npair, npair:"),
             ({"input": text(TRUNCATED), "model": "npair:1"}, 404, "model", "served: npair, npair:"),
             *(
-                ({"input": text(TRUNCATED), "model": f"npair:{version}"}, 404, "model", "served")
-                for version in ("../1", "", f"0{VERSION}", f"+{VERSION}")
+                (
+                    {"input": text(GOLDEN[0].read_bytes()), "model": f"npair:{version}"},
+                    *(404, "model", "served: npair, npair:"),
+                )
+                for version in ("", "../1", f"0{VERSION}", "\u0661\u0667", "9" * 30)
             ),
         ],
     )

@@ -80,7 +80,7 @@ class Health(BaseModel):
 
 
 def create_app(search: Search, *, hosts: frozenset[str], key: str) -> ASGIApp:
-    """Build the service, which closes the search's client when it ends.
+    """Build the service, which closes the search when it ends.
 
     hosts: see Guard. key: what callers must send as a bearer token; if empty, everyone may call.
     """
@@ -88,7 +88,7 @@ def create_app(search: Search, *, hosts: frozenset[str], key: str) -> ASGIApp:
     @asynccontextmanager
     async def closing(_: FastAPI) -> AsyncIterator[None]:
         yield
-        search.client.close()
+        search.close()
 
     def check_key(credentials: Credentials) -> None:
         given = credentials.credentials if credentials else ""
@@ -149,12 +149,12 @@ def _api(search: Search, embedder: Embedder) -> APIRouter:
             return await run_in_threadpool(search.by_photo, sent, k, threshold)
 
     @api.get("/photos/{id}", response_class=Response, responses=JPEG)
-    def thumbnail(
+    async def thumbnail(
         id: str,  # noqa: A002
         if_none_match: Annotated[str | None, Header()] = None,
     ) -> Response:
         """A small copy of a photo of the gallery."""
-        jpeg, etag = search.thumbnail(id)
+        jpeg, etag = await search.thumbnail(id)
         headers = {"ETag": etag, "Cache-Control": "private, max-age=600"}
         if if_none_match == etag:
             return Response(status_code=304, headers=headers)

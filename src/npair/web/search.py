@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
-import functools
 import hashlib
 import io
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
 
 from npair.client import PIXEL, NpairClient
 from npair.client.formats import encoded_photo
@@ -25,13 +26,10 @@ from npair.serving.preprocess import Limits, Preprocessing, decode
 
 MAX_PHOTO = 20_000_000  # bytes: the model's own limit
 MAX_K = 100
-COPIES = 8  # files of the same bytes, which share their id, that a search by one leaves out
 SIDE = 320  # pixels of a thumbnail, which shows the square that the network sees
 THUMBNAIL = Preprocessing(size=SIDE, resample="BILINEAR", background=255)
 LIMITS = Limits(max_bytes=MAX_PHOTO, max_pixels=64_000_000)
-# One thread, to bound memory: a photo takes up to 21 bytes a pixel, and malloc keeps the memory
-# that each thread has freed.
-DECODER = ThreadPoolExecutor(1)
+KEPT = 512  # thumbnails of 20 kB
 
 
 class Info(BaseModel):
@@ -85,6 +83,15 @@ class Search:
     _thresholds: dict[str, float | None] = field(default_factory=dict)  # by hash of the manifest
     _kept: list[Gallery] = field(default_factory=list)
     _opening: threading.Lock = field(default_factory=threading.Lock)
+    # One thread, to bound memory: a photo takes up to 21 bytes a pixel, and malloc keeps the memory
+    # that each thread has freed.
+    _decoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    _thumbnails: dict[tuple[Path, int, int], Future[Thumbnail]] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """Close the client, and give up thumbnails that nobody waits for any more."""
+        self.client.close()
+        self._decoder.shutdown(wait=False, cancel_futures=True)
 
     def info(self) -> Info:
         with self._gallery() as gallery:
@@ -112,18 +119,37 @@ class Search:
     def by_id(self, photo_id: str, k: int, threshold: float | None) -> Neighbours:
         """Search by a photo of the gallery, which is left out itself, as are copies of it."""
         with self._gallery() as gallery:
-            found = gallery.nearest(gallery.vector(photo_id), k + COPIES)
-            others = [hit for hit in found if hit.id != photo_id]
-            return self._neighbours(gallery, others[:k], threshold)
+            found = gallery.nearest(gallery.vector(photo_id), k, without=photo_id)
+            return self._neighbours(gallery, found, threshold)
 
-    def thumbnail(self, photo_id: str) -> Thumbnail:
+    async def thumbnail(self, photo_id: str) -> Thumbnail:
+        """Return a photo's thumbnail, one that was made for another caller if possible.
+
+        A caller that waits holds no thread that searches need.
+        """
+        file = await run_in_threadpool(self._file, photo_id)
+        if file not in self._thumbnails:
+            if len(self._thumbnails) == KEPT:
+                del self._thumbnails[next(iter(self._thumbnails))]  # the oldest
+            self._thumbnails[file] = self._decoder.submit(_thumbnail, file[0])
+        made = self._thumbnails[file]
+        try:
+            return await asyncio.shield(asyncio.wrap_future(made))  # others may wait for it
+        except Exception as error:
+            self._thumbnails.pop(file, None)
+            if isinstance(error, OSError | ValueError):
+                raise PhotoGoneError(f"{file[0]}: {error}") from error
+            raise
+
+    def _file(self, photo_id: str) -> tuple[Path, int, int]:
+        """Return a photo's path, and what tells the file from a later one."""
         with self._gallery() as gallery:
             path = gallery.photo(photo_id)
         try:
             stat = path.stat()
-            return _thumbnail(path, stat.st_mtime_ns, stat.st_size)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise PhotoGoneError(f"{path}: {error}") from error
+        return path, stat.st_mtime_ns, stat.st_size
 
     @contextlib.contextmanager
     def _gallery(self) -> Iterator[Gallery]:
@@ -183,14 +209,13 @@ class Search:
         )
 
 
-@functools.lru_cache(maxsize=512)  # 20 kB each
-def _thumbnail(path: Path, *_: int) -> Thumbnail:
-    """Encode a file's photo again, without its metadata. _: what tells the file from a later one.
+def _thumbnail(path: Path) -> Thumbnail:
+    """Encode a file's photo again, without its metadata.
 
     Raises: OSError, ValueError.
     """
     jpeg = io.BytesIO()
-    pixels = DECODER.submit(lambda: decode(encoded_photo(path), THUMBNAIL, LIMITS)).result()
+    pixels = decode(encoded_photo(path), THUMBNAIL, LIMITS)
     Image.fromarray(pixels).save(jpeg, "JPEG", quality=85)
     etag = hashlib.sha256(jpeg.getvalue()).hexdigest()[:32]
     return Thumbnail(jpeg.getvalue(), f'"{etag}"')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import re
@@ -9,8 +10,10 @@ import socket
 import sys
 from collections.abc import Collection
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from npair.client import environment
 from npair.gallery.gallery import Gallery
@@ -22,6 +25,28 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 SHORTEST_KEY = 32  # characters; `openssl rand -hex 32` gives 64
 DRAIN = 20  # seconds for requests under way to end after SIGTERM
 CONNECTIONS = 256
+HEAD_SECONDS = 10.0  # for the head of a request
+
+
+class PromptProtocol(H11Protocol):
+    """Closes connections that do not send the head of a request within HEAD_SECONDS.
+
+    uvicorn has no limit for it, so that CONNECTIONS silent ones would keep everyone else out.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._late.cancel()
+        elif self._late.cancelled():
+            self._await_head()
+
+    def _await_head(self) -> None:
+        self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
 
 def serve(search: Search, *, host: str, port: int, allowed: Collection[str]) -> None:
@@ -60,6 +85,7 @@ def configured(app: ASGIApp) -> uvicorn.Config:
     """Configure uvicorn for an application."""
     return uvicorn.Config(
         app,
+        http=PromptProtocol,
         log_level="warning",
         access_log=False,
         proxy_headers=False,

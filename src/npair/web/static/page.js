@@ -107,8 +107,7 @@ function stop(words) {
 
 function showAnswer(answer, query, k) {
   about(answer);
-  const { threshold } = answer;
-  const neighbours = answer.neighbours.filter(({ id }) => id !== query.photo);
+  const { neighbours, threshold } = answer;
   const same = neighbours.filter((neighbour) => neighbour.same_product);
   const others = neighbours.filter((neighbour) => !neighbour.same_product);
   const cards = (some) => some.map(card);
@@ -117,16 +116,20 @@ function showAnswer(answer, query, k) {
     ["Same product", cards(same), "same"],
     [threshold === null ? "Nearest photos" : "Similar, below the threshold", cards(others)],
   ]);
-  $("more").hidden = answer.neighbours.length < k || k === MOST;
+  $("more").hidden = neighbours.length < k || k === MOST;
   $("more").onclick = () => show(history.state, Math.min(2 * k, MOST));
-  const words = verdict(neighbours, same.length, threshold);
+  const words = verdict(neighbours, same.length, threshold, query);
   say({ ...words, status: `${words.kind}: ${words.title}. ${words.detail}` });
   document.title = `${words.title} – npair`;
   if (k === FIRST) $("title").focus({ preventScroll: true });
 }
 
 /** Return the answer in words. */
-function verdict([nearest], same, threshold) {
+function verdict([nearest], same, threshold, query) {
+  if (!nearest && query.photo) {
+    const detail = "The gallery has nothing but this photo and its copies.";
+    return { kind: "Nothing to compare with", title: "No other photo", detail };
+  }
   if (!nearest) {
     const detail = "Fill it on the server: npair index build PHOTOS";
     return { kind: "Nothing to compare with", title: "The gallery is empty", detail };

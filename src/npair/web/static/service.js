@@ -2,6 +2,7 @@
 
 const $ = (id) => document.getElementById(id);
 const STORE = "npair-key";
+const REFUSED = "That key was refused.";
 const sources = new WeakMap(); // what each image element shows, since answers may overtake
 
 /** The service answered with an error, or not at all. title, message: for people. */
@@ -60,11 +61,16 @@ function askForKey(refused) {
   if (sessionStorage.getItem(STORE) !== refused) return Promise.resolve(); // answered meanwhile
   asking ??= new Promise((resolve, reject) => {
     const door = $("door");
-    $("door-note").textContent = refused ? "That key was refused." : "";
+    $("door-note").textContent = refused ? REFUSED : "";
     $("key").value = "";
     $("key-form").onsubmit = (event) => {
       event.preventDefault();
-      sessionStorage.setItem(STORE, $("key").value.trim());
+      const key = $("key").value.trim();
+      if (!/^[!-~]+$/.test(key)) { // no header can hold it, so that no request could be sent
+        $("door-note").textContent = REFUSED;
+        return;
+      }
+      sessionStorage.setItem(STORE, key);
       door.close("given");
     };
     $("leave").onclick = () => door.close();
