@@ -651,7 +651,13 @@ class TestSearch:
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         made = building.create(Folder(tmp_path), ("npair", "1", "0"), 128)
         rows = [
-            {"photo": str(n), "label": str(n % 200), "sha256": "", "vector": vector}
+            {
+                "photo": str(n),
+                "label": str(n % 200),
+                "columns": "{}",
+                "sha256": "",
+                "vector": vector,
+            }
             for n, vector in enumerate(vectors)
         ]
         made.add(rows[:5990])
