@@ -92,6 +92,7 @@ def promote(arguments: argparse.Namespace) -> None:
             repository, digest, project.of_tag(ref.removeprefix("refs/tags/"))
         )
     elif ref == "refs/heads/main":
+        _check_forward(repository, digest)
         names = ["cpu"]
         registry.promote(repository, digest, names)
     else:
@@ -99,6 +100,22 @@ def promote(arguments: argparse.Namespace) -> None:
         return
     for name in names:
         print(f"{repository}:{name} is {digest}")
+
+
+def _check_forward(repository: str, digest: str) -> None:
+    """Refuse to move cpu to a commit that does not follow its own, as a second run of an old one.
+
+    Without a cpu, anything goes. A commit that this clone does not know is none that precedes.
+    """
+    if "cpu" not in registry.tags(repository):
+        return
+    built = registry.revisions(f"{repository}:cpu")
+    if not built <= set(_git("rev-list", "HEAD").split()):
+        raise RefusedError(
+            f"cpu was built from {', '.join(sorted(built))}, which is not in the history of "
+            f"{_git('rev-parse', 'HEAD')}, and it only moves forward. To move it all the same: "
+            f"scripts/promote.sh {repository} {digest} cpu"
+        )
 
 
 def page(arguments: argparse.Namespace) -> None:

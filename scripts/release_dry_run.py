@@ -143,6 +143,17 @@ class DryRun:
         self.git("tag", "--force", f"v{third}")
         self.refused("a tag never moves", "check", f"v{third}", "--image", self.image)
 
+        step("publish two commits of main, and run the first again: refused")
+        main = ("--ref", "refs/heads/main")
+        for name in ("main", "newer"):
+            self.git("commit", "--quiet", "--allow-empty", "--message", name)
+            newest = self.build(name)
+            self.call("promote", self.image, newest, *main)
+            assert self.digest("cpu") == newest
+        self.git("checkout", "--quiet", "HEAD~1")
+        self.refused("only moves forward", "promote", self.image, self.build("again"), *main)
+        assert self.digest("cpu") == newest
+
         step("publish other files under a released version: refused")
         run("scripts/build-dist.sh", cwd=self.clone)  # the commit's time is another one
         refused = subprocess.run(

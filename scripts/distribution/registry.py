@@ -40,11 +40,11 @@ def exit_code(step: Callable[[], object]) -> int:
     return 0
 
 
-def run(*command: str | Path) -> str:
+def run(*command: str | Path, stdin: str | None = None) -> str:
     """Run a command. Returns: what it printed. Raises: CommandError with its errors."""
     words = [str(word) for word in command]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, input=stdin, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise CommandError(f"{words[0]} is not installed") from None
     if done.returncode != 0:
@@ -96,7 +96,14 @@ def join(image: str, parts: dict[str, str]) -> str:
             raise RefusedError(f"{part} is for {', '.join(sorted(held))}, not for {platform} alone")
     sources = [f"{repository}@{part}" for part in parts.values()]
     run("docker", "buildx", "imagetools", "create", "--tag", image, *sources)
-    return digest(image)
+    # Another run for the same commit, of main or of a tag, may have taken the name meanwhile.
+    made = inspect(image, ".Manifest")
+    if _held(made) != {each for source in sources for each in _held(inspect(source, ".Manifest"))}:
+        raise RefusedError(
+            f"{image} names {made['digest']}, which is not of {', '.join(parts.values())}: "
+            "another run took the name. Run this job again"
+        )
+    return str(made["digest"])
 
 
 def release_tags(version: Version, existing: set[str]) -> list[str]:
@@ -152,6 +159,11 @@ def inspect(image: str, template: str) -> dict[str, Any]:
         "docker", "buildx", "imagetools", "inspect", "--format", f"{{{{json {template}}}}}", image
     )
     return dict(json.loads(found))
+
+
+def _held(manifest: dict[str, Any]) -> set[str]:
+    """Get the digests in a list of manifests, or that of an image of one platform."""
+    return {str(each["digest"]) for each in manifest.get("manifests") or [manifest]}
 
 
 def _released(tag: str) -> Version | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import release
 import report_scans
 import verify_image
 from distribution import project, registry
@@ -138,6 +140,81 @@ class TestNames:
         assert (done.returncode, done.stderr) == (2, f"not a tag: '{tag}'\n")
 
 
+class TestMain:
+    """cpu follows main. The registry is a stand-in; make release-dry-run asks a real one."""
+
+    @pytest.fixture
+    def commits(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Make main of three commits, of which the second is checked out."""
+
+        def git(*arguments: str) -> str:
+            who = ("-c", "user.name=tester", "-c", "user.email=tester@example.com")
+            return registry.run("git", "-C", tmp_path, *who, *arguments).strip()
+
+        git("init", "--quiet")
+        made = []
+        for _ in range(3):
+            git("commit", "--quiet", "--allow-empty", "--message", "Something")
+            made.append(git("rev-parse", "HEAD"))
+        git("checkout", "--quiet", made[1])
+        monkeypatch.setattr(release, "ROOT", tmp_path)
+        return made
+
+    @staticmethod
+    def promote(monkeypatch: pytest.MonkeyPatch, *built: str) -> list[str]:
+        """Promote what is checked out, where cpu was built from these commits. Returns: names."""
+        promoted: list[str] = []
+        monkeypatch.setattr(registry, "tags", lambda _: {"cpu"} if built else {"cpu-1"})
+        monkeypatch.setattr(registry, "revisions", lambda _: set(built))
+        monkeypatch.setattr(registry, "promote", lambda *given: promoted.extend(given[2]))
+        main = argparse.Namespace(repository="x", digest=DIGEST, ref="refs/heads/main")
+        release.promote(main)
+        return promoted
+
+    @pytest.mark.parametrize("built", [[], [0], [1]], ids=["none yet", "before", "the same"])
+    def test_forward(
+        self, built: list[int], commits: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert self.promote(monkeypatch, *(commits[index] for index in built)) == ["cpu"]
+
+    @pytest.mark.parametrize("built", [[2], [0, 2], None], ids=["later", "in part", "unknown"])
+    def test_not_back(
+        self, built: list[int] | None, commits: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sources = ["None"] if built is None else [commits[index] for index in built]
+        with pytest.raises(RefusedError, match=rf"only moves forward.* x {DIGEST} cpu"):
+            self.promote(monkeypatch, *sources)
+
+    def test_the_workflow_knows_the_history(self) -> None:
+        workflow = (ROOT / ".github/workflows/docker-publish-model.yml").read_text()
+        job = workflow.partition("\n  promote:\n")[2]
+        assert "fetch-depth: 0" in job.partition("- uses: actions/download-artifact")[0]
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_list_is_of_what_was_tested(taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in for a registry in which a run of the same commit may take the list's name."""
+    parts = {
+        f"linux/{name}": "sha256:" + digit * 64 for name, digit in (("amd64", "8"), ("s390x", "9"))
+    }
+    first, second = ({"digest": f"sha256:{digit * 64}"} for digit in "12")
+    other = {"digest": "sha256:" + "3" * 64}
+    found = {
+        f"x@{parts['linux/amd64']}": {"digest": parts["linux/amd64"], "manifests": [first]},
+        f"x@{parts['linux/s390x']}": {"digest": parts["linux/s390x"], "manifests": [second]},
+        "x:cpu-1": {"digest": DIGEST, "manifests": [first, other if taken else second]},
+    }
+    platforms: dict[str, Any] = {f"x@{part}": {platform: {}} for platform, part in parts.items()}
+    monkeypatch.setattr(registry, "configs", platforms.get)
+    monkeypatch.setattr(registry, "inspect", lambda image, _: found[image])
+    monkeypatch.setattr(registry, "run", lambda *_: "")
+    if taken:
+        with pytest.raises(RefusedError, match=r"x:cpu-1 names .* another run took the name"):
+            registry.join("x:cpu-1", parts)
+    else:
+        assert registry.join("x:cpu-1", parts) == DIGEST
+
+
 @pytest.mark.parametrize("step", ["check", "page"])
 def test_a_tag_goes_the_way_of_the_dry_run(step: str) -> None:
     workflow = (ROOT / ".github/workflows/release.yml").read_text()
@@ -174,52 +251,97 @@ class TestScans:
     @pytest.fixture
     def scans(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "gh").write_text(
-            f'#!/bin/sh\n[ "$2" = list ] && cat {tmp_path}/open ||'
-            f' printf "%s\\n" "$@" > {tmp_path}/called\n'
+            f'#!/bin/sh\n[ "$2" = list ] && exec cat {tmp_path}/open\n'
+            f'printf "%s\\n" "$@" > {tmp_path}/called\n'
+            f'case "$*" in *"--body-file -") cat > {tmp_path}/body ;; esac\n'
         )
         (tmp_path / "gh").chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-        self.found(tmp_path, "amd64", {})
-        self.found(tmp_path, "arm64", {})
-        (tmp_path / "open").write_text("[]")
+        self.found(tmp_path, "amd64")
+        self.found(tmp_path, "arm64")
+        self.opened(tmp_path, True)
         return tmp_path
 
     @staticmethod
-    def found(scans: Path, architecture: str, result: dict[str, Any]) -> None:
+    def found(scans: Path, architecture: str, *vulnerabilities: dict[str, str]) -> None:
         path = scans / f"scan-{architecture}/scan.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"Results": [{"Target": "ubuntu 24.04"} | result]}))
+        result = {"Target": "ubuntu 24.04", "Vulnerabilities": vulnerabilities}
+        path.write_text(json.dumps({"Results": [result]}))
+
+    @staticmethod
+    def opened(scans: Path, ours: bool) -> None:
+        issues = [{"number": 6, "title": "another"}, {"number": 7, "title": report_scans.TITLE}]
+        (scans / "open").write_text(json.dumps(issues[: 2 if ours else 1]))
+
+    @staticmethod
+    def vulnerability(number: int, severity: str = "HIGH") -> dict[str, str]:
+        return {
+            "VulnerabilityID": f"CVE-2026-{number}",
+            "PkgName": "openssl",
+            "InstalledVersion": "3.0",
+            "FixedVersion": "3.1",
+            "Severity": severity,
+            "PrimaryURL": f"https://avd.aquasec.com/nvd/cve-2026-{number}",
+        }
+
+    @staticmethod
+    def report(scans: Path, result: str = "success") -> None:
+        report_scans.main(scans, result, ["amd64", "arm64"])
 
     def test_nothing_found_and_nothing_open(self, scans: Path) -> None:
-        report_scans.main(scans)
+        self.opened(scans, False)
+        self.report(scans)
         assert not (scans / "called").exists()
 
     @pytest.mark.parametrize("opened", [False, True])
     def test_one_issue_lists_what_was_found(self, opened: bool, scans: Path) -> None:
-        vulnerability = {
-            "VulnerabilityID": "CVE-2026-1",
-            "PkgName": "openssl",
-            "InstalledVersion": "3.0",
-            "FixedVersion": "3.1",
-            "Severity": "HIGH",
-            "PrimaryURL": "https://avd.aquasec.com/nvd/cve-2026-1",
-        }
-        self.found(scans, "arm64", {"Vulnerabilities": [vulnerability]})
-        issues = [{"number": 6, "title": "another"}, {"number": 7, "title": report_scans.TITLE}]
-        (scans / "open").write_text(json.dumps(issues[: 2 if opened else 1]))
-        report_scans.main(scans)
+        self.found(scans, "amd64", self.vulnerability(2))
+        self.found(scans, "arm64", self.vulnerability(1), self.vulnerability(2))
+        self.opened(scans, opened)
+        self.report(scans, "failure")
         called = (scans / "called").read_text()
         assert called.startswith("issue\nedit\n7\n" if opened else "issue\ncreate\n--title\n")
-        row = (
-            "| openssl | 3.0 | 3.1 | [CVE-2026-1](https://avd.aquasec.com/nvd/cve-2026-1) | high |"
-        )
-        assert f"{row} ubuntu 24.04 | arm64 |" in called
+        rows = [
+            f"| high | openssl | 3.0 | 3.1 | [CVE-2026-{number}](https://avd.aquasec.com/nvd/"
+            f"cve-2026-{number}) | ubuntu 24.04 | {names} |\n"
+            for number, names in ((1, "arm64"), (2, "amd64, arm64"))
+        ]
+        assert "".join(rows) in (scans / "body").read_text()
 
     def test_it_is_closed_once_all_is_well(self, scans: Path) -> None:
-        (scans / "open").write_text(json.dumps([{"number": 7, "title": report_scans.TITLE}]))
-        report_scans.main(scans)
+        self.report(scans)
         assert (scans / "called").read_text().startswith("issue\nclose\n7\n")
 
-    def test_no_scan_is_no_good_news(self, tmp_path: Path) -> None:
-        with pytest.raises(SystemExit, match="was not scanned"):
-            report_scans.main(tmp_path)
+    def test_a_long_list_is_cut(self, scans: Path) -> None:
+        """GitHub refuses more than 65,536 characters, and Linux an argument of 128 KiB."""
+        many = [self.vulnerability(number) for number in range(2000)]
+        self.found(scans, "amd64", *many, self.vulnerability(9999, "CRITICAL"))
+        self.report(scans, "failure")
+        body = (scans / "body").read_text()
+        assert len(body) < 65_536
+        assert "CVE-2026-9999" in body
+        assert f"\nand {2001 - report_scans.MOST_ROWS} more\n" in body
+
+    def test_one_scan_is_no_good_news(self, scans: Path) -> None:
+        (scans / "scan-arm64/scan.json").unlink()
+        with pytest.raises(SystemExit, match=r"^arm64 was not scanned"):
+            self.report(scans, "failure")
+        assert not (scans / "called").exists()
+        self.found(scans, "amd64", self.vulnerability(1))
+        with pytest.raises(SystemExit, match=r"^arm64 was not scanned"):
+            self.report(scans, "failure")
+        assert "\nNot scanned: arm64\n" in (scans / "body").read_text()
+
+    def test_nor_is_a_rebuild_that_was_not_promoted(self, scans: Path) -> None:
+        with pytest.raises(SystemExit, match="ended with failure"):
+            self.report(scans, "failure")
+        assert not (scans / "called").exists()
+
+    def test_the_workflow_wants_all_architectures(self) -> None:
+        folder = ROOT / ".github/workflows"
+        built = re.findall(
+            r"- architecture: (\w+)", (folder / "docker-publish-model.yml").read_text()
+        )
+        command = f'scripts/report_scans.py scans "$RESULT" {" ".join(built)}\n'
+        assert command in (folder / "weekly.yml").read_text()
