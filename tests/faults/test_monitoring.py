@@ -77,7 +77,7 @@ def test_chat_is_told_once_of_all_servers_that_are_away_and_when_they_are_back(
     assert away["title"] == "FIRING NpairDown: npair is not served"
     assert back["title"] == "RESOLVED NpairDown: npair is not served"
     for instance in monitored.instances:
-        assert f"{instance} has served no version of npair" in away["text"]
+        assert f"{instance} serves no version of npair" in away["text"]
         assert f"{instance} is well again" in back["text"]
 
 

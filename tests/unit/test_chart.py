@@ -39,14 +39,14 @@ def helm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
 
 
-def rendered(*settings: str) -> list[Resource]:
-    done = helm("template", "shop", CHART, IMAGE, *settings)
+def rendered(*settings: str, release: str = "shop") -> list[Resource]:
+    done = helm("template", release, CHART, IMAGE, *settings)
     assert done.returncode == 0, done.stderr
     return [*yaml.safe_load_all(done.stdout)]
 
 
-def refusal(*settings: str) -> str:
-    done = helm("template", "shop", CHART, *settings)
+def refusal(*settings: str, release: str = "shop") -> str:
+    done = helm("template", release, CHART, *settings)
     assert done.returncode != 0
     return done.stderr
 
@@ -83,9 +83,22 @@ def selects(selector: Resource, labels: Resource) -> bool:
     return selector.items() <= labels.items()
 
 
-def test_alerts_are_those_of_monitoring() -> None:
-    rule = only(rendered("--set=monitoring.alerts=true"), "PrometheusRule")
-    assert rule["spec"] == yaml.safe_load((ROOT / "monitoring/alerts.yml").read_text())
+@pytest.mark.parametrize(
+    ("settings", "patience"),
+    [
+        ("", f"{options.START_TIMEOUT + 60:.0f}s"),
+        (",models.store=s3://bucket/models", f"{options.DOWNLOAD_TIMEOUT + 60:.0f}s"),
+        (",server.startSeconds=31", "91s"),
+    ],
+)
+def test_alerts_are_those_of_monitoring_and_let_pods_start(settings: str, patience: str) -> None:
+    rule = only(rendered(f"--set=monitoring.alerts=true{settings}"), "PrometheusRule")
+    spec = yaml.safe_load((ROOT / "monitoring/alerts.yml").read_text())
+    down = spec["groups"][0]["rules"][0]
+    assert down["alert"] == "NpairDown"
+    assert rule["spec"] != spec
+    down["for"] = patience
+    assert rule["spec"] == spec
 
 
 def test_proxy_is_that_of_the_docs() -> None:
@@ -208,6 +221,23 @@ def test_services_reach_the_servers_alone() -> None:
     assert all(selects(selector, each) for each in labels.values()), "promotions and tests"
 
 
+@pytest.mark.parametrize(
+    ("nobody", "ports"),
+    [
+        ("callers", [["http", "grpc"], ["metrics"]]),
+        ("monitors", [["http", "grpc"], ["http", "grpc"]]),
+    ],
+)
+def test_a_network_policy_can_let_nobody_in(nobody: str, ports: list[list[str]]) -> None:
+    """A rule whose "from" is empty is for everyone."""
+    resources = rendered(
+        "--set=networkPolicy.enabled=true", f"--set-json=networkPolicy.{nobody}=[]"
+    )
+    rules = only(resources, "NetworkPolicy")["spec"]["ingress"]
+    assert all(rule["from"] for rule in rules)
+    assert [[port["port"] for port in rule["ports"]] for rule in rules] == ports
+
+
 def test_ports_name_their_protocol() -> None:
     """Without it, Kubernetes 1.20 refuses what Helm 4 applies on the server."""
     resources = rendered(*EVERYTHING)
@@ -269,6 +299,9 @@ def test_a_job_changes_all_pods() -> None:
     assert job["metadata"]["name"] == "shop-promote-16-keep-15"
     (container,) = pods(resources)["Job"]["containers"]
     assert "exec python -m npair promote 16 --keep 15 " in container["args"][0]
+    keeping = "promotion.command=promote 16 --keep 15"
+    long = rendered(*VOLUME, f"--set=fullnameOverride={'x' * 50},{keeping}")
+    assert only(long, "Job")["metadata"]["name"] == "x" * 44 + "-promote-16-keep-15"
     (url,) = re.findall(r"--url http://(\S+):8000", container["args"][0])
     assert only(resources, "Service", url)["spec"]["clusterIP"] == "None"
     (models,) = (m for m in container["volumeMounts"] if m["mountPath"] == "/models")
@@ -296,12 +329,22 @@ def test_a_job_changes_all_pods() -> None:
         ("image.digest=sha256:1", "/image/digest"),
         ("server.drainSeconds=soon", "/server/drainSeconds"),
         ("autoscaling.enabled=true,autoscaling.cpuPercent=0", "cpuPercent or queueLength"),
+        ("autoscaling.enabled=true,autoscaling.maxReplicas=1", "maxReplicas is below"),
         ("proxy.enabled=true", "the proxy needs proxy.tlsSecret"),
         ("image.repository=", "set image.repository, for example"),
     ],
 )
 def test_wrong_values_are_refused(setting: str, reason: str) -> None:
     assert reason in refusal(IMAGE, f"--set={setting}")
+
+
+@pytest.mark.parametrize("release", ["1shop", "shop.a", "7"])
+def test_a_release_may_be_called_what_a_service_may_not(release: str) -> None:
+    assert f"{release} cannot name a Service: set fullnameOverride" in refusal(
+        IMAGE, release=release
+    )
+    service = only(rendered("--set=fullnameOverride=shop", release=release), "Service", "shop")
+    assert service["spec"]["selector"]["app.kubernetes.io/instance"] == release
 
 
 def test_the_schema_knows_each_value_and_no_other() -> None:

@@ -1,10 +1,15 @@
 {{- define "npair.fullname" -}}
-{{- .Values.fullnameOverride | default .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- $name := .Values.fullnameOverride | default .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- /* Releases may have names that Services may not have. */ -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) -}}
+{{- fail (print $name " cannot name a Service: set fullnameOverride to small letters, digits and -, the first a letter") -}}
+{{- end -}}
+{{- $name -}}
 {{- end }}
 
 {{- define "npair.selector" -}}
 app.kubernetes.io/name: npair
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- /* Pods of the server, but not those of tests and promotions. */ -}}
