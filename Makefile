@@ -106,7 +106,7 @@ lock: .venv/dev ## Make the images' and the release's requirements.txt, with wha
 	  --no-annotate --custom-compile-command 'make lock' --output-file scripts/requirements.txt -
 
 dist: .venv/dev ## Build the wheel and the sdist into dist/, the same bytes from the same commit
-	PATH=$(CURDIR)/$(BIN):$$PATH scripts/build-dist.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/build-dist.sh
 
 image: ## Build npair_model_api:cpu from NVIDIA's image, of 15 GB, with model_repository/ inside (needs Docker with Buildx)
 	docker buildx build --file model/api/Dockerfile.cpu --build-context model_repository=model_repository \

@@ -4,7 +4,9 @@
 set -euo pipefail
 
 missing=()
-tools=(make curl git python3.11 npm prometheus prometheus-alertmanager nginx haproxy faketime)
+# Without venv's package, Debian's Python cannot make a virtual environment.
+python3.11 -c 'import ensurepip' 2>/dev/null || missing+=(python3.11)
+tools=(make curl git npm prometheus prometheus-alertmanager nginx haproxy faketime)
 for tool in "${tools[@]}" chromium chromedriver; do
   command -v "$tool" >/dev/null || missing+=("$tool")
 done

