@@ -25,7 +25,7 @@ MONITORING = ROOT / "monitoring"
 SHORTENED = {
     "15s": "1s",
     "30s": "3s",
-    "1m": "3s",
+    "1m": "10s",  # Prometheus starts to scrape after 5 s, until when no server is there
     "5m": "10s",
     "10m": "10s",
     "30m": "90s",
