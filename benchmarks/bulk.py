@@ -41,7 +41,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import s3fs
 from machine import MODELS, VERSION, command_line, descendants, proportional_memory, say
-from support.s3 import free_ports, seaweed
+from support.s3 import seaweed
+from support.servers import free_ports
 
 from npair.bulk.actor import grouped
 from npair.bulk.version import Version
@@ -306,7 +307,7 @@ def counted_store(folder: Path) -> Iterator[Callable[[], Requests]]:
 
     Yields: a function that counts its requests so far.
     """
-    (port,) = free_ports(1)
+    port = free_ports()["METRICS_PORT"]
 
     def requests() -> Requests:
         url = f"http://127.0.0.1:{port}/metrics"

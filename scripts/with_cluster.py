@@ -24,7 +24,7 @@ from pathlib import Path
 
 from cluster.binaries import binaries
 from cluster.image import archive
-from image.commands import ROOT, end_in_order, step
+from image.commands import CACHE, ROOT, end_in_order, step
 from image.engine import ENGINE, TOOLS, unpack, use
 from image.packages import install
 
@@ -33,8 +33,7 @@ NEEDED = (*TOOLS, "conntrack", "dnsmasq-base", "etcd-server", "iptables", "jq", 
 
 def main(kind: str, command: list[str]) -> int:
     end_in_order()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = Path(os.environ.get("NPAIR_CLUSTER_CACHE") or Path(home) / "npair/kubernetes")
+    cache = Path(os.environ.get("NPAIR_CLUSTER_CACHE") or CACHE / "kubernetes")
     cache.mkdir(parents=True, exist_ok=True)
     install(*NEEDED)
     archive(cache)

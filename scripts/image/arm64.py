@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from image.build import debian
-from image.commands import ROOT, output, run
+from image.commands import CACHE, ROOT, output, run
 from image.engine import unpack
 
-# Roots and downloads that take long are kept, outside the work tree.
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npair/arm64"
+KEPT = CACHE / "arm64"
 BINFMT = Path("/proc/sys/fs/binfmt_misc")
 # The header of a program for Arm, and which of its bits count: ELF, 64 bits, little-endian, of
 # machine 183 (the ELF specification's e_ident, e_type and e_machine).
@@ -27,10 +26,10 @@ GLIBC = range(17, 37)  # Debian 12's and older: manylinux_2_17 to manylinux_2_36
 @contextlib.contextmanager
 def emulation() -> Iterator[None]:
     """Have the kernel run programs for Arm by QEMU, in containers as well, during the block."""
-    emulator = CACHE / "qemu/engine/usr/bin/qemu-aarch64"
+    emulator = KEPT / "qemu/engine/usr/bin/qemu-aarch64"
     if not emulator.exists():
-        run("rm", "-rf", CACHE / "qemu")
-        unpack(CACHE / "qemu", "qemu-user")  # of trixie: bookworm's shows the host's /proc/cpuinfo
+        run("rm", "-rf", KEPT / "qemu")
+        unpack(KEPT / "qemu", "qemu-user")  # of trixie: bookworm's shows the host's /proc/cpuinfo
     print(output(emulator, "--version").splitlines()[0])
     if not (BINFMT / "register").exists():
         run("mount", "-t", "binfmt_misc", "binfmt_misc", BINFMT)
@@ -45,7 +44,7 @@ def emulation() -> Iterator[None]:
 
 def debian_root() -> Path:
     """Return a Debian for Arm, installed the first time. It needs ``emulation``."""
-    root, done = CACHE / "debian", CACHE / "debian.done"
+    root, done = KEPT / "debian", KEPT / "debian.done"
     if not done.exists():
         run("rm", "-rf", root)
         debian(root, "arm64")
@@ -58,7 +57,7 @@ def wheels_for_arm() -> Path:
 
     Returns: their folder.
     """
-    wheels, pins = CACHE / "wheels", CACHE / "requirements.txt"
+    wheels, pins = KEPT / "wheels", KEPT / "requirements.txt"
     python = f"{sys.version_info[0]}.{sys.version_info[1]}"
     # pip reads markers as of this machine, uv as of the other.
     run(Path(sys.executable).with_name("uv"), "pip", "compile", "--quiet", "--no-deps",
@@ -79,7 +78,7 @@ def wheels_for_arm() -> Path:
 
 def unpacked_server(wheels: Path) -> Path:
     """Unpack the server's wheel. Returns: the folder for PYTHONPATH."""
-    site = CACHE / "server"
+    site = KEPT / "server"
     if not site.exists():
         (wheel,) = wheels.glob("nvidia_pytriton-*.whl")
         with zipfile.ZipFile(wheel) as archive:

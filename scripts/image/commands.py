@@ -15,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGAN = time.monotonic()
+# Of what takes long to build or to download, outside the work tree.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npair"
 RAW = {"Inference-Header-Content-Length": "0"}  # Triton's: the body is the input
 
 

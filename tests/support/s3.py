@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
+
+from support.servers import free_ports
 
 KEY, SECRET = "key", "secret"
 STARTS = 60  # seconds at most
@@ -26,9 +27,7 @@ STARTS = 60  # seconds at most
 def seaweed(folder: Path, *options: str) -> Iterator[dict[str, str]]:
     """Run the server with its files in a folder; yield the environment by which clients find it."""
     names = ("master", "volume", "filer", "s3")
-    both = free_ports(2 * len(names))
-    ports = [f"-{name}.port={port}" for name, port in zip(names, both, strict=False)]
-    ports += [f"-{name}.port.grpc={port}" for name, port in zip(names, both[4:], strict=True)]
+    ports = free_ports([f"{name}.port{kind}" for name in names for kind in ("", ".grpc")])
     grants = {"credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [{"name": "test", **grants}]}))
     (folder / "data").mkdir()
@@ -38,13 +37,13 @@ def seaweed(folder: Path, *options: str) -> Iterator[dict[str, str]]:
         *("-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false", "-volume.max=100"),
         *("-master.telemetry=false", "-master.volumeSizeLimitMB=1024", "-volume.minFreeSpace=1"),
         *(f"-{name}.localSocket={folder}/{name}.sock" for name in ("filer", "s3")),
-        *ports,
+        *(f"-{name}={port}" for name, port in ports.items()),
         *options,
     ]
     with (folder / "weed.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
-        endpoint = f"http://127.0.0.1:{both[3]}"
+        endpoint = f"http://127.0.0.1:{ports['s3.port']}"
         deadline = time.monotonic() + STARTS
         while not answers(endpoint):
             if process.poll() is not None or time.monotonic() > deadline:
@@ -108,11 +107,3 @@ def answers(endpoint: str) -> bool:
     with suppress(OSError), urllib.request.urlopen(f"{endpoint}/healthz", timeout=5):
         return True
     return False
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as listeners:
-        opened = [
-            listeners.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)
-        ]
-        return [one.getsockname()[1] for one in opened]

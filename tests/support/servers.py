@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def eventually(true: Callable[[], object], seconds: float = 20) -> None:
         time.sleep(0.1)
 
 
-def free_ports() -> dict[str, str]:
+def free_ports(names: Sequence[str] = PORTS) -> dict[str, str]:
     """Choose ports below the ephemeral range and outside the ranges of the other xdist workers.
 
     No other process should take them before a server starts.
@@ -36,11 +36,11 @@ def free_ports() -> dict[str, str]:
     ports: dict[str, str] = {}
     lowest = 15_000 + 4_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 4)
     with ExitStack() as listeners:
-        while len(ports) < len(PORTS):
+        while len(ports) < len(names):
             port = random.randrange(lowest, lowest + 4_000)
             with suppress(OSError):
                 listeners.enter_context(socket.create_server(("127.0.0.1", port)))
-                ports[PORTS[len(ports)]] = str(port)
+                ports[names[len(ports)]] = str(port)
     return ports
 
 
