@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import http.server
+import logging
 import os
 import shutil
 import signal
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from supervisor.api import CONTROL_HEADER
+from supervisor.logs import StderrHandler
 from supervisor.procfs import cpu_seconds
 from support.models import ROOT, SHIPPED
 from support.servers import eventually, free_ports, running
@@ -132,6 +135,42 @@ def test_what_others_compute_beside_a_dead_stub_is_answered() -> None:
         assert "npair: a Python stub of the model died" in output
         assert process.returncode == 1
         assert answers == [32]
+
+
+def test_a_reader_that_has_stalled_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    process = subprocess.Popen(
+        [sys.executable, SERVE, f"--model-repository={tmp_path}"], stderr=writer
+    )
+    os.close(writer)
+    try:
+        assert process.wait(timeout=60) == 1
+    finally:
+        process.kill()
+        os.close(reader)
+
+
+def test_a_slow_reader_gets_all_lines() -> None:
+    reader, writer = os.pipe()
+    lines = [f"{number} " + "x" * 100_000 for number in range(5)]
+
+    def write() -> None:
+        with os.fdopen(writer, "w") as stream:
+            handler = StderrHandler(stream)
+            for line in lines:
+                handler.emit(logging.makeLogRecord({"msg": line}))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    with os.fdopen(reader) as read:
+        time.sleep(0.5)
+        assert read.read().splitlines() == lines
+    thread.join()
 
 
 def test_log_lines_that_cannot_be_written_do_not_end_the_server() -> None:

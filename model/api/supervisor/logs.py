@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
+import select
 import sys
 from collections import deque
 from datetime import datetime, timezone
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 log = logging.getLogger("npair")
+
+PART = 4096  # bytes, Linux's PIPE_BUF
+STALLED_AFTER = 5  # seconds in which the reader of stderr takes nothing
 
 # Triton: a level, date and time, process, source and a message, quoted as in JSON.
 TRITON_LINE = re.compile(r"([IWEF])\d{4} [\d:.]+ \d+ ([^:\]]+):\d+\] (.*)")
@@ -50,7 +55,29 @@ class JsonFormatter(logging.Formatter):
 
 
 class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic only in stubs
-    """A full disk or a broken pipe behind stderr must not end the server: such lines are lost."""
+    """Nothing behind stderr must end the server or hold it up: with a full disk, a broken pipe or
+    a reader that has stalled, such as a terminal after Ctrl-S, lines are lost.
+    """
+
+    stalled = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line in parts that a pipe which is ready takes at once."""
+        try:
+            line = f"{self.format(record)}\n".encode(self.stream.encoding, "backslashreplace")
+            while line and self._ready():
+                line = line[os.write(self.stream.fileno(), line[:PART]) :]
+        except Exception:
+            self.handleError(record)
+
+    def _ready(self) -> bool:
+        """Whether the reader takes more. A reader that has stalled is waited for only once."""
+        if sys.platform == "win32":  # it has no poll, and serves nothing
+            return True
+        stderr = select.poll()
+        stderr.register(self.stream.fileno(), select.POLLOUT)
+        self.stalled = not stderr.poll(0 if self.stalled else 1000 * STALLED_AFTER)
+        return not self.stalled
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not isinstance(sys.exc_info()[1], OSError):
