@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import re
 import shutil
@@ -16,9 +17,11 @@ from pathlib import Path
 import pytest
 from support.models import ROOT
 
+from npair.releasing import tune
 from npair.releasing.config import ConfigError
-from npair.releasing.traffic import TrafficError, closed, paced
+from npair.releasing.traffic import FullError, Measurement, TrafficError, closed, paced
 from npair.releasing.tune import (
+    LocalServer,
     Point,
     Setting,
     TuneError,
@@ -70,6 +73,10 @@ class TestLoad:
         assert load.rate > 5, "one connection would have had two answers a second"
         assert load.p50 >= 500
 
+    def test_a_full_server(self) -> None:
+        with answering(status=503) as url, pytest.raises(FullError, match="503 Service"):
+            closed(url, [b"x"], 2, 1)
+
     @pytest.mark.parametrize(
         "load", [lambda url: closed(url, [b"x"], 2, 1), lambda url: paced(url, [b"x"], 20, 1)]
     )
@@ -119,6 +126,24 @@ def test_best_points() -> None:
     assert frontier(points) == [points[0], points[1], points[3], points[4]]
 
 
+def test_a_load_beyond_the_queue_s_limit_ends_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warm-up exceeds it first."""
+    asked = []
+
+    def measured(_url: str, _photos: object, connections: int, seconds: float) -> Measurement:
+        asked.append(connections)
+        if connections > 4:
+            raise FullError("the server answered HTTP/1.1 503")
+        return Measurement(seconds, 1.0, 2.0)
+
+    server = contextlib.nullcontext(LocalServer("", "", 0))
+    monkeypatch.setattr(tune, "serving", lambda _: server)
+    monkeypatch.setattr(tune, "closed", measured)
+    points = tune._points(Path(), Setting(1, 0, 0), [], 100, 1.0)
+    assert [point.connections for point in points] == [1, 2, 4]
+    assert asked == [64, 1, 2, 4, 8]
+
+
 class TestCommand:
     def run(self, models: Path, data: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [
@@ -134,7 +159,9 @@ class TestCommand:
         command += ["--seconds", "0.3", "--batch", "8", "--delay", "0", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    def test_finds_and_writes(self, published: Path, dataset: Path, tmp_path: Path) -> None:
+    def test_finds_and_writes(
+        self, published: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Start from a setting that is bad on every machine: a single photo waits one second."""
         models = Path(shutil.copytree(published, tmp_path / "npair"))
         config = models / "config.pbtxt"
@@ -145,8 +172,9 @@ class TestCommand:
         config.write_text(re.sub(r"(?m)^parameters .*(thresh|sha256).*\n", "", bad))
         before = config.read_text()
         picture = tmp_path / "frontier.svg"
+        monkeypatch.chdir(models)
         result = self.run(
-            models, dataset, "--instances", "1", "--p99-ms", "900", "--picture", str(picture)
+            Path(), dataset, "--instances", "1", "--p99-ms", "900", "--picture", str(picture)
         )
         assert result.returncode == 0, result.stderr
         assert config.read_text() == with_setting(before, Setting(1, 8, 0))

@@ -20,6 +20,10 @@ class TrafficError(RuntimeError):
     """The server refused a photo or closed the connection."""
 
 
+class FullError(TrafficError):
+    """The server refused a photo because too many requests wait."""
+
+
 class Measurement(NamedTuple):
     """rate: answers per second. p50, p99: percentiles of the latency, in milliseconds."""
 
@@ -113,7 +117,8 @@ async def _ask(connection: Connection, request: bytes) -> None:
         raise TrafficError("the server closed the connection") from error
     if not head.startswith(b"HTTP/1.1 200"):
         status = head.partition(b"\r\n")[0].decode(errors="replace")
-        raise TrafficError(f"the server answered {status}: {body[:300].decode(errors='replace')}")
+        kind = FullError if head.startswith(b"HTTP/1.1 503") else TrafficError
+        raise kind(f"the server answered {status}: {body[:300].decode(errors='replace')}")
 
 
 def _summary(latencies: Sequence[float], seconds: float) -> Measurement:

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from npair.client import NpairClient
 from npair.releasing.config import on_one_line, parse, with_lines
-from npair.releasing.traffic import closed
+from npair.releasing.repository import open_repository
+from npair.releasing.traffic import FullError, closed
 from npair.serving.engine import cores
 
 SERVE = Path(__file__).parents[3] / "model/api/serve.py"  # of the checkout
@@ -134,7 +135,7 @@ def tune(
         return median(point.rate if point else 0.0 for point in found)
 
     with tempfile.TemporaryDirectory(prefix="npair-tune-") as scratch:
-        copy = Path(scratch) / repository.name
+        copy = Path(scratch) / open_repository(repository).name  # also of "."
         shutil.copytree(repository, copy)
 
         def measure(setting: Setting) -> None:
@@ -221,9 +222,10 @@ def draw(points: Sequence[Point], chosen: Setting, p99: float, path: Path) -> No
 def _points(
     models: Path, setting: Setting, photos: Sequence[bytes], p99: float, seconds: float
 ) -> Iterator[Point]:
-    """Measure a setting with more and more connections until p99 is exceeded."""
-    with serving(models) as server:
-        closed(server.http, photos, CONNECTIONS[-1], min(1.0, seconds))  # warm-up
+    """Measure a setting with more and more connections until p99 or its queue_limit is exceeded."""
+    with serving(models) as server, contextlib.suppress(FullError):
+        with contextlib.suppress(FullError):  # warm-up
+            closed(server.http, photos, CONNECTIONS[-1], min(1.0, seconds))
         for connections in CONNECTIONS:
             point = Point(setting, connections, *closed(server.http, photos, connections, seconds))
             yield point
