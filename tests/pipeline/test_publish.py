@@ -161,12 +161,28 @@ def test_an_interrupted_publication_goes_on(
 
 
 def test_what_failed_is_not_kept(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise ArithmeticError("an embedding is zero")
+
+    monkeypatch.setattr(artifact, "write_graphs", fails)
+    with pytest.raises(ArithmeticError):
+        publisher()
+    assert not publisher.kept
+
+
+def test_what_could_not_be_stored_is_not_computed_again(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artifact, "write_graphs", full)
-    with pytest.raises(OSError, match="No space left"):
-        publisher()
+    with monkeypatch.context() as patch:
+        patch.setattr("npair.releasing.repository._sync", full)  # as the version is completed
+        with pytest.raises(OSError, match="No space left"):
+            publisher(accept_cost="torch alone")
+    assert left(publisher.repository) == {"config.pbtxt", "1"}
+    monkeypatch.setattr(artifact, "export", full)  # not called again
+    assert publisher(accept_cost="torch alone").version == 2
     assert not publisher.kept
 
 

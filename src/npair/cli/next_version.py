@@ -7,19 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from npair.publishing.publish import publish
+from npair.publishing.publish import UNPUBLISHED, publish
+from npair.publishing.steps import forget
 from npair.releasing.config import new_config, pinned, with_release
 from npair.releasing.release import client_parameters
 from npair.releasing.repository import Repository
 from npair.serving.manifest import NAME, Manifest
 
 
-def publish_next(repository: Repository, run: Path, data: Path, **options: Any) -> Manifest:
+def publish_next(
+    repository: Repository, run: Path, data: Path, *, cache: Path, **options: Any
+) -> Manifest:
     """Publish a run as the repository's next version, compared with the newest pinned one.
 
     If the repository has no config.pbtxt, writes one that pins the version: a server that starts on
     it serves the version.
-    options: passed on to ``publishing.publish``.
+    cache, options: passed on to ``publishing.publish``.
     Raises: the errors of ``publish``; RepositoryError, ConfigError.
     """
     with (
@@ -33,8 +36,10 @@ def publish_next(repository: Repository, run: Path, data: Path, **options: Any) 
             model=repository.name,
             version=number,
             pinned=pinned_folder,
+            cache=cache,
             **options,
         )
+    forget(cache / UNPUBLISHED)
     if is_new(repository):
         with repository.exclusive():
             described = client_parameters(repository.read(f"{number}/{NAME}"))

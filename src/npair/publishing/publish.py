@@ -27,6 +27,7 @@ from npair.serving.engine import cores
 from npair.serving.manifest import NAME, Comparison, Golden, Manifest
 
 TIMED_PHOTOS = 64
+UNPUBLISHED = "unpublished"  # in the cache
 PINS = Path(__file__).parents[3] / "model/api"
 
 
@@ -50,7 +51,7 @@ def publish(
     data: the data set of the run; without val, the version has no metrics and no thresholds.
     folder: an empty folder; discard what is in it if this raises.
     pinned: the folder of the version that is pinned, if any.
-    cache: keeps what was computed if this raises, so that the next try goes on from there.
+    cache: keeps what was computed, so that the next try goes on from there; see ``Steps``.
     accept_recall_drop, accept_cost: why a version may be published although it finds less than the
     pinned one beyond chance, or is slower or larger; the manifest keeps the reason.
     say: called with a sentence for each stage and each warning.
@@ -60,7 +61,7 @@ def publish(
     say(f"reading {run} and its photos")
     source = read_source(run, data, cache)
     gate = Gate(Manifest.read(pinned).version, accept_recall_drop, accept_cost) if pinned else None
-    with Steps(folder, cache / "unpublished", _key(run, data, pinned), say) as steps:
+    with Steps(folder, cache / UNPUBLISHED, _key(run, data, pinned), say) as steps:
         before: Hits = {}
         if pinned and gate and source.dataset.val:
             before = steps.once(

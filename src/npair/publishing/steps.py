@@ -13,14 +13,17 @@ from typing import Any
 from npair.publishing import PublishError
 
 RESULTS = "results.json"
+KEEPING = (PublishError, OSError, KeyboardInterrupt)
 
 
 class Steps:
     """Runs each step once, even if the publication takes several tries.
 
-    If the version is refused or Ctrl-C ends the block, the staged folder and the results go into
-    the folder ``kept``; the next publication with the same key begins with them. Otherwise they are
-    deleted: after any other error, they may be what was wrong. Only the newest try is kept.
+    The staged folder and the results go into the folder ``kept``, and the next publication with the
+    same key begins with them, if the version is refused, a disk or Ctrl-C ends the block, or it
+    ends well: what follows it may fail, so call ``forget`` once the version is in the repository.
+    After any other error they are deleted, since they may be what was wrong. Only the newest try is
+    kept.
     """
 
     def __init__(self, folder: Path, kept: Path, key: str, say: Callable[[str], None]) -> None:
@@ -39,7 +42,7 @@ class Steps:
     def __exit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
-        if self.results and kind and issubclass(kind, (PublishError, KeyboardInterrupt)):
+        if self.results and (kind is None or issubclass(kind, KEEPING)):
             self._keep()
         else:
             shutil.rmtree(self.kept, ignore_errors=True)
@@ -55,9 +58,16 @@ class Steps:
         return self.results[name]
 
     def _keep(self) -> None:
-        shutil.rmtree(self.kept.parent, ignore_errors=True)
-        with contextlib.suppress(OSError):  # a full disk must not hide why the version was refused
-            unfinished = self.kept.with_suffix(".unfinished")
+        forget(self.kept.parent)
+        unfinished = self.kept.with_suffix(".unfinished")
+        try:
             shutil.copytree(self.folder, unfinished / "version")
             (unfinished / RESULTS).write_text(json.dumps(self.results))
             unfinished.rename(self.kept)
+        except OSError:  # a full disk must not hide why the version was refused
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def forget(kept: Path) -> None:
+    """Delete what tries have left."""
+    shutil.rmtree(kept, ignore_errors=True)
