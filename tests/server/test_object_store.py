@@ -111,6 +111,8 @@ def test_a_version_appears_complete(location: str) -> None:
         (folder / "golden/a.jpg").write_bytes(b"123")
         (folder / "manifest.json").write_text("{}")
         assert reader.versions() == {1: False}, "claimed"
+        with pytest.raises(RepositoryError, match=rf"process {os.getpid()}.* publishes version 1"):
+            reader.remove(1)
     assert reader.versions() == {1: True}
     assert reader.size(1) == 5
     with reader.version(1) as there:
@@ -137,8 +139,8 @@ def test_the_manifest_comes_last(location: str, monkeypatch: pytest.MonkeyPatch)
     repository = open_repository(location)
     monkeypatch.setattr(Store, "_ask", watched)
     publish(repository, {"a": b"1", "manifest.json": b"{}", "z": b"2"})
-    assert [name for name, _ in seen][::3] == ["manifest.json", "manifest.json"]
-    assert [versions for _, versions in seen] == [{}, {1: False}, {1: False}, {1: False}]
+    assert [name for name, _ in seen][::4] == ["manifest.json", "manifest.json"]
+    assert [versions for _, versions in seen] == [{}, *[{1: False}] * 4]
 
 
 @pytest.mark.parametrize(
@@ -226,9 +228,42 @@ def test_killed_publishers_leave_nothing_that_counts(location: str) -> None:
         process.wait()
     assert opened.versions() == dict.fromkeys(range(1, 7), False), "none had the time to end"
     assert publish(opened, {"manifest.json": b"{}"}) == 7
+    holder = rf"process {process.pid}, since .* publishes version 6 in .* delete {location}\.6\."
+    with pytest.raises(RepositoryError, match=holder):
+        opened.remove(6)
     for number in range(1, 7):
+        delete_claim(location, number)
         opened.remove(number)
     assert objects(location) == {"config.pbtxt", "7/manifest.json"}
+
+
+def delete_claim(location: str, number: int) -> None:
+    s3fs.S3FileSystem(skip_instance_cache=True).rm_file(f"{location}.{number}.publishing")
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_number_that_was_lost_is_left_alone(location: str, complete: bool) -> None:
+    """The claim is deleted as if its publisher had been killed, and the version is retired."""
+    opened, other, holder = Store(location), contextlib.ExitStack(), ""
+    publisher = opened.new_version()
+    number, folder = publisher.__enter__()
+    delete_claim(location, number)
+    opened.remove(number)
+    again, others = other.enter_context(open_repository(location).new_version())
+    assert again == number
+    for name in ("manifest.json", "network.bin"):
+        (folder / name).write_text("1")
+        (others / name).write_text("22")
+    if complete:
+        other.close()
+    else:
+        holder = f", and user .*, process {os.getpid()}, since .* publishes that number now"
+    with pytest.raises(RepositoryError, match=f"was retired while it was being published{holder};"):
+        publisher.__exit__(None, None, None)
+    other.close()
+    assert opened.versions() == {1: True}
+    assert opened.size(1) == 4
+    assert objects(location) == {"config.pbtxt", "1/manifest.json", "1/network.bin"}
 
 
 def test_a_store_that_goes_away(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +300,7 @@ def test_removed_never_half(location: str, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Store, "_ask", watched)
     opened.remove(1)
-    assert seen == [{1: False}, {1: False}, {1: False}, {}]
+    assert seen == [*[{1: False}] * 4, {}]
 
 
 def test_a_lock_is_known_although_the_answer_was_lost(
@@ -397,6 +432,7 @@ def test_served_from_the_store(location: str) -> None:
     """Let serve.py read the golden photo from the store and watch it."""
     repository = open_repository(location)
     release(repository)
+    s3fs.S3FileSystem(skip_instance_cache=True).pipe_file(f"{location}.9.publishing", b"another")
     ports = free_ports()
     environment = {
         **ports,

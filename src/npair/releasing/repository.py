@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -64,7 +65,10 @@ class Repository(Protocol):
         """
 
     def remove(self, number: int) -> None:
-        """Remove a version. Readers never see half of it as complete."""
+        """Remove a version. Readers never see half of it as complete.
+
+        Raises: RepositoryError if another process is publishing it.
+        """
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Hold the lock for changes of config.pbtxt and removals.
@@ -143,10 +147,13 @@ class Folder(Repository):
             os.close(handle)
 
     def remove(self, number: int) -> None:
-        going = Path(tempfile.mkdtemp(prefix=f"staging-retired-{number}-", dir=self.folder))
+        going = self.folder / f"staging-retired-{number}-{secrets.token_hex(8)}"
         (self.folder / str(number)).rename(going)
         _sync(self.folder)
-        shutil.rmtree(going, ignore_errors=True)  # a publisher may be removing it as well
+        if going.is_symlink():  # what it points to is not the repository's
+            going.unlink()
+        else:
+            shutil.rmtree(going, ignore_errors=True)  # a publisher may be removing it as well
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -176,12 +183,22 @@ class Folder(Repository):
             if not staging.exists():
                 raise
             return None  # it belongs to another user
-        with contextlib.suppress(OSError):
-            if _lock_at(staging, handle) and os.access(staging, os.W_OK):
-                if not (self.folder / str(number)).exists():
-                    return handle
+        with contextlib.ExitStack() as closing:
+            closing.callback(os.close, handle)
+            try:
+                if not _lock_at(staging, handle) or not os.access(staging, os.W_OK):
+                    return None
+            except FileNotFoundError:  # another publisher has removed it
+                return None
+            except RepositoryError:  # no locks: do not leave a folder for each try
+                with contextlib.suppress(OSError):
+                    staging.rmdir()
+                raise
+            if not (self.folder / str(number)).exists():
+                closing.pop_all()
+                return handle
+            with contextlib.suppress(OSError):  # others remove it as well
                 staging.rmdir()  # the number was published after it was chosen
-        os.close(handle)
         return None
 
     def _clean(self) -> None:
@@ -202,8 +219,10 @@ class Store(Objects, Repository):
 
     Publishing puts an empty manifest.json first, if there is none, which claims the number, and
     puts its content last, which completes the version. Removing deletes manifest.json last, so
-    that a free number has no files. A killed publisher leaves an incomplete version, which others
-    skip and ``remove`` deletes.
+    that a free number has no files. An object beside the folder names the publisher meanwhile:
+    ``remove`` spares its version, and if somebody deletes that object, the publisher neither
+    completes nor removes what may be another's by then. A killed publisher leaves an incomplete
+    version, which others skip.
     """
 
     error = RepositoryError
@@ -247,20 +266,43 @@ class Store(Objects, Repository):
         number = max(self.versions(), default=0) + 1
         while not self._create(f"{self.root}/{number}/{NAME}", b""):
             number += 1
+        this = this_process()
         try:
+            self._ask("pipe_file", self._claim(number), this.encode())
             with tempfile.TemporaryDirectory(prefix="npair-staging-") as staging:
                 yield number, Path(staging)
-                self._upload(Path(staging), number)
+                self._upload(Path(staging), number, this)
         except BaseException:
             with contextlib.suppress(OSError, RepositoryError):  # the store may be unreachable
-                self.remove(number)
+                if self._holder(self._claim(number)) == this:
+                    self._remove(number)
             raise
+        with contextlib.suppress(OSError, RepositoryError):  # means nothing beside a whole version
+            self._ask("rm_file", self._claim(number))
 
     def remove(self, number: int) -> None:
+        if not self.versions().get(number) and (holder := self._holder(self._claim(number))):
+            raise RepositoryError(
+                f"{holder} publishes version {number} in {self.location}; wait for it; if it was"
+                f" killed, first delete {self.location}.{number}.publishing"
+            )
+        self._remove(number)
+
+    def _remove(self, number: int) -> None:
         manifest = f"{number}/{NAME}"
         self.write(manifest, b"")  # incomplete from here on, and the number still claimed
-        for path in [*(self._files(f"{number}/").keys() - {manifest}), manifest]:
+        for path in self._files(f"{number}/").keys() - {manifest}:
             self._ask("rm_file", f"{self.root}/{path}")
+        with contextlib.suppress(FileNotFoundError):
+            self._ask("rm_file", self._claim(number))
+        self._ask("rm_file", f"{self.root}/{manifest}")
+
+    def _claim(self, number: int) -> str:
+        """Return the path of the object that names the publisher of a version.
+
+        It lies beside the folder, as the lock does: see ``exclusive``.
+        """
+        return f"{self.root}.{number}.publishing"
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -271,8 +313,8 @@ class Store(Objects, Repository):
         # If an answer was lost and the library asked again, the lock exists and is this process's.
         if holder != this:
             raise RepositoryError(
-                f"{holder} releases or retires in {self.location}; wait for it, then try again; if"
-                f" it was killed, first delete {self.location}.releasing"
+                f"{holder or 'another process'} releases or retires in {self.location}; wait for"
+                f" it, then try again; if it was killed, first delete {self.location}.releasing"
             )
         try:
             yield
@@ -290,12 +332,21 @@ class Store(Objects, Repository):
             print(f"npair: {left} ({error})", file=sys.stderr)
 
     def _holder(self, lock: str) -> str:
+        """Return the process that a lock or a claim names, empty if there is none."""
         try:
             return str(self._ask("cat_file", lock).decode())
-        except FileNotFoundError:  # just released
-            return "another process"
+        except FileNotFoundError:
+            return ""
 
-    def _upload(self, folder: Path, number: int) -> None:
+    def _check_claim(self, number: int, this: str) -> None:
+        if (holder := self._holder(self._claim(number))) != this:
+            raise RepositoryError(
+                f"version {number} in {self.location} was retired while it was being published"
+                f"{f', and {holder} publishes that number now' if holder else ''}; publish again"
+            )
+
+    def _upload(self, folder: Path, number: int, this: str) -> None:
+        self._check_claim(number, this)
         sizes = {
             path.relative_to(folder).as_posix(): path.stat().st_size
             for path in folder.rglob("*")
@@ -309,6 +360,7 @@ class Store(Objects, Repository):
                 f"version {number} did not arrive in {self.location} as it was sent; publish it"
                 " again"
             )
+        self._check_claim(number, this)
         self.write(f"{number}/{NAME}", (folder / NAME).read_bytes())
 
     def _files(self, prefix: str = "") -> dict[str, int]:
@@ -373,9 +425,17 @@ def _lock_at(path: Path, handle: int) -> bool:
 
 
 def _lock(handle: int) -> bool:
-    """Lock an open folder until it is closed. Returns: False if it is locked already."""
+    """Lock an open folder until it is closed. Returns: False if it is locked already.
+
+    Raises: RepositoryError on a file system without locks.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise RepositoryError(
+            f"the repository's file system has no locks ({error}); publish and release on one that"
+            " has, or in an object store"
+        ) from error
     return True

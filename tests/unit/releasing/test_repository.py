@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -245,6 +246,31 @@ def test_a_number_that_was_published_meanwhile(repository: Path) -> None:
     (repository / "1").mkdir()
     assert opened._claim(1) is None
     assert names(repository) == {"config.pbtxt", "1"}
+
+
+def test_a_linked_version_is_removed_without_its_files(repository: Path) -> None:
+    (repository.parent / "elsewhere").mkdir()
+    (repository / "3").symlink_to("../elsewhere")
+    open_repository(repository).remove(3)
+    assert names(repository) == {"config.pbtxt"}
+    assert (repository.parent / "elsewhere").is_dir()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Some network mounts have none."""
+
+    def refused(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    opened = open_repository(repository)
+    for use in (opened.new_version, opened.exclusive):
+        with pytest.raises(RepositoryError, match="file system has no locks"), use():
+            pass
+    assert names(repository) == {"config.pbtxt"}
 
 
 def test_one_at_a_time(repository: Path) -> None:
