@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shlex
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.models import without_int8
+from support.models import rewrite_manifest, without_int8
 from support.releases import SECRET, Standing, digest, flip, golden, pins, truncate
 from support.servers import controlled, free_ports, lines_until_ready, running, start
 from tritonclient.utils import InferenceServerException
@@ -24,8 +25,15 @@ from npair.releasing import ReleaseError
 from npair.releasing.config import parameters, pinned
 from npair.releasing.control import Server
 from npair.releasing.release import check_server, promote, retire, rollback
-from npair.releasing.repository import RepositoryError, open_repository
+from npair.releasing.repository import Folder, RepositoryError, open_repository
+from npair.releasing.verify import verify
 from npair.releasing.versions import listing, versions
+
+
+def copied(models: Path, number: int, to: int) -> None:
+    """Add a version whose content is that of another."""
+    shutil.copytree(models / str(number), models / str(to))
+    rewrite_manifest(models / str(to), version=to)
 
 
 def test_a_model_starts_from_nothing(
@@ -219,7 +227,8 @@ class TestPromote:
             def reach(self) -> None:
                 pass
 
-            def load(self) -> None:
+            def load(self, config: str = "") -> None:
+                assert not config
                 together.wait(60)
                 (number,) = pinned((models / "config.pbtxt").read_text())
                 if self.model == "c" or (self.model == "a" and served["a"] == 2):
@@ -241,18 +250,124 @@ class TestPromote:
         assert served == {"a": 2, "b": 1, "c": 1}
         assert pins(models, 1)
 
-    @pytest.mark.parametrize("damage", ["gone", "truncated"])
+    @pytest.mark.parametrize("damage", ["gone", "truncated", "changed"])
     def test_what_cannot_be_served_again_is_not_remembered(self, models: Path, damage: str) -> None:
         """A copied config.pbtxt may pin a version that this repository lacks."""
         if damage == "gone":
             shutil.rmtree(models / "1")
-        else:
+        elif damage == "truncated":
             truncate(models / "1/manifest.json")
-        promote(open_repository(models), 2, [])
+        else:
+            flip(models / "1/network.pt2")
+        said: list[str] = []
+        promote(open_repository(models), 2, [], say=said.append)
+        assert ["version 1 can no longer be served" in line for line in said] == [True]
         assert pins(models, 2)
         assert not (models / "fallback.json").exists()
         with pytest.raises(ReleaseError, match="nothing was served before"):
             rollback(open_repository(models), [])
+
+    def test_a_damaged_version_does_not_block_the_way_back(self, models: Path) -> None:
+        """Versions 2 and 3 were served after 1, and 2 is damaged by now."""
+        repository = open_repository(models)
+        copied(models, 2, 3)
+        promote(repository, 2, [])
+        promote(repository, 3, [])
+        flip(models / "2/model.py")
+        copied(models, 3, 4)
+        said: list[str] = []
+        promote(repository, 4, [])
+        assert rollback(repository, [], say=said.append) == 3
+        assert ["version 2 can no longer be served" in line for line in said] == [True]
+        assert rollback(repository, []) == 1
+        assert not (models / "fallback.json").exists()
+
+    def test_the_fallback_is_a_whole_version(self, models: Path) -> None:
+        repository = open_repository(models)
+        copied(models, 2, 3)
+        promote(repository, 2, [])
+        flip(models / "2/model.py")
+        promote(repository, 3, [])
+        fallback = json.loads((models / "fallback.json").read_text())
+        assert fallback["version_policy"]["specific"]["versions"] == ["1"]
+
+    def test_a_copy_is_no_version_of_its_own(self, models: Path) -> None:
+        """A folder copied by hand would be served under two numbers."""
+        shutil.copytree(models / "2", models / "3")
+        repository, reason = (
+            open_repository(models),
+            "folder of version 3 holds version 2; .*publish",
+        )
+        with pytest.raises(ReleaseError, match=reason):
+            promote(repository, 3, [])
+        assert pins(models, 1)
+        (line,) = (line for line in versions(repository, []) if line.name == "3")
+        assert line.status == "broken"
+        assert re.search(reason, line.reason or "")
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"schema": 99}, "published by a newer npair"),
+            ({"metrics": {"val": {"fine": {"recall_at_1": 0.9}}}}, "metrics of another shape"),
+        ],
+    )
+    def test_a_manifest_of_another_npair(
+        self, models: Path, changes: dict[str, object], reason: str
+    ) -> None:
+        rewrite_manifest(models / "2", **changes)
+        rows = versions(open_repository(models), [])
+        assert [row.status for row in rows] == ["ready", "broken"]
+        assert reason in listing(rows)
+        with pytest.raises(ReleaseError, match=reason):
+            verify(models / "2")
+
+    def test_a_disk_that_is_full_from_the_start(
+        self, models: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nothing has changed, so nothing has to be written to put it back."""
+        promote(open_repository(models), 2, [])
+        before = {path.name: path.read_bytes() for path in models.glob("*.*")}
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Folder, "write", full)
+        with pytest.raises(ReleaseError, match=r"all is as it was, with version 2: .*No space"):
+            promote(open_repository(models), 1, [])
+        assert {path.name: path.read_bytes() for path in models.glob("*.*")} == before
+
+    def test_servers_go_back_although_the_files_cannot(
+        self, models: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of two fake servers, one loads version 2; then the disk is full."""
+        given: list[str] = []
+        write, wrong = Folder.write, threading.Event()
+
+        class Fake(Server):
+            def reach(self) -> None:
+                pass
+
+            def load(self, config: str = "") -> None:
+                given.append(config)
+
+            def check(self, folder: Path) -> float:
+                if folder.name == "2":
+                    wrong.set()
+                    raise ReleaseError("golden set wrong")
+                return 0.0
+
+        def full(self: Folder, path: str, content: bytes) -> None:
+            if wrong.is_set():
+                raise OSError(28, "No space left on device")
+            write(self, path, content)
+
+        monkeypatch.setattr(Folder, "write", full)
+        reason = r"config\.pbtxt could not be put back .*; servers that run are back at version 1: "
+        with pytest.raises(ReleaseError, match=reason):
+            promote(open_repository(models), 2, [Fake("http://127.0.0.1:9", "npair")])
+        assert given[0] == ""
+        assert json.loads(given[1])["version_policy"]["specific"]["versions"] == ["1"]
 
     @pytest.mark.parametrize(
         ("status", "answer", "reason"),
@@ -280,7 +395,10 @@ class TestPromote:
             promote(open_repository(models), 2, [])
 
 
-def test_a_server_that_starts_with_a_broken_pin_serves_what_was_served_before(models: Path) -> None:
+def test_a_server_that_starts_with_a_broken_pin_serves_what_was_served_before(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does so again after a promotion that fails."""
     promote(open_repository(models), 2, [])
     flip(models / "2/network.pt2")
     ports = free_ports()
@@ -298,8 +416,22 @@ def test_a_server_that_starts_with_a_broken_pin_serves_what_was_served_before(mo
         np.testing.assert_allclose(vectors @ expected.T, expected @ expected.T, atol=0.1)
         with pytest.raises(ReleaseError, match=r"serves \[1\], and config\.pbtxt pins \[2\]"):
             check_server(open_repository(models), Server(url, "npair"))
-        rollback(open_repository(models), [Server(url, "npair", secret=SECRET)])
-        check_server(open_repository(models), Server(url, "npair"))
+        server = Server(url, "npair", secret=SECRET)
+        copied(models, 1, 3)
+        check = Server.check
+
+        def refuses_3(server: Server, folder: Path) -> float:
+            if folder.name == "3":
+                raise ReleaseError("not 3")
+            return check(server, folder)
+
+        monkeypatch.setattr(Server, "check", refuses_3)
+        with pytest.raises(ReleaseError, match="all is as it was, with version 1: not 3"):
+            promote(open_repository(models), 3, [server])
+        assert server.serving() == [1]
+        assert pins(models, 2)
+        rollback(open_repository(models), [server])
+        check_server(open_repository(models), server)
     finally:
         process.terminate()
         process.wait(timeout=30)

@@ -23,7 +23,7 @@ from npair.releasing.repository import open_repository
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_promotions_go_back(standing: Standing, number: signal.Signals) -> None:
-    """Interrupt a slowed-down load. Under nohup, SIGHUP does not interrupt it."""
+    """Interrupt a slowed-down load, twice. Under nohup, SIGHUP does not interrupt it."""
     models, server, urls = standing
     before = (models / "config.pbtxt").read_bytes()
     code = """
@@ -32,7 +32,7 @@ from npair import cli
 from npair.releasing.control import Server
 
 load = Server.load
-Server.load = lambda self: (time.sleep(3), load(self))
+Server.load = lambda self, *config: (time.sleep(3), load(self, *config))
 sys.exit(cli.main())
 """
     nohup = ["nohup"] if number == signal.SIGTERM else []
@@ -58,6 +58,10 @@ sys.exit(cli.main())
         time.sleep(1)
         assert pins(models, 2)
     process.send_signal(number)
+    assert process.stderr is not None
+    assert "putting version 1 back ..." in process.stderr.readline()
+    for again in (number, signal.SIGINT):
+        process.send_signal(again)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert (

@@ -123,7 +123,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             numbers = [number for number, complete in repository.versions().items() if complete]
         for number in numbers:
             with repository.version(number) as folder:
-                checked[str(number)] = verify(folder, arguments.engine)
+                checked[str(number)] = verify(folder, arguments.engine, number=number)
         servers = [
             server for url in arguments.urls for server in Server.all_of(url, repository.name)
         ]

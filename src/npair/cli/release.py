@@ -71,7 +71,7 @@ def _promote(arguments: argparse.Namespace) -> int:
     from npair.releasing.release import promote
 
     repository, servers = _connect(arguments)
-    promote(repository, arguments.version, servers, keep=arguments.keep)
+    promote(repository, arguments.version, servers, keep=arguments.keep, say=say)
     print(f"version {arguments.version} is {_served_by(servers)}", flush=True)
     _settle(arguments, repository, servers)
     return 0
@@ -81,7 +81,7 @@ def _rollback(arguments: argparse.Namespace) -> int:
     from npair.releasing.release import rollback
 
     repository, servers = _connect(arguments)
-    version = rollback(repository, servers)
+    version = rollback(repository, servers, say=say)
     print(f"version {version} is {_served_by(servers)} again", flush=True)
     _settle(arguments, repository, servers)
     return 0
@@ -99,7 +99,7 @@ def _retire(arguments: argparse.Namespace) -> int:
     from npair.releasing.release import retire
 
     repository, servers = _connect(arguments)
-    retire(repository, arguments.version, servers)
+    retire(repository, arguments.version, servers, say=say)
     print(f"version {arguments.version} is removed")
     return 0
 

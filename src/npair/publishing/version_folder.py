@@ -33,6 +33,7 @@ from npair.publishing.graphs import (
     staged_engines,
     write_graphs,
 )
+from npair.releasing.verify import SCHEMA
 from npair.serving import code_of
 from npair.serving.engine import EngineError, cores, cpu_info, refuse_pickles
 from npair.serving.manifest import (
@@ -45,7 +46,6 @@ from npair.serving.manifest import (
 from npair.training.checkpoint import load_network
 from npair.training.run import TrainConfig, git_commit, read_run
 
-SCHEMA = 3
 CODE = tuple(path.name for path in code_of("model"))
 LIBRARIES = ("torch", "openvino", "numpy", "pillow", "simplejpeg", "cykooz-resizer")
 

@@ -75,7 +75,7 @@ def with_release(config: str, versions: Sequence[int], values: Mapping[str, str 
             entry = f"key: {json.dumps(key)} value: {{ string_value: {json.dumps(value)} }}"
             line = f"parameters {{ {entry} }}\n"
         changed, found = re.subn(
-            rf'^parameters\W+key: "{key}".*\n',
+            rf'^parameters\W+key: "{key}".*(?:\n|\Z)',
             line.replace("\\", r"\\"),
             changed,
             flags=re.MULTILINE,

@@ -80,9 +80,13 @@ class Server:
             for address in addresses
         ]
 
-    def load(self) -> None:
-        """Load the versions that config.pbtxt pins. Raises: ReleaseError, with the reason."""
-        self._control(f"models/{self.model}/load", "refused to load", self.timeout)
+    def load(self, config: str = "") -> None:
+        """Load the versions that config.pbtxt pins, or those of a configuration in JSON.
+
+        Raises: ReleaseError, with the reason.
+        """
+        body = json.dumps({"parameters": {"config": config}}).encode() if config else b""
+        self._control(f"models/{self.model}/load", "refused to load", self.timeout, body)
 
     def reach(self) -> None:
         """Check that the server is reachable and accepts the secret. Raises: ReleaseError."""
@@ -132,14 +136,14 @@ class Server:
             raise ReleaseError(f"{self.url} answers {golden_set} wrong: off by {distance:.2g}")
         return distance
 
-    def _control(self, path: str, problem: str, timeout: float) -> None:
+    def _control(self, path: str, problem: str, timeout: float, body: bytes = b"") -> None:
         if not self.secret:
             raise ReleaseError(
                 "the secret is missing: set NPAIR_CONTROL_SECRET (or NPAIR_CONTROL_SECRET_FILE)"
                 " here as for the server"
             )
         with self._calling(problem, timeout) as transport:
-            transport.request("POST", f"/v2/repository/{path}", b"")
+            transport.request("POST", f"/v2/repository/{path}", body)
 
     @contextlib.contextmanager
     def _calling(self, problem: str, timeout: float) -> Iterator[HttpTransport]:

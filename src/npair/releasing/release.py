@@ -10,28 +10,38 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from npair.client import THRESHOLD_PARAMETERS
 from npair.releasing import ReleaseError
 from npair.releasing.config import as_json, parameters, pinned, with_release
 from npair.releasing.control import Server, on_all, try_all
 from npair.releasing.repository import Repository
-from npair.releasing.verify import verify
+from npair.releasing.verify import check_files, check_number, read_manifest, verify
 from npair.serving.manifest import NAME, Manifest
 
 FALLBACK = "fallback.json"
 REMEMBERED = 10  # earlier versions
+Say = Callable[[str], object]
 
 
 def promote(
-    repository: Repository, number: int, servers: Sequence[Server], *, keep: int | None = None
+    repository: Repository,
+    number: int,
+    servers: Sequence[Server],
+    *,
+    keep: int | None = None,
+    say: Say = lambda _: None,
 ) -> None:
     """Verify a version and have the servers switch to it.
 
     keep: a lower version to serve beside it, for requests that name it, so that an index can be
     rebuilt meanwhile. Requests that name no version go to the highest.
+    say: is told what cannot be served again, and that the previous state is being restored.
     Raises: ReleaseError if the version or a server fails, after restoring the previous state;
     RepositoryError, ConfigError.
     """
@@ -40,22 +50,29 @@ def promote(
             f"--keep must be a version below {number}: requests that name none go to the highest"
         )
     with repository.exclusive():
-        present = pinned(_config(repository))[-1]
-        history = _served_before(repository, [present])
-        history = [version for version in history if version != number]
-        _serve(repository, number, servers, keep=keep, history=history[-REMEMBERED:])
+        config = _config(repository)
+        served = [*_served_before(config), pinned(config)[-1]]
+        history = _whole(repository, [version for version in served if version != number], say)
+        _serve(repository, number, servers, keep=keep, history=history[-REMEMBERED:], say=say)
 
 
-def rollback(repository: Repository, servers: Sequence[Server]) -> int:
-    """Switch to the version that was served before, alone. Returns: it. Raises: as promote."""
+def rollback(
+    repository: Repository, servers: Sequence[Server], *, say: Say = lambda _: None
+) -> int:
+    """Switch to the last version served before that is whole, alone. Returns: it.
+
+    say, Raises: as promote.
+    """
     with repository.exclusive():
-        history = _served_before(repository)
+        history = _whole(repository, _served_before(_config(repository)), say)
         if not history:
             raise ReleaseError(
                 "nothing was served before that is still there; promote the version that you want"
             )
-        _serve(repository, history[-1], servers, keep=None, history=history[:-1])
-        return history[-1]
+        number = history.pop()
+        history = _whole(repository, history, say)
+        _serve(repository, number, servers, keep=None, history=history, say=say)
+        return number
 
 
 def bring_along(
@@ -88,9 +105,12 @@ def bring_along(
     return joined
 
 
-def retire(repository: Repository, number: int, servers: Sequence[Server]) -> None:
+def retire(
+    repository: Repository, number: int, servers: Sequence[Server], *, say: Say = lambda _: None
+) -> None:
     """Remove a version that is not served.
 
+    say: is told what cannot be served again.
     Raises: ReleaseError if it is served or missing; RepositoryError, ConfigError.
     """
     with repository.exclusive():
@@ -109,13 +129,14 @@ def retire(repository: Repository, number: int, servers: Sequence[Server]) -> No
                 )
 
         on_all(check_idle, servers)
-        history = [version for version in _served_before(repository) if version != number]
+        repository.remove(number)
+        history = [version for version in _served_before(config) if version != number]
+        history = _whole(repository, history, say)
         _write_fallback(repository, history)
         changed = with_release(config, pinned(config), _history_parameter(history))
         repository.write("config.pbtxt", changed.encode())
         if not history:
             repository.delete(FALLBACK)
-        repository.remove(number)
 
 
 def check_pins(repository: Repository) -> list[int]:
@@ -194,6 +215,7 @@ def _serve(
     *,
     keep: int | None,
     history: Sequence[int],
+    say: Say,
 ) -> None:
     """Serve a version, or restore the previous state and raise."""
     config, present = _config(repository), repository.versions()
@@ -206,7 +228,7 @@ def _serve(
     with contextlib.ExitStack() as stack:
         for version in served:
             folder = stack.enter_context(repository.version(version))  # in the end, number's
-            verify(folder)
+            verify(folder, number=version)
             described = _client_parameters(repository, version)
             if version == number:
                 values |= described
@@ -222,7 +244,10 @@ def _serve(
             if not history:
                 repository.delete(FALLBACK)
         except BaseException as error:
-            restored = _restore(repository, config, fallback, servers)
+            with _uninterrupted():
+                with contextlib.suppress(OSError):  # the reader of stderr may have left
+                    say(f"putting version {pinned(config)[-1]} back ...")
+                restored = _restore(repository, config, fallback, servers, refused=number)
             kind = ReleaseError if isinstance(error, Exception) else type(error)
             reason = str(error) or kind.__name__
             raise kind(f"version {number} is not served, and {restored}: {reason}") from error
@@ -239,33 +264,79 @@ def _load_pinned(repository: Repository, servers: Sequence[Server]) -> dict[Serv
         return try_all(load, servers)
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignore further interrupts: a second Ctrl-C must not end the way back halfway."""
+    if threading.current_thread() is not threading.main_thread():  # no interrupt reaches others
+        yield
+        return
+    interrupts = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in interrupts}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _restore(
-    repository: Repository, config: str, fallback: bytes | None, servers: Sequence[Server]
+    repository: Repository,
+    config: str,
+    fallback: bytes | None,
+    servers: Sequence[Server],
+    *,
+    refused: int,
 ) -> str:
-    """Restore files and servers as far as possible. Returns: the outcome, in words."""
-    number = pinned(config)[-1]
-    try:
-        repository.write("config.pbtxt", config.encode())
-        if fallback is None:
-            repository.delete(FALLBACK)
-        else:
-            repository.write(FALLBACK, fallback)
-    except Exception as error:
-        return f"config.pbtxt could not be put back to version {number} ({error})"
-    failed = try_all(lambda server: server.load(), servers)
-    failures = [*failed.values()]
-    try:
-        with repository.version(number) as folder:
-            loaded = [server for server in servers if server not in failed]
-            failures += try_all(lambda server: server.check(folder), loaded).values()
-    except Exception as error:
-        failures.append(str(error))
+    """Restore files and servers as far as possible. Returns: the outcome, in words.
+
+    refused: the version that some servers may serve by now.
+    """
+    number, problems = pinned(config)[-1], list[str]()
+    for path, content in (("config.pbtxt", config.encode()), (FALLBACK, fallback)):
+        try:
+            _put_back(repository, path, content)
+        except Exception as error:
+            problems.append(f"{path} could not be put back ({error})")
+    loaded: dict[Server, int] = {}
+
+    def load(server: Server) -> None:
+        try:
+            # If config.pbtxt still pins the refused version, the server must not read it.
+            server.load(as_json(config) if problems else "")
+            loaded[server] = number
+        except ReleaseError:
+            # It may have found its pinned version damaged when it started, as serve.py says then.
+            if fallback is None or refused not in server.serving():
+                raise
+            server.load(fallback.decode())
+            loaded[server] = int(json.loads(fallback)["version_policy"]["specific"]["versions"][-1])
+
+    failures = [*try_all(load, servers).values()]
+    back = sorted(set(loaded.values()))
+    for version in back:
+        try:
+            with repository.version(version) as folder:
+                there = [server for server in loaded if loaded[server] == version]
+                failures += try_all(lambda server: server.check(folder), there).values()
+        except Exception as error:
+            failures.append(str(error))
     if failures:
-        return (
-            f"config.pbtxt is as it was, but going back to version {number} failed as well"
-            f" ({'; '.join(failures)})"
-        )
-    return f"all is as it was, with version {number}"
+        files = "; ".join(problems) or "config.pbtxt is as it was"
+        return f"{files}, but going back to version {number} failed as well ({'; '.join(failures)})"
+    versions = f"version {', '.join(map(str, back or [number]))}"
+    if problems:
+        return f"{'; '.join(problems)}; servers that run are back at {versions}"
+    return f"all is as it was, with {versions}"
+
+
+def _put_back(repository: Repository, path: str, content: bytes | None) -> None:
+    """Restore a file that has changed. If it has not, a full disk is no problem."""
+    if _read_if_there(repository, path) == content:
+        return
+    if content is None:
+        repository.delete(path)
+    else:
+        repository.write(path, content)
 
 
 def _write_fallback(repository: Repository, history: Sequence[int]) -> None:
@@ -277,15 +348,27 @@ def _write_fallback(repository: Repository, history: Sequence[int]) -> None:
     repository.write(FALLBACK, as_json(fallback).encode())
 
 
-def _served_before(repository: Repository, present: Sequence[int] = ()) -> list[int]:
-    """Return the versions served before, and ``present``, that can still be served."""
-    history = parameters(_config(repository)).get("served_before", "")
-    found = []
-    for number in (*map(int, filter(None, history.split(","))), *present):
-        with contextlib.suppress(ReleaseError):
-            _client_parameters(repository, number)
-            found.append(number)
-    return found
+def _served_before(config: str) -> list[int]:
+    """Return the versions served before, the last one at the end."""
+    return [
+        int(number) for number in parameters(config).get("served_before", "").split(",") if number
+    ]
+
+
+def _whole(repository: Repository, history: Sequence[int], say: Say) -> list[int]:
+    """Return the history up to its last version whose files are as published.
+
+    The others are checked when it is their turn: each has to be read, or downloaded.
+    """
+    kept = list(history)
+    while kept:
+        try:
+            with repository.version(kept[-1]) as folder:
+                check_files(folder, read_manifest(folder, kept[-1]))
+            break
+        except ReleaseError as error:
+            say(f"warning: version {kept.pop()} can no longer be served: {error}")
+    return kept
 
 
 def _history_parameter(history: Sequence[int]) -> dict[str, str | None]:
@@ -298,9 +381,14 @@ def _config(repository: Repository) -> str:
 
 
 def _client_parameters(repository: Repository, number: int) -> dict[str, str | None]:
-    """Return ``client_parameters``. Raises: ReleaseError if the manifest is missing or damaged."""
+    """Return ``client_parameters``.
+
+    Raises: ReleaseError if the manifest is missing, damaged or another version's.
+    """
     try:
-        return client_parameters(repository.read(f"{number}/{NAME}"))
+        text = repository.read(f"{number}/{NAME}")
+        check_number(Manifest.parse(text), number)
+        return client_parameters(text)
     except (OSError, ValueError) as error:
         raise ReleaseError(
             f"version {number} in {repository.location}: manifest.json cannot be read: {error}"

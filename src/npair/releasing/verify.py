@@ -15,21 +15,20 @@ from npair.releasing import ReleaseError
 from npair.serving.engine import cores
 from npair.serving.manifest import NAME, Manifest, VersionError
 
+SCHEMA = 3  # of the manifests that this code writes, and the highest that it knows
 Checked = dict[str, dict[str, float | str]]
 
 
-def verify(folder: Path, engine: str = "") -> Checked:
+def verify(folder: Path, engine: str = "", *, number: int | None = None) -> Checked:
     """Check the manifest and the files, and embed the golden set with the version's own code.
 
-    engine: the only engine to try; by default, all of the manifest's.
+    engine: the only engine to try; by default, all of the manifest's. number: see
+    ``read_manifest``.
     Returns: ``golden_distance`` and ``tolerance`` for each engine, or ``cannot_run`` with the
     reason on this machine.
     Raises: ReleaseError if anything is wrong, or no engine runs on this machine.
     """
-    try:
-        manifest = Manifest.read(folder)
-    except VersionError as error:
-        raise ReleaseError(str(error)) from error
+    manifest = read_manifest(folder, number)
     check_files(folder, manifest)
     checked: Checked = {}
     try:
@@ -54,6 +53,38 @@ def verify(folder: Path, engine: str = "") -> Checked:
         none = "none of its engines runs here to embed the golden set"
         raise ReleaseError(f"{folder}: {none}: {reasons}")
     return checked
+
+
+def read_manifest(folder: Path, number: int | None = None) -> Manifest:
+    """Read a version's manifest, and check what its types do not tell.
+
+    number: that of the version's folder in its repository. Raises: ReleaseError.
+    """
+    try:
+        manifest = Manifest.read(folder)
+    except VersionError as error:
+        raise ReleaseError(str(error)) from error
+    if manifest.schema > SCHEMA:
+        raise ReleaseError(
+            f"{folder}: it was published by a newer npair, with schema {manifest.schema} of"
+            f" {NAME}; this npair knows {SCHEMA}"
+        )
+    try:
+        sum(manifest.recall_at_1().values())
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ReleaseError(f"{folder}: {NAME} has metrics of another shape: {error!r}") from error
+    if number is not None:
+        check_number(manifest, number)
+    return manifest
+
+
+def check_number(manifest: Manifest, number: int) -> None:
+    """Raise ReleaseError if a version lies under a number that is not its own, as a copy does."""
+    if manifest.version != number:
+        raise ReleaseError(
+            f"the folder of version {number} holds version {manifest.version}; to give it that"
+            " number, publish it again: npair publish --run FOLDER"
+        )
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

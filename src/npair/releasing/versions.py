@@ -9,8 +9,7 @@ from npair.releasing import ReleaseError
 from npair.releasing.config import pinned
 from npair.releasing.control import Server, try_all
 from npair.releasing.repository import Repository
-from npair.releasing.verify import check_files
-from npair.serving.manifest import Manifest, VersionError
+from npair.releasing.verify import check_files, read_manifest
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,9 @@ def versions(
         manifest = reason = None
         with repository.version(number) as folder:
             try:
-                manifest = Manifest.read(folder)
+                manifest = read_manifest(folder, number)
                 check_files(folder, manifest)
-            except (ReleaseError, VersionError) as error:
+            except ReleaseError as error:
                 reason = str(error)
         status = "broken" if reason else "serving" if number in serving else "ready"
         size = repository.size(number)

@@ -33,6 +33,13 @@ class TestConfig:
         }
         assert parameters(with_release(changed, pinned(CONFIG), back)) == parameters(CONFIG)
 
+    def test_the_last_line_needs_no_end(self) -> None:
+        config = with_release(CONFIG, [7], {"served_before": "6"})
+        last = 'parameters { key: "served_before" value: { string_value: "6" } }'
+        cut = config.replace(f"{last}\n", "") + last
+        assert parameters(with_release(cut, [7], {"served_before": "5"}))["served_before"] == "5"
+        assert "served_before" not in parameters(with_release(cut, [7], {"served_before": None}))
+
     @pytest.mark.parametrize(
         ("before", "after", "reason"),
         [
