@@ -88,7 +88,7 @@ def test_is_compared_with_the_pinned_version(second: Path, trained: Path, datase
 def test_a_worse_network_needs_a_reason(second: Path, trained: Path, dataset: Path) -> None:
     with pytest.raises(
         PublishError,
-        match=r"Recall@1 on val, of (fine|coarse) labels, is .* \(--accept-recall-drop REASON",
+        match=r"Recall@1 on val, of (fine|coarse) labels, is .* --accept-recall-drop REASON",
     ):
         publish_into(second, trained, dataset)
     assert left(second) == {"config.pbtxt", "1"}
@@ -130,7 +130,7 @@ def test_what_was_refused_is_not_computed_again(
     publisher: Publisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gates, "COST_RISE", 0.0)
-    with pytest.raises(PublishError, match=r"\(--accept-cost REASON publishes"):
+    with pytest.raises(PublishError, match="--accept-cost REASON"):
         publisher()
     assert any("measuring the cost" in line for line in publisher.said)
     manifest = publisher(accept_cost="a test")
