@@ -1,9 +1,11 @@
 """Recall of the recipe on photos of other visits, by cross-validation.
 
     .venv/bin/python benchmarks/cross_validation.py --epochs 17 --frozen-stages 0 3 5
+    .venv/bin/python benchmarks/cross_validation.py --layers trained whitened
 
-Trains and scores on folds of lookalikes, each held back once, with each number of frozen stages. A
-run whose result is on file is skipped, so the command can be stopped and started again.
+Trains and scores on folds of lookalikes, each held back once, with each number of frozen stages and
+each embedding layer. A run whose result is on file is skipped, so the command can be stopped and
+started again.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from training_runs import Row, parser_of, rows_of, train_and_embed
+from training_runs import Row, add_layers, parser_of, rows_of, train_and_embed
 
 from npair.data.folds import write_folds
 from npair.data.pixels import PREVIEW, decode_dataset
@@ -36,12 +38,14 @@ def main() -> None:
         metavar="N",
         help="numbers of stages to compare (that of npair train)",
     )
+    add_layers(parser)
     arguments = parser.parse_args()
     configs = {
-        (variant_of(stages, arguments.epochs), 0): TrainConfig(
-            frozen_stages=stages, epochs=arguments.epochs, evaluations=0
+        (variant_of(stages, arguments.epochs, layer), 0): TrainConfig(
+            frozen_stages=stages, epochs=arguments.epochs, embedding_layer=layer, evaluations=0
         )
         for stages in arguments.frozen_stages
+        for layer in arguments.layers
     }
     folds = partial(lookalike_folds, ["train", "val"], arguments)
     print(table(rows_of(arguments, configs, folds, run_one)))
@@ -64,9 +68,9 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def variant_of(frozen_stages: int, epochs: int) -> str:
+def variant_of(frozen_stages: int, epochs: int, layer: str) -> str:
     """Name a variant. epochs: 0 for as many as ``npair train`` chooses."""
-    return f"{frozen_stages} frozen stages, {epochs or 'default'} epochs"
+    return f"{frozen_stages} frozen stages, {epochs or 'default'} epochs, {layer} layer"
 
 
 def lookalike_folds(splits: Sequence[str], arguments: argparse.Namespace) -> Mapping[int, Path]:

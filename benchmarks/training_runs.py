@@ -66,6 +66,18 @@ def parser_of(
     return parser
 
 
+def add_layers(parser: argparse.ArgumentParser) -> None:
+    layer = TrainConfig().embedding_layer
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        choices=("trained", "whitened"),
+        default=[layer],
+        metavar="LAYER",
+        help=f"embedding layers to compare (default: {layer})",
+    )
+
+
 def rows_of(
     arguments: argparse.Namespace,
     configs: Mapping[tuple[str, int], TrainConfig],

@@ -29,7 +29,16 @@ from pathlib import Path
 
 import numpy as np
 from cross_validation import FOLDS
-from training_runs import IMAGENET, LITE0, Row, embed_untrained, parser_of, rows_of, train_and_embed
+from training_runs import (
+    IMAGENET,
+    LITE0,
+    Row,
+    add_layers,
+    embed_untrained,
+    parser_of,
+    rows_of,
+    train_and_embed,
+)
 
 from npair.data.folds import colour_histograms, folds, write_tables
 from npair.data.pixels import PREVIEW, Pixels, decode_dataset
@@ -53,17 +62,22 @@ def main() -> None:
     parser.add_argument(
         "--epochs", type=int, default=0, help="of the trained variants (chosen by npair train)"
     )
+    add_layers(parser)
     arguments = parser.parse_args()
     configs = {
-        (variant_of(name, arguments.epochs), SEED): replace(VARIANTS[name], epochs=arguments.epochs)
+        (variant_of(name, arguments.epochs, layer), SEED): replace(
+            VARIANTS[name], epochs=arguments.epochs, embedding_layer=layer
+        )
         for name in arguments.variants
+        for layer in arguments.layers
     }
     print(table(rows_of(arguments, configs, partial(product_folds, arguments), run_one)))
 
 
-def variant_of(name: str, epochs: int) -> str:
+def variant_of(name: str, epochs: int, layer: str) -> str:
     """Name a variant. epochs: of the trained ones, 0 for as many as ``npair train`` chooses."""
-    return name if name in (COLOURS, IMAGENET) else f"{name}, {epochs or 'default'} epochs"
+    untrained = name in (COLOURS, IMAGENET)
+    return name if untrained else f"{name}, {epochs or 'default'} epochs, {layer} layer"
 
 
 def product_folds(arguments: argparse.Namespace) -> Mapping[int, Path]:

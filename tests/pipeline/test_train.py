@@ -128,7 +128,9 @@ def test_variants_learn(variant: dict[str, Any], dataset: Path, tmp_path: Path) 
 
 
 def test_early_stopping_keeps_the_best_network(dataset: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(TINY, epochs=30, evaluations=30, patience=2)
+    config = dataclasses.replace(
+        TINY, epochs=30, evaluations=30, patience=2, embedding_layer="trained"
+    )
     assert train(dataset, tmp_path / "run", config)
     recalls = [row["val"]["fine"] for row in read_log(tmp_path / "run")]
     assert len(recalls) < 30

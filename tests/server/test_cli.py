@@ -88,7 +88,7 @@ def test_train_scores_unseen_classes_among_each_other(dataset: Path, tmp_path: P
         "train", "--data", tmp_path / "photos", "--run", run, *TINY_OPTIONS, "--split-by=class"
     )
     assert result.returncode == 0, result.stderr
-    assert "2 of 6 classes are val" in result.stderr
+    assert "2 of 6 classes with two photos or more are val" in result.stderr
     assert "4 photos of 2 classes against each other" in result.stdout
     assert "</html>" in (run / "report.html").read_text()
 

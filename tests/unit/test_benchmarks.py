@@ -142,9 +142,9 @@ def test_documented_commands_start() -> None:
     [
         (
             unseen,
-            ["--epochs", "34"],
-            ["--epochs", "5"],
-            {"from scratch, 5 epochs", "from ImageNet, 5 epochs"},
+            ["--epochs", "34", "--layers", "trained"],
+            ["--epochs", "5", "--layers", "whitened"],
+            {"from scratch, 5 epochs, whitened layer", "from ImageNet, 5 epochs, whitened layer"},
         ),
         (photos_per_product, ["--version", "14"], ["--version", "v/16"], {"version 16"}),
     ],

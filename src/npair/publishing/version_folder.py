@@ -45,6 +45,7 @@ from npair.serving.manifest import (
 )
 from npair.training.checkpoint import load_network
 from npair.training.run import TrainConfig, git_commit, read_run
+from npair.training.whitening import fit_embedding
 
 CODE = tuple(path.name for path in code_of("model"))
 LIBRARIES = ("torch", "openvino", "numpy", "pillow", "simplejpeg", "cykooz-resizer")
@@ -71,13 +72,19 @@ def read_source(run: Path, data: Path, cache: Path) -> Source:
     Raises: PublishError, RunError, DataError, VersionError.
     """
     training = read_run(run)
-    network = restore(run) if (run / NAME).exists() else load_network(run)
+    published = (run / NAME).exists()
+    network = restore(run) if published else load_network(run)
     config = TrainConfig(**training["train"])
+    training["train"] = asdict(config)
     preprocessing = config.preprocessing()
     hold_out = HoldOut(config.split_by, config.val_share, config.seed)
     dataset, pixels, _ = decode_dataset(read_dataset(data), preprocessing, cache, hold_out)
     if dataset.fingerprint() != training["data"]["fingerprint"]:
         raise PublishError(f"{run} was not trained on {data}; name the data that it was trained on")
+    # Versions from before this option have the layer that was trained.
+    if published and config.embedding_layer == "whitened":
+        train = dataset.train
+        fit_embedding(network, pixels.array, pixels.of(train), train.fine)
     return Source(training, network, preprocessing, dataset, pixels)
 
 

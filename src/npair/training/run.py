@@ -89,6 +89,12 @@ class TrainConfig:
         most=7,
     )
     width: int = _option(32, "channels of the first stage", only={"network": ("compact",)}, least=2)
+    embedding_layer: str = _option(
+        "whitened",
+        "whitened: fitted to the features of all train photos when training ends; trained: as the"
+        " loss left it",
+        ("whitened", "trained"),
+    )
     loss: str = _option(
         "npair",
         "npair: with a penalty on norms; cosine: on normalised embeddings; tuplet: each anchor has"

@@ -45,6 +45,7 @@ from npair.training.processes import (
     world_size,
 )
 from npair.training.run import RunError, TrainConfig, git_commit, read_run
+from npair.training.whitening import fit_embedding
 
 Score = Callable[[nn.Module], dict[str, float]]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -106,7 +107,11 @@ def train(
         if started:
             state.restore(run / CHECKPOINT, device)
             _trim_log(run, state.step // batches.per_epoch)
-        return _loop(state, batches, config, run, score)
+        if not _loop(state, batches, config, run, score):
+            return False
+        if config.embedding_layer == "whitened" and rank() == 0:
+            _whiten(state, dataset, config, run, cache)
+        return True
 
 
 def _loop(
@@ -152,6 +157,22 @@ def _loop(
         best = state.best
         say(f"kept the network of epoch {best['epoch']}, val recall@1 {best['fine']:.3f}")
     return True
+
+
+def _whiten(
+    state: TrainingState, dataset: Dataset, config: TrainConfig, run: Path, cache: Path
+) -> None:
+    """Fit the embedding layer of the network that is kept; an ended run that is resumed, again."""
+    say("fitting the embedding layer to all train photos")
+    dataset, pixels, _ = decode_dataset(dataset, config.preprocessing(), cache)
+    if state.best:
+        state.ema.load_state_dict(state.best["ema"])
+    network, train = state.ema.module, dataset.train
+    assert isinstance(network, EmbeddingNetwork)
+    fit_embedding(network, pixels.array, pixels.of(train), train.fine)
+    if state.best:
+        state.best["ema"] = state.ema.state_dict()
+    state.save(run / CHECKPOINT)
 
 
 def _step(

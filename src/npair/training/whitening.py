@@ -1,0 +1,67 @@
+"""The embedding layer that a trained network ends with, in closed form.
+
+The N-pair loss trains the backbone, and an embedding layer with it. A better layer follows from the
+features of all train photos: within-class covariance normalisation (Hatch, Kajarekar and Stolcke,
+Interspeech 2006) lets photos of one class differ by the same in all directions, and principal
+components keep what differs most.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from npair.networks.network import EmbeddingNetwork, embed
+
+# Times the mean variance within classes, which is added to each direction's. A smaller value finds
+# more of the classes that the layer was fitted to, and less of others.
+SHRINKAGE = 3.0
+
+
+def fit_embedding(
+    network: EmbeddingNetwork,
+    pixels: npt.NDArray[np.uint8],
+    rows: npt.NDArray[np.int64],
+    classes: npt.NDArray[np.int64],
+) -> None:
+    """Fit a network's embedding layer to train photos, in place.
+
+    pixels: decoded photos, uint8 [m, size, size, 3]. rows: the photos to take, int64 [n].
+    classes: their classes, int64 [n].
+    """
+    inputs: list[Tensor] = []
+    hook = network.embedding.register_forward_pre_hook(
+        lambda _, arguments: inputs.append(arguments[0].cpu())
+    )
+    embed(network, pixels, rows)
+    hook.remove()
+    weight, bias = whitening(torch.cat(inputs).double().numpy(), classes)
+    layer = network.embedding
+    kept = min(layer.out_features, len(weight))  # a narrow backbone has fewer components
+    with torch.no_grad():
+        layer.weight.zero_()[:kept] = torch.from_numpy(weight[:kept])
+        layer.bias.zero_()[:kept] = torch.from_numpy(bias[:kept])
+
+
+def whitening(
+    features: npt.NDArray[np.float64], classes: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return weight [channels, channels] and bias [channels] of the layer that whitens features.
+
+    Its outputs are principal components, the largest first.
+    features: [n, channels]. classes: int64 [n].
+    """
+    centre = features.mean(axis=0)
+    centred = features - centre
+    _, index, counts = np.unique(classes, return_inverse=True, return_counts=True)
+    means = np.zeros((len(counts), features.shape[1]))
+    np.add.at(means, index, centred)
+    within = centred - (means / counts[:, None])[index]
+    variances, directions = np.linalg.eigh(within.T @ within / len(within))
+    # If all photos of each class are alike, directions are left as they are.
+    scaled = directions / np.sqrt(variances + (SHRINKAGE * variances.mean() or 1.0))
+    _, components = np.linalg.eigh((centred @ scaled).T @ (centred @ scaled))
+    weight = (scaled @ components[:, ::-1]).T
+    return weight, -weight @ centre

@@ -1,0 +1,74 @@
+"""Fit embedding layers in closed form, and look at what becomes of the features."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from npair.networks.network import EmbeddingNetwork, build_network
+from npair.training.whitening import SHRINKAGE, fit_embedding, whitening
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+
+def features(classes: int, each: int, noise: list[float]) -> tuple[Floats, Integers]:
+    """Draw classes apart in all directions, and photos apart by more in some than in others."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(classes), each)
+    centres = 3 + rng.normal(size=(classes, len(noise)))
+    return centres[labels] + rng.normal(size=(len(labels), len(noise))) * noise, labels
+
+
+def recall(vectors: Floats, labels: Integers) -> float:
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = unit @ unit.T
+    np.fill_diagonal(cosines, -2)
+    return float(np.mean(labels[cosines.argmax(axis=1)] == labels))
+
+
+def test_photos_of_a_class_differ_equally_in_all_directions() -> None:
+    drawn, labels = features(30, 40, [0.1, 0.5, 1, 2, 4])
+    weight, bias = whitening(drawn, labels)
+    within = drawn - np.stack([drawn[labels == label].mean(axis=0) for label in labels])
+    covariance = within.T @ within / len(within)
+    shrunk = covariance + SHRINKAGE * np.trace(covariance) / 5 * np.eye(5)
+    np.testing.assert_allclose(weight @ shrunk @ weight.T, np.eye(5), atol=1e-9)
+    outputs = drawn @ weight.T + bias
+    np.testing.assert_allclose(outputs.mean(axis=0), 0, atol=1e-9)
+    total = outputs.T @ outputs
+    np.testing.assert_allclose(total, np.diag(np.diag(total)), atol=1e-6)
+    assert (np.diff(np.diag(total)) < 0).all()
+
+
+def test_directions_in_which_photos_of_a_class_differ_count_less() -> None:
+    drawn, labels = features(30, 10, [0.1] * 40 + [20])
+    weight, bias = whitening(drawn, labels)
+    assert recall(drawn @ weight.T + bias, labels) > recall(drawn, labels) + 0.1
+
+
+def test_classes_of_equal_photos_are_kept_apart() -> None:
+    drawn, labels = features(5, 3, [0.0] * 4)
+    weight, bias = whitening(drawn, labels)
+    assert recall(drawn @ weight.T + bias, labels) == 1
+
+
+@pytest.fixture
+def network() -> EmbeddingNetwork:
+    torch.manual_seed(0)
+    return build_network({"name": "compact", "width": 8, "views": 2}).eval()
+
+
+def test_a_layer_is_fitted_to_its_inputs_whatever_it_was(network: EmbeddingNetwork) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8)
+    rows, classes = np.arange(2, 12), np.arange(10) // 2
+    fit_embedding(network, pixels, rows, classes)
+    with torch.inference_mode():
+        first = network(torch.from_numpy(pixels))
+    assert first[2:].mean(dim=0).abs().max() < 1e-4
+    torch.nn.init.normal_(network.embedding.weight)
+    fit_embedding(network, pixels, rows, classes)
+    with torch.inference_mode():
+        torch.testing.assert_close(network(torch.from_numpy(pixels)), first)
