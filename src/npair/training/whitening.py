@@ -15,8 +15,8 @@ from torch import Tensor
 
 from npair.networks.network import EmbeddingNetwork, embed
 
-# Times the mean variance within classes, which is added to each direction's. A smaller value finds a
-# little more of the classes that the layer was fitted to, and less of others.
+# Times the mean variance within classes, which is added to each direction's. With 1, the layer
+# finds a little more of the classes that it was fitted to, and less of others.
 SHRINKAGE = 3.0
 
 
