@@ -14,13 +14,14 @@ from support.models import ROOT, SHIPPED, publish_into
 
 import npair.serving
 from npair.cli.next_version import publish_next
-from npair.networks.network import EmbeddingNetwork
+from npair.networks.network import EmbeddingNetwork, embed
 from npair.publishing import PublishError, gates, publish
 from npair.publishing import graphs as engines
 from npair.publishing import version_folder as artifact
 from npair.publishing.drawings import write_dataset
 from npair.publishing.graphs import ENGINES, REFERENCE
 from npair.publishing.publish import check_libraries
+from npair.publishing.version_folder import restore
 from npair.releasing import ReleaseError
 from npair.releasing.config import new_config, with_release
 from npair.releasing.release import check_pins, client_parameters
@@ -319,7 +320,20 @@ def test_next_number_whatever_lies_around(repository: Path, trained: Path, datas
     assert publish_into(repository, trained, dataset) == repository / "8"
 
 
-def test_a_version_is_published_anew(published: Path, repository: Path, dataset: Path) -> None:
+def test_an_earlier_version_gets_the_layer_that_training_ends_with(
+    published: Path, dataset: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, found = restore(published / "1"), restore(published / "1")
+    torch.nn.init.normal_(found.embedding.weight)
+    monkeypatch.setattr(artifact, "restore", lambda _: found)
+    source = artifact.read_source(published / "1", dataset, cache)
+    assert source.network is found
+    np.testing.assert_allclose(
+        embed(found, source.pixels.array), embed(expected, source.pixels.array), atol=1e-3
+    )
+
+
+def test_a_version_is_published_again(published: Path, repository: Path, dataset: Path) -> None:
     shutil.copytree(published / "1", repository / "1")
     again = publish_into(repository, repository / "1", dataset)
     old, new = (
