@@ -18,6 +18,7 @@ from npair.networks.network import EmbeddingNetwork, embed
 # Times the mean variance within classes, which is added to each direction's. With 1, the layer
 # finds a little more of the classes that it was fitted to, and less of others.
 SHRINKAGE = 3.0
+CHUNK = 4096  # photos whose features are in memory at once
 
 
 def fit_embedding(
@@ -31,14 +32,20 @@ def fit_embedding(
     pixels: decoded photos, uint8 [m, size, size, 3]. rows: the photos to take, int64 [n].
     classes: their classes, int64 [n].
     """
-    inputs: list[Tensor] = []
-    hook = network.embedding.register_forward_pre_hook(
-        lambda _, arguments: inputs.append(arguments[0].cpu())
-    )
-    embed(network, pixels, rows)
-    hook.remove()
-    weight, bias = whitening(torch.cat(inputs).double().numpy(), classes)
     layer = network.embedding
+    _, index, counts = np.unique(classes, return_inverse=True, return_counts=True)
+    sums = np.zeros((len(counts), layer.in_features))
+    products = np.zeros((layer.in_features, layer.in_features))
+    inputs: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].cpu()))
+    for start in range(0, len(rows), CHUNK):
+        embed(network, pixels, rows[start : start + CHUNK])
+        features = torch.cat(inputs).double().numpy()
+        np.add.at(sums, index[start : start + CHUNK], features)
+        products += features.T @ features
+        inputs.clear()
+    hook.remove()
+    weight, bias = whitening(counts, sums, products)
     kept = min(layer.out_features, len(weight))  # a narrow backbone has fewer components
     with torch.no_grad():
         layer.weight.zero_()[:kept] = torch.from_numpy(weight[:kept])
@@ -46,22 +53,23 @@ def fit_embedding(
 
 
 def whitening(
-    features: npt.NDArray[np.float64], classes: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64],
+    sums: npt.NDArray[np.float64],
+    products: npt.NDArray[np.float64],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return weight [channels, channels] and bias [channels] of the layer that whitens features.
 
     Its outputs are principal components, the largest first.
-    features: [n, channels]. classes: int64 [n].
+    counts: photos of each class, [k]. sums: of their features, [k, channels].
+    products: the sum of all features' outer products, [channels, channels].
     """
-    centre = features.mean(axis=0)
-    centred = features - centre
-    _, index, counts = np.unique(classes, return_inverse=True, return_counts=True)
-    means = np.zeros((len(counts), features.shape[1]))
-    np.add.at(means, index, centred)
-    within = centred - (means / counts[:, None])[index]
-    variances, directions = np.linalg.eigh(within.T @ within / len(within))
+    mean = sums.sum(axis=0) / counts.sum()
+    total = products / counts.sum() - np.outer(mean, mean)
+    within = (products - sums.T @ (sums / counts[:, None])) / counts.sum()
+    variances, directions = np.linalg.eigh(within)
+    variances = np.maximum(variances, 0)  # rounding
     # If all photos of each class are alike, directions are left as they are.
     scaled = directions / np.sqrt(variances + (SHRINKAGE * variances.mean() or 1.0))
-    _, components = np.linalg.eigh((centred @ scaled).T @ (centred @ scaled))
+    _, components = np.linalg.eigh(scaled.T @ total @ scaled)
     weight = (scaled @ components[:, ::-1]).T
-    return weight, -weight @ centre
+    return weight, -weight @ mean
