@@ -203,7 +203,7 @@ class TestSecret:
         line = b'I1127 09:00:00.000000 1 server.cc:1] "one line of several"\n'
         supervisor.relay.run([line, line], supervisor._hide_secret)
         (warning,) = said
-        assert "WARNING: users of this machine can read the secret for control APIs" in warning
+        assert "users of this machine can read the secret for control APIs" in warning
 
     def test_another_users_process_cannot_be_written(self) -> None:
         """If the tests run as root, switch to an unprivileged user first."""
