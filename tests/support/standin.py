@@ -24,6 +24,7 @@ ANSWERS: dict[str, object] = {
     READY: {},
     STATISTICS: {"model_stats": []},
     "/v2/models/npair": {"versions": [VERSION.name]},
+    "/v2/models/npair/config": {"instance_group": [{"count": 1}]},
     "/v2/repository/models/npair/unload": {},
     "/v2/repository/index": [{"name": "npair", "state": "UNAVAILABLE"}],
 }
