@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_GRACE = 5.0  # seconds beyond the drain
 EXIT_AFTER_DRAIN = 1.0  # seconds; Triton waits for idle connections although all is answered
-IDLE_AFTER = 0.5  # seconds of hardly any computing after which no stub has a request
+IDLE_AFTER = 2.0  # seconds of hardly any computing after which no stub has a request
 
 
 class Supervisor:
@@ -219,12 +219,15 @@ def unload(api: Api, server: int, secret: str, seconds: float) -> bool:
             dead, dead_before = dead_stubs(server), dead
             if dead & dead_before and abs(computed - before) < IDLE_AFTER / 10:
                 return False
-        states = {entry.get("state") for entry in api.entries(secret)}
+        time.sleep(0.05)
+        try:
+            states = {entry.get("state") for entry in api.entries(secret)}
+        except RequestError:  # a starved server answers late, and goes on unloading
+            continue
         if not states:
             raise RequestError("the repository no longer lists the model")
         if states == {"UNAVAILABLE"}:
             return True
-        time.sleep(0.05)
     return False
 
 

@@ -41,3 +41,14 @@ def test_everything_is_answered_once_no_version_has_all_its_stubs(
     api: Any = SimpleNamespace(instances=served, unload=unload, entries=lambda _: entries)
     assert supervise.unload(api, 0, "secret", 0.5) is drained
     assert next(counts, None) is None
+
+
+def test_a_server_that_answers_late_goes_on_unloading(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([2, 2, 1])
+    monkeypatch.setattr(supervise, "stub_count", lambda _: next(counts))
+
+    def late(_: str) -> list[dict[str, str]]:
+        raise RequestError("no answer within 5 s", late=True)
+
+    api: Any = SimpleNamespace(instances=lambda: 2, unload=lambda *_: None, entries=late)
+    assert supervise.unload(api, 0, "secret", 5)
