@@ -55,8 +55,8 @@ class JsonFormatter(logging.Formatter):
 
 
 class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic only in stubs
-    """Nothing behind stderr must end the server or hold it up: with a full disk, a broken pipe or
-    a reader that has stalled, such as a terminal after Ctrl-S, lines are lost.
+    """Nothing behind stderr may end the server or hold it up: with a full disk, a broken pipe or a
+    reader that has stalled, such as a terminal after Ctrl-S, lines are lost.
     """
 
     stalled = False

@@ -30,7 +30,7 @@ def locate(location: str) -> tuple[fs.FileSystem, str]:
 
 
 def resolve(location: str) -> tuple[fs.FileSystem, str]:
-    """Do as ``locate``. Raises: ArrowInvalid if the location can never be used; OSError."""
+    """Like ``locate``, but raises ArrowInvalid if the location can never be used, and OSError."""
     scheme, remote, path = location.partition("://")
     if not remote:
         return fs.LocalFileSystem(), os.path.abspath(location)  # noqa: PTH100 - keeps links

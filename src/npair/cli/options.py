@@ -208,7 +208,7 @@ def load_dataset(
     from npair.data.pixels import decode_dataset, default_cache
     from npair.data.sources import read_dataset
 
-    hold_out = HoldOut(**{name: getattr(splits or arguments, name) for name in SPLIT_OPTIONS})
+    hold_out = HoldOut.of(splits or arguments)
     cache = arguments.cache or default_cache()
     return decode_dataset(read_dataset(arguments.data), preprocessing, cache, hold_out)
 

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -113,6 +113,11 @@ class HoldOut:
     split_by: str = "photo"
     val_share: float = 0.1
     seed: int = 0
+
+    @classmethod
+    def of(cls, options: Any) -> HoldOut:
+        """Take the fields from what has them, such as the configuration of a run."""
+        return cls(options.split_by, options.val_share, options.seed)
 
 
 class Row(NamedTuple):

@@ -77,7 +77,7 @@ def read_source(run: Path, data: Path, cache: Path) -> Source:
     config = TrainConfig(**training["train"])
     training["train"] = asdict(config)
     preprocessing = config.preprocessing()
-    hold_out = HoldOut(config.split_by, config.val_share, config.seed)
+    hold_out = HoldOut.of(config)
     dataset, pixels, _ = decode_dataset(read_dataset(data), preprocessing, cache, hold_out)
     if dataset.fingerprint() != training["data"]["fingerprint"]:
         raise PublishError(f"{run} was not trained on {data}; name the data that it was trained on")

@@ -82,7 +82,7 @@ def train(
         if not started:
             config.refuse_idle_options()
         decoded = replace(config.preprocessing(), size=round(DECODE_SCALE * config.crop_size))
-        hold_out = HoldOut(config.split_by, config.val_share, config.seed)
+        hold_out = HoldOut.of(config)
         dataset, pixels, findings = decode_dataset(dataset, decoded, cache, hold_out)
         epochs = config.epochs or default_epochs(config.network, len(dataset.train))
         config = replace(config, epochs=epochs)
@@ -162,7 +162,7 @@ def _loop(
 def _whiten(
     state: TrainingState, dataset: Dataset, config: TrainConfig, run: Path, cache: Path
 ) -> None:
-    """Fit the embedding layer of the network that is kept; an ended run that is resumed, again."""
+    """Fit the embedding layer of the network that is kept. Resuming an ended run fits it again."""
     say("fitting the embedding layer to all train photos")
     dataset, pixels, _ = decode_dataset(dataset, config.preprocessing(), cache)
     if state.best:

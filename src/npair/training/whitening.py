@@ -15,8 +15,8 @@ from torch import Tensor
 
 from npair.networks.network import EmbeddingNetwork, embed
 
-# Times the mean variance within classes, which is added to each direction's. With 1, the layer
-# finds a little more of the classes that it was fitted to, and less of others.
+# This many times the mean variance within classes is added to that of each direction. With 1, the
+# layer finds a little more of the classes that it was fitted to, and less of others.
 SHRINKAGE = 3.0
 CHUNK = 4096  # photos whose features are in memory at once
 
