@@ -100,7 +100,7 @@ def _not_a_number(network: EmbeddingNetwork) -> None:
 
 
 def _narrower(network: EmbeddingNetwork) -> None:
-    network.embedding = torch.nn.Linear(network.embedding.in_features, 64)
+    network.embedding = torch.nn.Linear(network.embedding.in_features, 64)  # type: ignore[assignment]
 
 
 # Ways to break a version, given its folder and the run that trained its network.

@@ -25,6 +25,32 @@ EMBEDDING_DIM = 128
 Description = dict[str, Any]
 
 
+class EmbeddingLayer(nn.Linear):
+    """Power normalisation, x -> sign(x) |x|^power, and a linear layer.
+
+    Perronnin, Sanchez and Mensink, Improving the Fisher Kernel for Large-Scale Image
+    Classification, ECCV 2010. While the loss trains the layer, the power is 1, which changes
+    nothing.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, EMBEDDING_DIM)
+        self.power = nn.Buffer(torch.ones(()))
+        self.register_load_state_dict_pre_hook(_default_power)  # type: ignore[no-untyped-call]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [N, channels] -> embeddings [N, EMBEDDING_DIM]."""
+        return super().forward(self.normalised(x))
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Features [N, channels] -> the input of the linear layer, of the same shape."""
+        return x.sign() * x.abs() ** self.power
+
+
+def _default_power(_: nn.Module, state: dict[str, Any], prefix: str, *_others: Any) -> None:
+    state.setdefault(prefix + "power", torch.ones(()))  # runs and versions of npair 0.2.0
+
+
 class EmbeddingNetwork(nn.Module):
     """A backbone and an embedding layer; takes raw pixels and standardises them itself."""
 
@@ -49,7 +75,7 @@ class EmbeddingNetwork(nn.Module):
         self.backbone = backbone
         with torch.inference_mode():
             channels = backbone.eval()(torch.zeros(1, 3, 64, 64)).shape[1]
-        self.embedding = nn.Linear(channels, EMBEDDING_DIM)
+        self.embedding = EmbeddingLayer(channels)
         self.train()
 
     def forward(self, photos: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """The embedding layer that a trained network ends with, in closed form.
 
 The N-pair loss trains the backbone, and an embedding layer with it. A better layer follows from the
-features of all train photos: within-class covariance normalisation (Hatch, Kajarekar and Stolcke,
-Interspeech 2006) lets photos of one class differ by the same in all directions, and principal
-components keep what differs most.
+features of all train photos. Their square roots (Perronnin, Sanchez and Mensink, ECCV 2010) keep a
+few strong features from outweighing all others. Within-class covariance normalisation (Hatch,
+Kajarekar and Stolcke, Interspeech 2006) lets photos of one class differ by the same in all
+directions. Principal components keep what differs most.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from npair.networks.network import EmbeddingNetwork, embed
 # This many times the mean variance within classes is added to that of each direction. With 1, the
 # layer finds a little more of the classes that it was fitted to, and less of others.
 SHRINKAGE = 3.0
+SQUARE_ROOT = 0.5
 CHUNK = 4096  # photos whose features are in memory at once
 
 
@@ -33,14 +35,15 @@ def fit_embedding(
     classes: their classes, int64 [n].
     """
     layer = network.embedding
+    layer.power.fill_(SQUARE_ROOT)
     _, index, counts = np.unique(classes, return_inverse=True, return_counts=True)
     sums = np.zeros((len(counts), layer.in_features))
     products = np.zeros((layer.in_features, layer.in_features))
     inputs: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].cpu()))
+    hook = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     for start in range(0, len(rows), CHUNK):
         embed(network, pixels, rows[start : start + CHUNK])
-        features = torch.cat(inputs).double().numpy()
+        features = layer.normalised(torch.cat(inputs)).double().cpu().numpy()
         np.add.at(sums, index[start : start + CHUNK], features)
         products += features.T @ features
         inputs.clear()

@@ -11,7 +11,13 @@ from support.architectures import ARCHITECTURES, check_rebuilt_and_exported, che
 from support.models import ROOT
 
 from npair.networks import NetworkError
-from npair.networks.network import build_network, embed, multiply_adds, new_network
+from npair.networks.network import (
+    EmbeddingLayer,
+    build_network,
+    embed,
+    multiply_adds,
+    new_network,
+)
 from npair.publishing.graphs import export
 
 
@@ -44,6 +50,30 @@ def test_embed_normalises_and_does_not_depend_on_the_batch() -> None:
         embed(network, pixels, torch.tensor([3, 1]).numpy()), together[[3, 1]]
     )
     assert network.training, "embedding leaves the network in the mode it was in"
+
+
+def test_a_power_of_one_is_a_linear_layer() -> None:
+    torch.manual_seed(0)
+    layer, features = EmbeddingLayer(8), torch.randn(5, 8, requires_grad=True)
+    linear = torch.nn.functional.linear(features, layer.weight, layer.bias)
+    (expected,) = torch.autograd.grad(linear.square().sum(), features, retain_graph=True)
+    (found,) = torch.autograd.grad(layer(features).square().sum(), features)
+    torch.testing.assert_close(layer(features), linear, rtol=0, atol=0)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_power_of_a_half_is_a_square_root_that_keeps_the_sign() -> None:
+    layer = EmbeddingLayer(3)
+    layer.power.fill_(0.5)
+    assert layer.normalised(torch.tensor([[4.0, 0.0, -9.0]])).tolist() == [[2.0, 0.0, -3.0]]
+
+
+def test_weights_from_before_the_power_are_of_a_linear_layer() -> None:
+    network = build_network({"name": "compact", "width": 8, "views": 1})
+    older = {name: value for name, value in network.state_dict().items() if "power" not in name}
+    network.embedding.power.fill_(0.5)
+    network.load_state_dict(older)
+    assert network.embedding.power == 1
 
 
 def test_the_second_view_is_the_mirrored_central_part() -> None:

@@ -72,6 +72,7 @@ def test_a_layer_is_fitted_to_its_inputs_whatever_it_was(
     pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8)
     rows, classes = np.arange(2, 12), np.arange(10) // 2
     fit_embedding(network, pixels, rows, classes)
+    assert network.embedding.power == 0.5
     with torch.inference_mode():
         first = network(torch.from_numpy(pixels[rows]))
     assert first.mean(dim=0).abs().max() < 1e-4
