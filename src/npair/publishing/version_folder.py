@@ -84,7 +84,7 @@ def read_source(run: Path, data: Path, cache: Path) -> Source:
     # Versions from before this option have the layer that was trained.
     if published and config.embedding_layer == "whitened":
         train = dataset.train
-        fit_embedding(network, pixels.array, pixels.of(train), train.fine)
+        fit_embedding(network, pixels.array, pixels.of(train), train.fine, train.coarse)
     return Source(training, network, preprocessing, dataset, pixels)
 
 

@@ -169,7 +169,7 @@ def _whiten(
         state.ema.load_state_dict(state.best["ema"])
     network, train = state.ema.module, dataset.train
     assert isinstance(network, EmbeddingNetwork)
-    fit_embedding(network, pixels.array, pixels.of(train), train.fine)
+    fit_embedding(network, pixels.array, pixels.of(train), train.fine, train.coarse)
     if state.best:
         state.best["ema"] = state.ema.state_dict()
     state.save(run / CHECKPOINT)

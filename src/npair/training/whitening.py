@@ -19,6 +19,10 @@ from npair.networks.network import EmbeddingNetwork, embed
 # This many times the mean variance within classes is added to that of each direction. With 1, the
 # layer finds a little more of the classes that it was fitted to, and less of others.
 SHRINKAGE = 3.0
+# Differences between classes of one kind count this much as those within a class. Without them,
+# classes of one kind are as far from each other as any; with 0.1, photos of two such classes are
+# taken for the same more often.
+SIBLINGS = 0.03
 SQUARE_ROOT = 0.5
 CHUNK = 4096  # photos whose features are in memory at once
 
@@ -27,16 +31,20 @@ def fit_embedding(
     network: EmbeddingNetwork,
     pixels: npt.NDArray[np.uint8],
     rows: npt.NDArray[np.int64],
-    classes: npt.NDArray[np.int64],
+    fine: npt.NDArray[np.int64],
+    coarse: npt.NDArray[np.int64],
 ) -> None:
     """Fit a network's embedding layer to train photos, in place.
 
     pixels: decoded photos, uint8 [m, size, size, 3]. rows: the photos to take, int64 [n].
-    classes: their classes, int64 [n].
+    fine, coarse: their labels, int64 [n]; a class of photos with one fine label is of the kind that
+    its coarse label says.
     """
     layer = network.embedding
     layer.power.fill_(SQUARE_ROOT)
-    _, index, counts = np.unique(classes, return_inverse=True, return_counts=True)
+    _, first, index, counts = np.unique(
+        fine, return_index=True, return_inverse=True, return_counts=True
+    )
     sums = np.zeros((len(counts), layer.in_features))
     products = np.zeros((layer.in_features, layer.in_features))
     inputs: list[Tensor] = []
@@ -48,7 +56,7 @@ def fit_embedding(
         products += features.T @ features
         inputs.clear()
     hook.remove()
-    weight, bias = whitening(counts, sums, products)
+    weight, bias = whitening(counts, sums, products, coarse[first])
     kept = min(layer.out_features, len(weight))  # a narrow backbone has fewer components
     with torch.no_grad():
         layer.weight.zero_()[:kept] = torch.from_numpy(weight[:kept])
@@ -59,20 +67,35 @@ def whitening(
     counts: npt.NDArray[np.int64],
     sums: npt.NDArray[np.float64],
     products: npt.NDArray[np.float64],
+    kinds: npt.NDArray[np.int64],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return weight [channels, channels] and bias [channels] of the layer that whitens features.
 
     Its outputs are principal components, the largest first.
     counts: photos of each class, [k]. sums: of their features, [k, channels].
     products: the sum of all features' outer products, [channels, channels].
+    kinds: the kind of each class, [k].
     """
-    mean = sums.sum(axis=0) / counts.sum()
-    total = products / counts.sum() - np.outer(mean, mean)
-    within = (products - sums.T @ (sums / counts[:, None])) / counts.sum()
+    photos = counts.sum()
+    mean = sums.sum(axis=0) / photos
+    of_kind = kinds[:, None] == np.unique(kinds)
+    of_classes = _scatter(counts, sums)
+    of_kinds = _scatter(counts @ of_kind, of_kind.T @ sums)
+    total = products / photos - np.outer(mean, mean)
+    within = (products - of_classes) / photos
+    shrinkage = SHRINKAGE * np.trace(within) / len(within)
+    within += SIBLINGS * (of_classes - of_kinds) / photos
     variances, directions = np.linalg.eigh(within)
     variances = np.maximum(variances, 0)  # rounding
-    # If all photos of each class are alike, directions are left as they are.
-    scaled = directions / np.sqrt(variances + (SHRINKAGE * variances.mean() or 1.0))
+    # If all photos of each class are alike, directions are left nearly as they are.
+    scaled = directions / np.sqrt(variances + (shrinkage or 1.0))
     _, components = np.linalg.eigh(scaled.T @ total @ scaled)
     weight = (scaled @ components[:, ::-1]).T
     return weight, -weight @ mean
+
+
+def _scatter(
+    counts: npt.NDArray[np.int64], sums: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Sum the outer products of each group's mean, once for each photo: [channels, channels]."""
+    return sums.T @ (sums / counts[:, None])

@@ -22,9 +22,11 @@ def features(classes: int, each: int, noise: list[float]) -> tuple[Floats, Integ
     return centres[labels] + rng.normal(size=(len(labels), len(noise))) * noise, labels
 
 
-def fitted(drawn: Floats, labels: Integers) -> tuple[Floats, Floats]:
+def fitted(drawn: Floats, labels: Integers, kinds: Integers | None = None) -> tuple[Floats, Floats]:
+    """Fit a layer; without the classes' kinds, each is its own."""
     sums = np.stack([drawn[labels == label].sum(axis=0) for label in np.unique(labels)])
-    return whitening(np.bincount(labels), sums, drawn.T @ drawn)
+    kinds = np.arange(len(sums)) if kinds is None else kinds
+    return whitening(np.bincount(labels), sums, drawn.T @ drawn, kinds)
 
 
 def recall(vectors: Floats, labels: Integers) -> float:
@@ -54,6 +56,24 @@ def test_directions_in_which_photos_of_a_class_differ_count_less() -> None:
     assert recall(drawn @ weight.T + bias, labels) > recall(drawn, labels) + 0.1
 
 
+def test_classes_of_one_kind_stay_closer_to_each_other() -> None:
+    rng, kinds, classes = np.random.default_rng(0), np.arange(30) // 3, np.arange(30)
+    centres = rng.normal(size=(10, 40))[kinds] * ([1.0] * 20 + [0.0] * 20)
+    centres += rng.normal(size=(30, 40)) * ([0.0] * 20 + [1.0] * 20)
+    labels = np.repeat(classes, 10)
+    drawn = centres[labels] + 0.1 * rng.normal(size=(300, 40))
+    siblings = (kinds[:, None] == kinds) & (classes[:, None] != classes)
+
+    def cosine_of_siblings(weight: Floats, bias: Floats) -> float:
+        outputs = centres @ weight.T + bias
+        outputs /= np.linalg.norm(outputs, axis=1, keepdims=True)
+        return float((outputs @ outputs.T)[siblings].mean())
+
+    alone = cosine_of_siblings(*fitted(drawn, labels))
+    assert cosine_of_siblings(*fitted(drawn, labels, kinds)) > alone + 0.1
+    assert recall(drawn @ fitted(drawn, labels, kinds)[0].T, labels) == 1
+
+
 def test_classes_of_equal_photos_are_kept_apart() -> None:
     drawn, labels = features(5, 3, [0.0] * 4)
     weight, bias = fitted(drawn, labels)
@@ -71,14 +91,15 @@ def test_a_layer_is_fitted_to_its_inputs_whatever_it_was(
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8)
     rows, classes = np.arange(2, 12), np.arange(10) // 2
-    fit_embedding(network, pixels, rows, classes)
+    kinds = classes // 3
+    fit_embedding(network, pixels, rows, classes, kinds)
     assert network.embedding.power == 0.5
     with torch.inference_mode():
         first = network(torch.from_numpy(pixels[rows]))
     assert first.mean(dim=0).abs().max() < 1e-4
     torch.nn.init.normal_(network.embedding.weight)
     monkeypatch.setattr("npair.training.whitening.CHUNK", 3)
-    fit_embedding(network, pixels, rows, classes)
+    fit_embedding(network, pixels, rows, classes, kinds)
     with torch.inference_mode():
         again = network(torch.from_numpy(pixels[rows]))
     # Components are the same but for their signs.
