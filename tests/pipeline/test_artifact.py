@@ -155,7 +155,7 @@ def test_two_views_are_served_as_they_were_trained(
     for name in engines:
         embedder = Embedder(folder, cores=1, engine=name)
         cosines = np.einsum("nd,nd->n", embedder.embed(pixels), expected)
-        least = 0.99999 if ENGINES[name]["precision"] == "fp32" else 0.99
+        least = 0.99999 if ENGINES[name]["precision"] == "fp32" else 0.98
         assert cosines.min() > least, name
 
 

@@ -37,8 +37,9 @@ def test_embeds_any_number_of_photos(version: Path, name: str, threads: int) -> 
         vectors = embedder.embed(pixels[:number])
         assert vectors.shape == (number, 128)
         assert vectors.dtype == np.float32
-        # OpenVINO stores weights in fp16; a layer fitted to few photos is sensitive to that.
-        np.testing.assert_allclose(vectors, expected[:number], atol=1e-2)
+        # OpenVINO stores weights in fp16; square roots of small features, and a layer fitted to few
+        # photos, are sensitive to that.
+        np.testing.assert_allclose(vectors, expected[:number], atol=3e-2)
         embedded = embedder.embed_photos(photos[:number], LIMITS)
         np.testing.assert_array_equal(np.stack(embedded), vectors)  # type: ignore[arg-type]
 

@@ -80,8 +80,13 @@ def running(**environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[st
             },
         )
     finally:
+        unnoticed = process.returncode is None  # no test has waited for its end
+        ended = process.poll()
         process.terminate()
         process.wait(timeout=30)
+        if unnoticed and ended is not None:
+            assert process.stderr is not None
+            pytest.fail(f"the server ended by itself, with {ended}:\n{process.stderr.read()}")
 
 
 @contextmanager
