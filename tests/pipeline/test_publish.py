@@ -22,10 +22,10 @@ from npair.publishing.drawings import write_dataset
 from npair.publishing.graphs import ENGINES, REFERENCE
 from npair.publishing.publish import check_libraries
 from npair.publishing.version_folder import restore
-from npair.releasing import ReleaseError
+from npair.releasing import ReleaseError, RepositoryError
 from npair.releasing.config import new_config, with_release
 from npair.releasing.release import check_pins, client_parameters
-from npair.releasing.repository import RepositoryError, open_repository
+from npair.releasing.repository import open_repository
 from npair.serving.manifest import Comparison, Manifest, VersionError
 from npair.training.checkpoint import load_network
 from npair.training.run import RunError
@@ -178,7 +178,7 @@ def test_what_could_not_be_stored_is_not_computed_again(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("npair.releasing.repository._sync", full)  # as the version is completed
+        patch.setattr("npair.releasing.folder._sync", full)  # as the version is completed
         with pytest.raises(OSError, match="No space left"):
             publisher(accept_cost="torch alone")
     assert left(publisher.repository) == {"config.pbtxt", "1"}

@@ -24,11 +24,12 @@ from support.models import ROOT, SHIPPED, rewrite_manifest
 from support.s3 import moto
 from support.servers import free_ports, lines_until_ready, start
 
-from npair.releasing import ReleaseError
+from npair.releasing import ReleaseError, RepositoryError
 from npair.releasing.config import with_release
 from npair.releasing.control import Server
+from npair.releasing.object_store import Store
 from npair.releasing.release import check_server, client_parameters, promote, rollback
-from npair.releasing.repository import Repository, RepositoryError, Store, open_repository
+from npair.releasing.repository import Repository, open_repository
 
 SECRET = "test"
 PUBLISHER = """
@@ -357,7 +358,8 @@ def test_what_is_no_repository(endpoint: str, place: str, reason: str) -> None:
 @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs"), ("s3", "fsspec")])
 def test_what_is_missing_is_named(scheme: str, package: str) -> None:
     code = f"""import sys; sys.modules[{package!r}] = None
-from npair.releasing.repository import RepositoryError, open_repository
+from npair.releasing import RepositoryError
+from npair.releasing.repository import open_repository
 try:
     open_repository("{scheme}://bucket/models/npair")
 except RepositoryError as error:

@@ -21,11 +21,12 @@ from tritonclient.utils import InferenceServerException
 
 from npair import cli
 from npair.client import HttpTransport, NpairClient, VersionGoneError
-from npair.releasing import ReleaseError
+from npair.releasing import ReleaseError, RepositoryError
 from npair.releasing.config import parameters, pinned
 from npair.releasing.control import Server
+from npair.releasing.folder import Folder
 from npair.releasing.release import check_server, promote, retire, rollback
-from npair.releasing.repository import Folder, RepositoryError, open_repository
+from npair.releasing.repository import open_repository
 from npair.releasing.verify import verify
 from npair.releasing.versions import listing, versions
 

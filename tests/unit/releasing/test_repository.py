@@ -16,8 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from npair.releasing import repository as repository_module
-from npair.releasing.repository import Folder, RepositoryError, Store, open_repository
+from npair.releasing import RepositoryError
+from npair.releasing import folder as folder_module
+from npair.releasing.folder import Folder
+from npair.releasing.object_store import Store
+from npair.releasing.repository import open_repository
 
 PUBLISHER = """
 import sys, time
@@ -225,7 +228,7 @@ def test_cleaning_spares_what_is_claimed_meanwhile(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A publisher claims the number after a cleaner opens its folder and before it locks it."""
-    opened, locked = Folder(repository), repository_module._lock
+    opened, locked = Folder(repository), folder_module._lock
     (repository / "staging-1").mkdir()
     with contextlib.ExitStack() as other:
 
@@ -234,7 +237,7 @@ def test_cleaning_spares_what_is_claimed_meanwhile(
             other.enter_context(opened.new_version())[1].joinpath("manifest.json").write_text("{}")
             return locked(handle)
 
-        monkeypatch.setattr(repository_module, "_lock", late)
+        monkeypatch.setattr(folder_module, "_lock", late)
         opened._clean()
     assert opened.versions() == {1: True}
 
