@@ -39,7 +39,7 @@ def test_embeds_any_number_of_photos(version: Path, name: str, threads: int) -> 
         assert vectors.dtype == np.float32
         # OpenVINO stores weights in fp16; square roots of small features, and a layer fitted to few
         # photos, are sensitive to that.
-        np.testing.assert_allclose(vectors, expected[:number], atol=3e-2)
+        np.testing.assert_allclose(vectors, expected[:number], atol=2e-2)
         embedded = embedder.embed_photos(photos[:number], LIMITS)
         np.testing.assert_array_equal(np.stack(embedded), vectors)  # type: ignore[arg-type]
 

@@ -86,7 +86,9 @@ def running(**environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[st
         process.wait(timeout=30)
         if unnoticed and ended is not None:
             assert process.stderr is not None
-            pytest.fail(f"the server ended by itself, with {ended}:\n{process.stderr.read()}")
+            pytest.fail(
+                f"the server ended by itself with exit code {ended}:\n{process.stderr.read()}"
+            )
 
 
 @contextmanager

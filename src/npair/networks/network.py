@@ -48,7 +48,7 @@ class EmbeddingLayer(nn.Linear):
 
 
 def _default_power(_: nn.Module, state: dict[str, Any], prefix: str, *_others: Any) -> None:
-    state.setdefault(prefix + "power", torch.ones(()))  # runs and versions of npair 0.2.0
+    state.setdefault(prefix + "power", torch.ones(()))  # older weights have none
 
 
 class EmbeddingNetwork(nn.Module):

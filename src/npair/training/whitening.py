@@ -16,12 +16,12 @@ from torch import Tensor
 
 from npair.networks.network import EmbeddingNetwork, embed
 
-# This many times the mean variance within classes is added to that of each direction. With 1, the
-# layer finds a little more of the classes that it was fitted to, and less of others.
+# The variance that is added to each direction, as a multiple of the mean variance within classes.
+# With 1, the layer finds a little more of the classes that it was fitted to, and less of others.
 SHRINKAGE = 3.0
-# Differences between classes of one kind count this much as those within a class. Without them,
-# classes of one kind are as far from each other as any; with 0.1, photos of two such classes are
-# taken for the same more often.
+# The weight of differences between classes of one kind, where those within a class have 1. With 0,
+# classes of one kind end up as far apart as any others; with 0.1, more photos of two such classes
+# are taken for the same.
 SIBLINGS = 0.03
 SQUARE_ROOT = 0.5
 CHUNK = 4096  # photos whose features are in memory at once
@@ -37,8 +37,8 @@ def fit_embedding(
     """Fit a network's embedding layer to train photos, in place.
 
     pixels: decoded photos, uint8 [m, size, size, 3]. rows: the photos to take, int64 [n].
-    fine, coarse: their labels, int64 [n]; a class of photos with one fine label is of the kind that
-    its coarse label says.
+    fine, coarse: their labels, int64 [n]. Photos with one fine label are a class, and their coarse
+    label is its kind.
     """
     layer = network.embedding
     layer.power.fill_(SQUARE_ROOT)
@@ -51,7 +51,7 @@ def fit_embedding(
     hook = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     for start in range(0, len(rows), CHUNK):
         embed(network, pixels, rows[start : start + CHUNK])
-        features = layer.normalised(torch.cat(inputs)).double().cpu().numpy()
+        features = layer.normalised(torch.cat(inputs)).cpu().double().numpy()
         np.add.at(sums, index[start : start + CHUNK], features)
         products += features.T @ features
         inputs.clear()
