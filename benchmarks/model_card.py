@@ -1,6 +1,6 @@
 """Print the card of a published version in Markdown, from its manifest and the results in docs/.
 
-.venv/bin/python benchmarks/model_card.py model_repository/npair/18 > docs/model-card.md
+.venv/bin/python benchmarks/model_card.py model_repository/npair/19 > docs/model-card.md
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument(
         "--version",
         type=Path,
-        default=Path("model_repository/npair/18"),
+        default=Path("model_repository/npair/19"),
         help="folder of the published version (%(default)s)",
     )
     arguments = parser.parse_args()
