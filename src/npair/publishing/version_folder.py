@@ -83,8 +83,7 @@ def read_source(run: Path, data: Path, cache: Path) -> Source:
         raise PublishError(f"{run} was not trained on {data}; name the data that it was trained on")
     # Versions from before this option have the layer that was trained.
     if published and config.embedding_layer == "whitened":
-        train = dataset.train
-        fit_embedding(network, pixels.array, pixels.of(train), train.fine, train.coarse)
+        fit_embedding(network, pixels, dataset.train)
     return Source(training, network, preprocessing, dataset, pixels)
 
 

@@ -167,9 +167,9 @@ def _whiten(
     dataset, pixels, _ = decode_dataset(dataset, config.preprocessing(), cache)
     if state.best:
         state.ema.load_state_dict(state.best["ema"])
-    network, train = state.ema.module, dataset.train
+    network = state.ema.module
     assert isinstance(network, EmbeddingNetwork)
-    fit_embedding(network, pixels.array, pixels.of(train), train.fine, train.coarse)
+    fit_embedding(network, pixels, dataset.train)
     if state.best:
         state.best["ema"] = state.ema.state_dict()
     state.save(run / CHECKPOINT)

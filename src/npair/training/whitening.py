@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from npair.data.dataset import Photos
+from npair.data.pixels import Pixels
 from npair.networks.network import EmbeddingNetwork, embed
 
 # The variance that is added to each direction, as a multiple of the mean variance within classes.
@@ -27,36 +29,29 @@ SQUARE_ROOT = 0.5
 CHUNK = 4096  # photos whose features are in memory at once
 
 
-def fit_embedding(
-    network: EmbeddingNetwork,
-    pixels: npt.NDArray[np.uint8],
-    rows: npt.NDArray[np.int64],
-    fine: npt.NDArray[np.int64],
-    coarse: npt.NDArray[np.int64],
-) -> None:
+def fit_embedding(network: EmbeddingNetwork, pixels: Pixels, train: Photos) -> None:
     """Fit a network's embedding layer to train photos, in place.
 
-    pixels: decoded photos, uint8 [m, size, size, 3]. rows: the photos to take, int64 [n].
-    fine, coarse: their labels, int64 [n]. Photos with one fine label are a class, and their coarse
-    label is its kind.
+    Photos with one fine label are a class, and their coarse label is its kind.
     """
     layer = network.embedding
     layer.power.fill_(SQUARE_ROOT)
+    rows = pixels.of(train)
     _, first, index, counts = np.unique(
-        fine, return_index=True, return_inverse=True, return_counts=True
+        train.fine, return_index=True, return_inverse=True, return_counts=True
     )
     sums = np.zeros((len(counts), layer.in_features))
     products = np.zeros((layer.in_features, layer.in_features))
     inputs: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     for start in range(0, len(rows), CHUNK):
-        embed(network, pixels, rows[start : start + CHUNK])
+        embed(network, pixels.array, rows[start : start + CHUNK])
         features = layer.normalised(torch.cat(inputs)).cpu().double().numpy()
         np.add.at(sums, index[start : start + CHUNK], features)
         products += features.T @ features
         inputs.clear()
     hook.remove()
-    weight, bias = whitening(counts, sums, products, coarse[first])
+    weight, bias = whitening(counts, sums, products, train.coarse[first])
     kept = min(layer.out_features, len(weight))  # a narrow backbone has fewer components
     with torch.no_grad():
         layer.weight.zero_()[:kept] = torch.from_numpy(weight[:kept])

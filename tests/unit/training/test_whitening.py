@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
+from npair.data.dataset import Photos
+from npair.data.pixels import Pixels
 from npair.networks.network import EmbeddingNetwork, build_network
 from npair.training.whitening import SHRINKAGE, fit_embedding, whitening
 
@@ -89,18 +93,20 @@ def network() -> EmbeddingNetwork:
 def test_a_layer_is_fitted_to_its_inputs_whatever_it_was(
     network: EmbeddingNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8)
-    rows, classes = np.arange(2, 12), np.arange(10) // 2
-    kinds = classes // 3
-    fit_embedding(network, pixels, rows, classes, kinds)
+    array = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8)
+    paths = tuple(Path(str(row)) for row in range(12))
+    pixels = Pixels(array, {path: row for row, path in enumerate(paths)})
+    classes, names = np.arange(10) // 2, tuple("abcde")
+    train = Photos(paths[2:], classes, classes // 3, names, names[:2])
+    fit_embedding(network, pixels, train)
     assert network.embedding.power == 0.5
     with torch.inference_mode():
-        first = network(torch.from_numpy(pixels[rows]))
+        first = network(torch.from_numpy(array[2:]))
     assert first.mean(dim=0).abs().max() < 1e-4
     torch.nn.init.normal_(network.embedding.weight)
     monkeypatch.setattr("npair.training.whitening.CHUNK", 3)
-    fit_embedding(network, pixels, rows, classes, kinds)
+    fit_embedding(network, pixels, train)
     with torch.inference_mode():
-        again = network(torch.from_numpy(pixels[rows]))
+        again = network(torch.from_numpy(array[2:]))
     # Components are the same but for their signs.
     torch.testing.assert_close(again @ again.T, first @ first.T, rtol=1e-3, atol=1e-3)
