@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from machine import ROOT, command_line, python_of, say
+from machine import ROOT, VERSION, command_line, python_of, say
 from PIL import Image, ImageOps
 from torch import nn
 
@@ -69,7 +69,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     dataset = read_dataset(arguments.photos)
-    embedder = Embedder(next((ROOT / "model_repository/npair").glob("[0-9]*")), cores=cores())
+    embedder = Embedder(VERSION, cores=cores())
     if dataset.fingerprint() != embedder.manifest.training["data"]["fingerprint"]:
         sys.exit(
             f"{arguments.photos} is not the data set that the version was trained on, so the "

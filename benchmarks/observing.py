@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from costs import cpu_seconds
+from machine import MODELS, ROOT, VERSION
 from PIL import Image, ImageFilter
 
 import npair.serving
@@ -28,7 +29,6 @@ from npair.releasing.tune import LocalServer, markdown, serving
 from npair.serving.embedder import UNLIMITED, Embedder
 from npair.serving.manifest import Manifest
 
-ROOT = Path(__file__).resolve().parents[1]
 CONNECTIONS = (1, 16)
 SILENT = """
 
@@ -130,7 +130,7 @@ def lengths(paths: Sequence[Path]) -> None:
     }
     print("| photos | mean length |\n| --- | --- |")
     for name, change in changes.items():
-        embedder = Embedder(next((ROOT / "model_repository/npair").glob("[0-9]*")), cores=2)
+        embedder = Embedder(VERSION, cores=2)
         for path in paths:
             with Image.open(path) as image:
                 embedder.embed_photos(
@@ -150,7 +150,7 @@ def api_without_percentiles(scratch: Path) -> Path:
 
 def prepared(models: Path, code: str) -> Path:
     """Copy the models, with the current code, to which ``code`` is appended."""
-    shutil.copytree(ROOT / "model_repository", models, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(MODELS, models, ignore=shutil.ignore_patterns("__pycache__"))
     version = next((models / "npair").glob("[0-9]*"))
     for name in CODE:
         shutil.copyfile(Path(npair.serving.__path__[0]) / name, version / name)

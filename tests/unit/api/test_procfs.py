@@ -58,7 +58,7 @@ def test_killed_parent_leaves_no_server() -> None:
     with running() as (process, urls):
         stubs = stubs_of(process)
         process.kill()
-        process.wait()
+        process.wait()  # so that running() does not report its end
         port = int(urls["http"].rsplit(":", 1)[1])
         deadline = time.monotonic() + 5
         while server_at(port):
